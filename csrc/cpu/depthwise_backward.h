@@ -1,0 +1,309 @@
+// Depthwise 3x3 convolution, backward, in one pass over the data: the gradient of the input (masked by the ReLU in
+// front of the convolution, with the sums that the BatchNorm in front of it needs) and the gradient of the weight.
+//
+// A tile walks down a band of *input* rows. The output gradient dy is built from h and y once per element, into a ring
+// of rows in L1. At an input pixel the same few dy vectors serve both products: times the weights they make the input
+// gradient, times the activation (rebuilt from u) they make the weight gradient. Taps that no output uses are left out.
+#pragma once
+
+#include "depthwise_tiles.h"
+#include "statistics.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+// A tile's sums, each [channels]: of h_u, of h_u*(u - MEAN), and of the weight gradient's nine taps.
+constexpr int kBackwardSums = 2 + kTaps;
+
+// What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (kChannelBlock elements a
+// pixel), u[0] and h_u[0] (`channels` elements a pixel); tap row k belongs to dy[k]; weight rows are `channels` apart,
+// rows of sums kChannelBlock.
+template <class T>
+struct BackwardRow {
+  const Acc<T>* dy[3];
+  const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * channels
+  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * kChannelBlock
+  const T* u;
+  T* h_u;            // null: not wanted
+  const Acc<T>* bn;  // null: plain input
+  Acc<T>* sums;      // of h_u, then of h_u*(u - MEAN)
+  int64_t channels, out_w, x_begin, x_end;
+  int padding, count;
+};
+
+// `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.
+template <class T, int stride, int rows, bool partial>
+inline void depthwise_backward_row(const BackwardRow<T>& r) {
+  using A = Acc<T>;
+  constexpr int kStep = kChannelBlock<A>;
+  const int64_t channels = r.channels;
+  const int count = r.count, padding = r.padding;
+  Vec<A> mean = zero<A>(), scale = zero<A>(), shift = zero<A>();
+  const bool normalised = r.bn != nullptr, need_input = r.h_u != nullptr;
+  if (normalised) {
+    mean = load_lanes<partial, A>(r.bn + BN_MEAN * channels, count);
+    scale = load_lanes<partial, A>(r.bn + BN_SCALE * channels, count);
+    shift = load_lanes<partial, A>(r.bn + BN_SHIFT * channels, count);
+  }
+  Vec<A> w[rows][3], dw[rows][3];
+#pragma GCC unroll 3
+  for (int k = 0; k < rows; ++k) {
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      w[k][kx] = load_lanes<partial, A>(r.weight[k] + kx * channels, count);
+      dw[k][kx] = zero<A>();
+    }
+  }
+  Vec<A> sum = zero<A>(), centred_sum = zero<A>();
+
+  struct Pixel {
+    Vec<A> centred, z, a, da;
+  };
+  auto begin_pixel = [&](int64_t x) {
+    Pixel p;
+    const Vec<A> u = load_lanes<partial, T>(r.u + x * channels, count);
+    p.centred = u - mean;
+    p.z = fma(p.centred, scale, shift);
+    p.a = normalised ? relu(p.z) : u;
+    p.da = zero<A>();
+    return p;
+  };
+  auto end_pixel = [&](int64_t x, const Pixel& p) {
+    if (!need_input) return;
+    const Vec<A> h = normalised ? select(p.z <= zero<A>(), zero<A>(), p.da) : p.da;
+    store_lanes<partial, T>(r.h_u + x * channels, h, count);
+    const Vec<A> stored = round_to_storage<T>(h);
+    sum += stored;
+    centred_sum = fma(stored, p.centred, centred_sum);
+  };
+  auto border_pixel = [&](int64_t x) {
+    Pixel p = begin_pixel(x);
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      const int64_t numerator = x + padding - kx;
+      if (numerator < 0 || numerator % stride != 0 || numerator / stride >= r.out_w) continue;
+#pragma GCC unroll 3
+      for (int k = 0; k < rows; ++k) {
+        const Vec<A> dy = load<A>(r.dy[k] + numerator / stride * kStep);
+        p.da = fma(dy, w[k][kx], p.da);
+        dw[k][kx] = fma(dy, p.a, dw[k][kx]);
+      }
+    }
+    end_pixel(x, p);
+  };
+
+  int64_t x = r.x_begin;
+  if constexpr (stride == 1) {
+    // Pixel x takes dy[x + padding - kx].
+    constexpr int kPixels = 2;
+    const int64_t interior_begin = min_of(max_of(r.x_begin, 2 - padding), r.x_end);
+    const int64_t interior_end = min_of(r.x_end, r.out_w - padding);
+    for (; x < interior_begin; ++x) border_pixel(x);
+    for (; x + kPixels <= interior_end; x += kPixels) {
+      Pixel p[kPixels];
+#pragma GCC unroll 2
+      for (int i = 0; i < kPixels; ++i) p[i] = begin_pixel(x + i);
+#pragma GCC unroll 3
+      for (int k = 0; k < rows; ++k) {
+        const A* from = r.dy[k] + (x + padding - 2) * kStep;
+#pragma GCC unroll 4
+        for (int j = 0; j < kPixels + 2; ++j) {
+          const Vec<A> dy = load<A>(from + j * kStep);
+#pragma GCC unroll 2
+          for (int i = 0; i < kPixels; ++i) {
+            const int kx = i + 2 - j;
+            if (kx < 0 || kx > 2) continue;
+            p[i].da = fma(dy, w[k][kx], p[i].da);
+            dw[k][kx] = fma(dy, p[i].a, dw[k][kx]);
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < kPixels; ++i) end_pixel(x + i, p[i]);
+    }
+  } else {
+    // The pixels 2m+1-padding and 2m+2-padding take dy[m] (taps 1 and 2) and dy[m+1] (tap 0 of the second).
+    const int64_t interior_begin = r.x_begin + ((r.x_begin + padding) % 2 == 0);
+    for (; x < min_of(interior_begin, r.x_end); ++x) border_pixel(x);
+    for (; x + 2 <= r.x_end; x += 2) {
+      const int64_t m = (x + padding - 1) / 2;
+      if (m + 1 >= r.out_w) break;
+      Pixel first = begin_pixel(x), second = begin_pixel(x + 1);
+#pragma GCC unroll 3
+      for (int k = 0; k < rows; ++k) {
+        const Vec<A> dy0 = load<A>(r.dy[k] + m * kStep), dy1 = load<A>(r.dy[k] + (m + 1) * kStep);
+        first.da = fma(dy0, w[k][1], first.da);
+        dw[k][1] = fma(dy0, first.a, dw[k][1]);
+        second.da = fma(dy0, w[k][2], second.da);
+        dw[k][2] = fma(dy0, second.a, dw[k][2]);
+        second.da = fma(dy1, w[k][0], second.da);
+        dw[k][0] = fma(dy1, second.a, dw[k][0]);
+      }
+      end_pixel(x, first);
+      end_pixel(x + 1, second);
+    }
+  }
+  for (; x < r.x_end; ++x) border_pixel(x);
+
+#pragma GCC unroll 3
+  for (int k = 0; k < rows; ++k) {
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx) {
+      A* to = r.grad_weight[k] + kx * kStep;
+      store<A>(to, load<A>(to) + dw[k][kx]);
+    }
+  }
+  store<A>(r.sums, load<A>(r.sums) + sum);
+  store<A>(r.sums + kStep, load<A>(r.sums + kStep) + centred_sum);
+}
+
+template <class T, int stride, bool partial>
+inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r) {
+  if (rows == 1) return depthwise_backward_row<T, stride, 1, partial>(r);
+  if (rows == 2) return depthwise_backward_row<T, stride, 2, partial>(r);
+  if constexpr (stride == 1) {
+    if (rows == 3) return depthwise_backward_row<T, stride, 3, partial>(r);
+  }
+  depthwise_backward_row<T, stride, 0, partial>(r);
+}
+
+// Loads `columns` pixels of the gradient at the convolution's output, kChannelBlock elements a pixel.
+template <class T, bool partial>
+inline void load_gradient_row(const T* h, const T* y, int64_t columns, int64_t channels, const Acc<T>* grad_bn,
+                              int count, Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int kStep = kChannelBlock<A>;
+  auto row = [&](int index) { return load_lanes<partial, A>(grad_bn + index * channels, count); };
+  if (grad_bn == nullptr) {
+    for (int64_t x = 0; x < columns; ++x) store<A>(out + x * kStep, load_lanes<partial, T>(h + x * channels, count));
+  } else if (y == nullptr) {
+    const Vec<A> p = row(GRAD_P);
+    for (int64_t x = 0; x < columns; ++x)
+      store<A>(out + x * kStep, p * load_lanes<partial, T>(h + x * channels, count));
+  } else {
+    const Vec<A> p = row(GRAD_P), q = row(GRAD_Q), mean = row(GRAD_MEAN), o = row(GRAD_O);
+    for (int64_t x = 0; x < columns; ++x) {
+      const Vec<A> centred = load_lanes<partial, T>(y + x * channels, count) - mean;
+      store<A>(out + x * kStep, fma(p, load_lanes<partial, T>(h + x * channels, count), fma(q, centred, o)));
+    }
+  }
+}
+
+template <class T, int stride>
+inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, const Acc<T>* weight, Acc<T>* partials) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  constexpr int kBlock = kChannelBlock<A>;
+  const Geometry& g = args.g;
+  const int64_t channels = g.c_in, p = g.padding;
+  const int64_t in_image = t.image * g.h * g.w * channels + t.channel_begin;
+  const int64_t out_image = t.image * g.out_h * g.out_w * channels + t.channel_begin;
+  const T* u = static_cast<const T*>(args.u) + in_image;
+  T* h_u = args.h_u ? static_cast<T*>(args.h_u) + in_image : nullptr;
+  const T* h = static_cast<const T*>(args.h) + out_image;
+  const T* y = args.y ? static_cast<const T*>(args.y) + out_image : nullptr;
+  const A* bn_u = args.bn_u ? static_cast<const A*>(args.bn_u) + t.channel_begin : nullptr;
+  const A* grad_bn = args.grad_bn_y ? static_cast<const A*>(args.grad_bn_y) + t.channel_begin : nullptr;
+  weight += t.channel_begin;
+
+  // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
+  const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
+  const int64_t out_end = max_of(min_of((t.column_end - 1 + p) / stride + 1, g.out_w), out_begin);
+  const int64_t ring_row = (out_end - out_begin) * kBlock;
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * ring_row + kBackwardSums * kBlock)));
+  A* const sums = ring + 3 * ring_row;
+  for (int i = 0; i < kBackwardSums * kBlock; ++i) sums[i] = 0;
+
+  int64_t next_row = max_of(t.row_begin + p - 2 + stride - 1, 0) / stride;
+  for (int64_t iy = t.row_begin; iy < t.row_end; ++iy) {
+    for (; next_row <= min_of((iy + p) / stride, g.out_h - 1); ++next_row) {
+      const int64_t from = (next_row * g.out_w + out_begin) * channels;
+      A* to = ring + next_row % 3 * ring_row;
+      for (int c = 0; c < t.channels; c += L) {
+        const int count = int(min_of(t.channels - c, L));
+        const T* y_row = y ? y + from + c : nullptr;
+        const A* bn = grad_bn ? grad_bn + c : nullptr;
+        if (count == L)
+          load_gradient_row<T, false>(h + from + c, y_row, out_end - out_begin, channels, bn, count, to + c);
+        else
+          load_gradient_row<T, true>(h + from + c, y_row, out_end - out_begin, channels, bn, count, to + c);
+      }
+    }
+    for (int c = 0; c < t.channels; c += L) {
+      BackwardRow<T> r{};
+      int rows = 0;
+      for (int ky = 0; ky < 3; ++ky) {
+        const int64_t numerator = iy + p - ky;
+        if (numerator < 0 || numerator % stride != 0 || numerator / stride >= g.out_h) continue;
+        r.dy[rows] = ring + numerator / stride % 3 * ring_row + c - out_begin * kBlock;
+        r.weight[rows] = weight + ky * 3 * channels + c;
+        r.grad_weight[rows] = sums + (2 + ky * 3) * kBlock + c;
+        ++rows;
+      }
+      r.u = u + iy * g.w * channels + c;
+      r.h_u = h_u ? h_u + iy * g.w * channels + c : nullptr;
+      r.bn = bn_u ? bn_u + c : nullptr;
+      r.sums = sums + c;
+      r.channels = channels;
+      r.out_w = g.out_w;
+      r.x_begin = t.column_begin;
+      r.x_end = t.column_end;
+      r.padding = g.padding;
+      r.count = int(min_of(t.channels - c, L));
+      if (r.count == L)
+        depthwise_backward_row_of<T, stride, false>(rows, r);
+      else
+        depthwise_backward_row_of<T, stride, true>(rows, r);
+    }
+  }
+  A* to = partials + t.place * kBackwardSums * channels + t.channel_begin;
+  for (int i = 0; i < kBackwardSums; ++i)
+    for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * kBlock + c];
+}
+
+// grad_weight [channels][9] from the tiles' sums, added in tile order.
+template <class A>
+inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials, A* grad_weight) {
+  constexpr int kChannels = 32;
+  parallel(ceil_div(channels, kChannels), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t c0 = block * kChannels;
+      const int size = int(min_of(channels - c0, kChannels));
+      double sums[kTaps][kChannels] = {};
+      for (int64_t t = 0; t < tiles; ++t)
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const A* tile = partials + (t * kBackwardSums + 2 + tap) * channels + c0;
+          for (int i = 0; i < size; ++i) sums[tap][i] += double(tile[i]);
+        }
+      for (int i = 0; i < size; ++i)
+        for (int tap = 0; tap < kTaps; ++tap) grad_weight[(c0 + i) * kTaps + tap] = A(sums[tap][i]);
+    }
+  });
+}
+
+template <class T>
+inline void depthwise_backward_typed(const BackwardArgs& args) {
+  using A = Acc<T>;
+  const Geometry& g = args.g;
+  const int64_t channels = g.c_in;
+  const TileGrid grid(g.n, g.h, g.w, channels, kChannelBlock<A>, kTileColumns);
+  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + kBackwardSums * grid.places())));
+  A* const partials = weight + channels * kTaps;
+  transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
+  parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (g.stride == 1)
+        depthwise_backward_tile<T, 1>(args, grid.tile(i), weight, partials);
+      else
+        depthwise_backward_tile<T, 2>(args, grid.tile(i), weight, partials);
+    }
+  });
+  if (args.grad_weight)
+    merge_grad_weight<A>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
+  if (args.grad_bn_u)
+    merge_grad_bn<A>(grid.places(), channels, kBackwardSums * channels, partials, g.n * g.h * g.w,
+                     static_cast<const A*>(args.bn_u), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));
+}
+
+inline void depthwise_backward(const BackwardArgs& args) { MX_DISPATCH(depthwise_backward_typed, args) }
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

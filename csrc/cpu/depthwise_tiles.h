@@ -1,0 +1,74 @@
+// How the depthwise kernels cut their work, and the weights in the order they read them.
+#pragma once
+
+#include "dispatch.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+constexpr int kTaps = 9;  // 3x3
+
+// Channels that a tile handles at once: 128 bytes of accumulators, so that three rows of kTileColumns fit in L1.
+template <class A>
+constexpr int kChannelBlock = 128 / int(sizeof(A));
+constexpr int64_t kTileColumns = 56;
+
+// Bands of rows are cut until there are this many tiles, but not lower than kMinBandRows: every band reads two rows
+// that its neighbour reads too.
+constexpr int64_t kEnoughTiles = 256;
+constexpr int64_t kMinBandRows = 14;
+
+struct Tile {
+  int64_t image, row_begin, row_end, column_begin, column_end, channel_begin;
+  int channels;
+  int64_t place;  // of the tile's partial results: the same for all channel blocks of one piece of the image
+
+  int64_t pixels() const { return (row_end - row_begin) * (column_end - column_begin); }
+};
+
+// The grid of tiles over images of rows x columns pixels. It depends on the shape only, never on the threads.
+struct TileGrid {
+  int64_t images, rows, columns, channels, channel_block, bands, column_tiles, channel_blocks;
+
+  TileGrid(int64_t images, int64_t rows, int64_t columns, int64_t channels, int64_t channel_block, int64_t tile_columns)
+      : images(images), rows(rows), columns(columns), channels(channels), channel_block(channel_block) {
+    column_tiles = ceil_div(columns, tile_columns);
+    channel_blocks = ceil_div(channels, channel_block);
+    const int64_t tiles = max_of(images * column_tiles * channel_blocks, 1);
+    bands = max_of(min_of(ceil_div(kEnoughTiles, tiles), rows / kMinBandRows), 1);
+  }
+
+  int64_t places() const { return images * bands * column_tiles; }
+  int64_t tiles() const { return places() * channel_blocks; }
+
+  Tile tile(int64_t index) const {
+    Tile t = at_place(index / channel_blocks);
+    t.channel_begin = index % channel_blocks * channel_block;
+    t.channels = int(min_of(channels - t.channel_begin, channel_block));
+    return t;
+  }
+
+  Tile at_place(int64_t place) const {
+    Tile t{};
+    t.place = place;
+    const int64_t column_tile = place % column_tiles, band = place / column_tiles % bands;
+    t.image = place / column_tiles / bands;
+    t.row_begin = rows * band / bands;
+    t.row_end = rows * (band + 1) / bands;
+    t.column_begin = columns * column_tile / column_tiles;
+    t.column_end = columns * (column_tile + 1) / column_tiles;
+    return t;
+  }
+};
+
+// weight [channels][9] to [9][channels] in the accumulation type.
+template <class T>
+inline void transpose_weight(const T* weight, int64_t channels, Acc<T>* out) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int tap = 0; tap < kTaps; ++tap) {
+      Acc<T> value[kLanes<Acc<T>>];
+      store<Acc<T>>(value, load_partial<T>(weight + c * kTaps + tap, 1));
+      out[tap * channels + c] = value[0];
+    }
+}
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

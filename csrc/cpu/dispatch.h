@@ -1,0 +1,33 @@
+// From the untyped interface to typed kernels: choice of the storage type, and parallel_for over any callable.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+// Calls function<T>(args) with the storage type T that args.dtype names.
+#define MX_DISPATCH(function, args)        \
+  switch ((args).dtype) {                  \
+    case Dtype::f32:                       \
+      return function<float>(args);        \
+    case Dtype::f64:                       \
+      return function<double>(args);       \
+    case Dtype::bf16:                      \
+      return function<bf16>(args);         \
+    case Dtype::f16:                       \
+      return function<f16>(args);          \
+  }
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+// f(begin, end) over disjoint ranges that cover [0, n), on several threads.
+template <class F>
+inline void parallel(int64_t n, const F& f) {
+  parallel_for(n, const_cast<F*>(&f),
+               [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); });
+}
+
+MX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MX_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+MX_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -1,0 +1,183 @@
+// The matrix product that the pointwise, stem and block kernels share: tiles of rows in cache times packed panels of
+// columns, with the sums in registers from the first product to the caller's epilogue.
+//
+// One operand (the tile) is broadcast element by element, the other (the panel) is read a few vectors at a time. The
+// depth is never cut: channel counts are at most a few thousand, so a panel stays in L2, each output is written once,
+// and its sum has one order whatever the tile or the thread.
+#pragma once
+
+#include "dispatch.h"
+#include "vec.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+// The register block is kBlockRows rows by kPanelVectors vectors: 12x2 sums, 2 vectors of the panel and a broadcast
+// fill the 32 registers of AVX-512 and NEON, 6x2 the 16 of AVX2. Blocks at the end of a tile have one or two
+// thirds of the rows.
+#if defined(MX_ISA_AVX512) || defined(__aarch64__)
+constexpr int kRowStep = 4;
+#else
+constexpr int kRowStep = 2;
+#endif
+constexpr int kBlockRows = 3 * kRowStep;
+constexpr int kPanelVectors = 2;
+template <class A>
+constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
+
+MX_INLINE int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+
+// The row pitch of a tile of `columns` elements: whole vectors, and an odd number of cache lines, because rows a
+// multiple of 4 KiB apart would share one set of the L1 cache.
+template <class A>
+MX_INLINE int64_t tile_pitch(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(A);
+  return (ceil_div(columns, line) | 1) * line;
+}
+
+// An integer as a type, for generic lambdas.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+template <int rows, int vectors, class A>
+MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sums[i][v] = zero<A>();
+}
+
+// sums[i][v] += sum over d < depth of tile(i, d) * panel[d][v], where tile(i, d) is tile[i*pitch + d], or
+// tile[d*pitch + i] if by_column.
+template <bool by_column, int rows, int vectors, class A>
+MX_INLINE void multiply(const A* tile, int64_t pitch, const A* panel, int64_t depth, Vec<A> (&sums)[rows][vectors]) {
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec<A> b[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) b[v] = load<A>(panel + d * kPanel<A> + v * kLanes<A>);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      const Vec<A> a = broadcast(by_column ? tile[d * pitch + i] : tile[i * pitch + d]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[i][v] = fma(a, b[v], sums[i][v]);
+    }
+  }
+}
+
+// One register block. The epilogue's member functions, with count = the rows that exist (the block's others hold
+// nothing of meaning):
+//   begin(row, count, sums)   sets the sums to start from
+//   end(row, count, sums)     takes the result
+template <bool by_column, int rows, int vectors, class A, class Epilogue>
+__attribute__((noinline)) void multiply_block(const A* tile, int64_t pitch, const A* panel, int64_t depth, int64_t row,
+                                              int count, Epilogue& epilogue) {
+  Vec<A> sums[rows][vectors];
+  epilogue.begin(row, count, sums);
+  multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, depth, sums);
+  epilogue.end(row, count, sums);
+}
+
+template <bool by_column, int vectors, class A, class Epilogue>
+inline void multiply_panel(const A* tile, int64_t pitch, int64_t rows, const A* panel, int64_t depth,
+                           Epilogue& epilogue) {
+  int64_t row = 0;
+  for (; rows - row > 2 * kRowStep; row += kBlockRows)
+    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, depth, row,
+                                                   int(min_of(rows - row, kBlockRows)), epilogue);
+  if (rows - row > kRowStep)
+    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, depth, row, int(rows - row), epilogue);
+  else if (rows > row)
+    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, depth, row, int(rows - row), epilogue);
+}
+
+// All rows of a tile times one panel of `columns` columns. The tile must be readable, not meaningful, up to the next
+// multiple of kRowStep rows.
+template <bool by_column, class A, class Epilogue>
+inline void multiply_tile(const A* tile, int64_t pitch, int64_t rows, const A* panel, int64_t columns, int64_t depth,
+                          Epilogue& epilogue) {
+  if (columns > kLanes<A>)
+    multiply_panel<by_column, 2>(tile, pitch, rows, panel, depth, epilogue);
+  else
+    multiply_panel<by_column, 1>(tile, pitch, rows, panel, depth, epilogue);
+}
+
+// --- panels of a weight [columns, depth] ----------------------------------------------------------------------------
+
+// Lane indices into two vectors a, b laid end to end: blocks of `step` lanes change places across the diagonal.
+template <class A, int step>
+struct SwapBlocks {
+  using Index = decltype(Mask<A>{}[0] + 0);
+  Index first[kLanes<A>] = {}, second[kLanes<A>] = {};
+  constexpr SwapBlocks() {
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+      first[lane] = lane & step ? kLanes<A> + lane - step : lane;
+      second[lane] = lane & step ? kLanes<A> + lane : lane + step;
+    }
+  }
+};
+
+// Swaps rows and columns of kLanes vectors.
+template <class A, int step = 1>
+MX_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  if constexpr (step < kLanes<A>) {
+    static constexpr SwapBlocks<A, step> lanes;
+    const auto first = load_bits<Mask<A>>(lanes.first), second = load_bits<Mask<A>>(lanes.second);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (i & step) continue;
+      const Vec<A> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, first);
+      rows[i + step] = __builtin_shuffle(a, b, second);
+    }
+    transpose<A, 2 * step>(rows);
+  }
+}
+
+// One block of lanes x lanes, in registers throughout; `rows` x `count` of it exist in the weight, the rest is 0.
+template <bool partial, class T>
+MX_INLINE void pack_block(const T* weight, int64_t pitch, int rows, int count, Acc<T>* out) {
+  using A = Acc<T>;
+  Vec<A> block[kLanes<A>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i)
+    block[i] = partial && i >= rows ? zero<A>() : load_lanes<partial, T>(weight + i * pitch, count);
+  transpose<A>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i)
+    if (!partial || i < count) store<A>(out + i * kPanel<A>, block[i]);
+}
+
+// out[d][j] = weight[j*depth + d]: the panel for a product over the weight's second dimension. Columns from `columns`
+// on are 0.
+template <class T>
+inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Acc<T>* out) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  for (int64_t j = 0; j < kPanel<Acc<T>>; j += lanes) {
+    const int rows = int(min_of(max_of(columns - j, 0), lanes));
+    for (int64_t d = 0; d < depth; d += lanes) {
+      const int count = int(min_of(depth - d, lanes));
+      const T* block = weight + j * depth + d;
+      Acc<T>* to = out + d * kPanel<Acc<T>> + j;
+      if (rows == lanes && count == lanes)
+        pack_block<false>(block, depth, lanes, lanes, to);
+      else
+        pack_block<true>(block, depth, rows, count, to);
+    }
+  }
+}
+
+// out[d][j] = weight[d*pitch + j]: the panel for a product over the weight's first dimension.
+template <class T>
+inline void pack_rows(const T* weight, int64_t pitch, int64_t columns, int64_t depth, Acc<T>* out) {
+  using A = Acc<T>;
+  for (int64_t d = 0; d < depth; ++d)
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t count = min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>);
+      const T* row = weight + d * pitch + v * kLanes<A>;
+      store<A>(out + d * kPanel<A> + v * kLanes<A>,
+               count == kLanes<A> ? load<T>(row) : load_partial<T>(row, int(count)));
+    }
+}
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

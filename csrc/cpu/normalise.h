@@ -1,0 +1,204 @@
+// BatchNorm + ReLU (+ global average pooling) of a raw convolution output, and their backward: one pass each.
+//
+// Tiles are (image, run of pixels, block of channels); within one, the constants of four vectors of channels stay in
+// registers while the pixels go by.
+#pragma once
+
+#include "statistics.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+constexpr int64_t kTilePixels = 256;
+
+struct PixelTile {
+  int64_t image, pixel_begin, pixel_end;
+};
+
+// The tiles of one image follow each other. They depend on the shape only.
+struct PixelGrid {
+  int64_t images, pixels, per_image;
+
+  PixelGrid(int64_t images, int64_t pixels)
+      : images(images), pixels(pixels), per_image(ceil_div(pixels, kTilePixels)) {}
+  int64_t tiles() const { return images * per_image; }
+  PixelTile tile(int64_t index) const {
+    const int64_t begin = index % per_image * kTilePixels;
+    return {index / per_image, begin, min_of(begin + kTilePixels, pixels)};
+  }
+};
+
+template <class A>
+struct Normalisation {
+  Vec<A> mean, scale, shift;
+};
+
+template <class A, bool partial>
+MX_INLINE Normalisation<A> load_normalisation(const A* bn, int64_t channels, int64_t c, int count) {
+  return {load_lanes<partial, A>(bn + BN_MEAN * channels + c, count),
+          load_lanes<partial, A>(bn + BN_SCALE * channels + c, count),
+          load_lanes<partial, A>(bn + BN_SHIFT * channels + c, count)};
+}
+
+// body(c, count, number of vectors and partial as constants) for the channels in groups of four vectors, then one.
+template <int v, bool p>
+struct Group {
+  static constexpr int vectors = v;
+  static constexpr bool partial = p;
+};
+
+template <class A, class Body>
+MX_INLINE void for_channel_groups(int64_t channels, const Body& body) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 4 * L <= channels; c += 4 * L) body(c, L, Group<4, false>{});
+  for (; c + L <= channels; c += L) body(c, L, Group<1, false>{});
+  if (c < channels) body(c, int(channels - c), Group<1, true>{});
+}
+
+template <class T>
+inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
+  const T* y = static_cast<const T*>(args.y) + first;
+  T* out = static_cast<T*>(args.out) + first;
+  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
+    constexpr int V = group.vectors;
+    constexpr bool partial = group.partial;
+    Normalisation<A> bn[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+    for (int64_t i = 0; i < pixels; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = i * args.c + c + v * L;
+        Vec<A> z = fma(load_lanes<partial, T>(y + at, count) - bn[v].mean, bn[v].scale, bn[v].shift);
+        if (args.relu) z = relu(z);
+        store_lanes<partial, T>(out + at, z, count);
+      }
+    }
+  });
+}
+
+// sums[c] = sum over the tile's pixels of relu(normalise(y)).
+template <class T>
+inline void pool_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sums) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
+  const T* y = static_cast<const T*>(args.y) + first;
+  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
+    constexpr int V = group.vectors;
+    constexpr bool partial = group.partial;
+    Normalisation<A> bn[V];
+    Vec<A> sum[V] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+    for (int64_t i = 0; i < pixels; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> x = load_lanes<partial, T>(y + i * args.c + c + v * L, count);
+        sum[v] += relu(fma(x - bn[v].mean, bn[v].scale, bn[v].shift));
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_lanes<partial, A>(sums + c + v * L, sum[v], count);
+  });
+}
+
+template <class T>
+inline void normalise_forward_typed(const NormaliseArgs& args) {
+  using A = Acc<T>;
+  const PixelGrid grid(args.n, args.hw);
+  if (!args.pool) {
+    parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) normalise_rows<T>(args, grid.tile(i));
+    });
+    return;
+  }
+  A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * args.c));
+  parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pool_rows<T>(args, grid.tile(i), partials + i * args.c);
+  });
+  constexpr int L = kLanes<A>;
+  parallel(args.n, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t c = 0; c < args.c; c += L) {
+        const int count = int(min_of(args.c - c, L));
+        Vec<A> sum = zero<A>();
+        for (int64_t i = 0; i < grid.per_image; ++i)
+          sum += load_partial<A>(partials + (n * grid.per_image + i) * args.c + c, count);
+        // Of no pixels the mean is 0/0, as PyTorch has it.
+        store_partial<T>(static_cast<T*>(args.out) + n * args.c + c, sum / A(args.hw), count);
+      }
+  });
+}
+
+// h of the tile's pixels, and its sums: [2][c], sum of h and of h*(y - MEAN).
+template <class T, bool pool>
+inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sums) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
+  const T* y = static_cast<const T*>(args.y) + first;
+  T* h = static_cast<T*>(args.h) + first;
+  const T* grad = static_cast<const T*>(args.grad) + (pool ? t.image * args.c : first);
+  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
+    constexpr int V = group.vectors;
+    constexpr bool partial = group.partial;
+    Normalisation<A> bn[V];
+    Vec<A> sum[V] = {}, centred_sum[V] = {}, pooled[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+      if constexpr (pool) pooled[v] = load_lanes<partial, T>(grad + c + v * L, count) / A(args.hw);
+    }
+    for (int64_t i = 0; i < pixels; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = i * args.c + c + v * L;
+        const Vec<A> centred = load_lanes<partial, T>(y + at, count) - bn[v].mean;
+        const Vec<A> z = fma(centred, bn[v].scale, bn[v].shift);
+        Vec<A> g;
+        if constexpr (pool)
+          g = pooled[v];
+        else
+          g = load_lanes<partial, T>(grad + at, count);
+        if (args.relu) g = select(z <= zero<A>(), zero<A>(), g);
+        store_lanes<partial, T>(h + at, g, count);
+        const Vec<A> stored = pool ? round_to_storage<T>(g) : g;
+        sum[v] += stored;
+        centred_sum[v] = fma(stored, centred, centred_sum[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      store_lanes<partial, A>(sums + c + v * L, sum[v], count);
+      store_lanes<partial, A>(sums + args.c + c + v * L, centred_sum[v], count);
+    }
+  });
+}
+
+template <class T>
+inline void normalise_backward_typed(const NormaliseArgs& args) {
+  using A = Acc<T>;
+  const PixelGrid grid(args.n, args.hw);
+  A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * 2 * args.c));
+  parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (args.pool)
+        normalise_backward_rows<T, true>(args, grid.tile(i), partials + i * 2 * args.c);
+      else
+        normalise_backward_rows<T, false>(args, grid.tile(i), partials + i * 2 * args.c);
+    }
+  });
+  merge_grad_bn<A>(grid.tiles(), args.c, 2 * args.c, partials, args.n * args.hw, static_cast<const A*>(args.bn_y),
+                   args.batch_stats, static_cast<A*>(args.grad_bn_y));
+}
+
+inline void normalise_forward(const NormaliseArgs& args) { MX_DISPATCH(normalise_forward_typed, args) }
+inline void normalise_backward(const NormaliseArgs& args) { MX_DISPATCH(normalise_backward_typed, args) }
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

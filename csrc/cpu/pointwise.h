@@ -1,0 +1,45 @@
+// The pointwise (1x1) convolution: a matrix product over the pixels of all images.
+#pragma once
+
+#include "product.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+template <class T>
+inline void pointwise_forward_of(const ForwardArgs& args) {
+  const T* const u = static_cast<const T*>(args.u);
+  const int64_t channels = args.g.c_in;
+  const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.bn_u), channels};
+  forward_product(forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
+                  [&](int64_t begin, int64_t rows, Acc<T>* tile) {
+                    activate_rows<T>(u + begin * channels, rows, activation, tile);
+                  });
+}
+
+template <class T>
+inline void pointwise_backward_of(const BackwardArgs& args) {
+  using A = Acc<T>;
+  const Geometry& g = args.g;
+  const T* const u = static_cast<const T*>(args.u);
+  const Activation<A> activation{static_cast<const A*>(args.bn_u), g.c_in};
+  const BackwardProduct<T> product{
+      g.n * g.h * g.w,
+      g.c_in,
+      g.c_out,
+      {static_cast<const T*>(args.h), static_cast<const T*>(args.y), static_cast<const A*>(args.grad_bn_y), g.c_out},
+      static_cast<const T*>(args.weight),
+      u,
+      activation,
+      args.batch_stats_u,
+      static_cast<T*>(args.h_u),
+      static_cast<A*>(args.grad_weight),
+      static_cast<A*>(args.grad_bn_u)};
+  backward_product(product, [&](int64_t begin, int64_t rows, A* panels, int64_t panel_rows) {
+    activate_panels<T>(u + begin * g.c_in, rows, activation, panels, panel_rows);
+  });
+}
+
+inline void pointwise_forward(const ForwardArgs& args) { MX_DISPATCH(pointwise_forward_of, args) }
+inline void pointwise_backward(const BackwardArgs& args) { MX_DISPATCH(pointwise_backward_of, args) }
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -1,0 +1,302 @@
+// Convolutions as matrix products over row tiles, for any source of the tile (normalised rows, im2col, depthwise rows).
+//
+//   forward    y[rows, columns] = a[rows, depth] * weight[columns, depth]^T
+//   backward   da = dy * weight,  grad_weight = dy^T * a
+//
+// The grids of tiles and chunks depend on the shape alone; partial results are merged in their order.
+#pragma once
+
+#include "epilogue.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "statistics.h"
+#include "tile.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+// Scratch slots (kernels.h): the shared one and the worker's are taken here, kWeightSlot is the caller's.
+constexpr int kSharedSlot = 0, kWorkerSlot = 1, kWeightSlot = 2;
+
+// Fewer row tiles than this, and the columns are divided too, for enough parallel tasks.
+constexpr int64_t kWantedTasks = 16;
+
+template <class T>
+struct ForwardProduct {
+  using A = Acc<T>;
+  int64_t rows, depth, columns;
+  const T* weight;  // [columns][depth]
+  T* y;
+  // Training: batch statistics.
+  A* bn_y;
+  const A *gamma, *beta;
+  double eps;
+  // Inference.
+  const A* epilogue_bn;
+  bool epilogue_relu;
+};
+
+template <class T>
+inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t depth, const T* weight) {
+  using A = Acc<T>;
+  const Geometry& g = args.g;
+  return {g.n * g.out_h * g.out_w,
+          depth,
+          g.c_out,
+          weight,
+          static_cast<T*>(args.y),
+          static_cast<A*>(args.bn_y),
+          static_cast<const A*>(args.gamma),
+          static_cast<const A*>(args.beta),
+          args.eps,
+          static_cast<const A*>(args.epilogue_bn),
+          args.epilogue_relu};
+}
+
+// build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a.
+template <class T, class Build>
+inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
+  using A = Acc<T>;
+  const int64_t pitch = tile_pitch<A>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
+  const int64_t panel_size = p.depth * kPanel<A>;
+  const RowTiles tiles = row_tiles(p.rows, pitch * sizeof(A));
+  const int64_t groups = min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
+  const bool training = p.bn_y != nullptr;
+  const int64_t moments_size = training ? tiles.count * 2 * p.columns : 0;
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(panels * panel_size) + Workspace::bytes<A>(moments_size)));
+  A* const packed = shared.take<A>(panels * panel_size);
+  A* const moments = shared.take<A>(moments_size);
+
+  const auto pack = [&](int64_t panel) {
+    const int64_t column = panel * kPanel<A>;
+    pack_transposed<T>(p.weight + column * p.depth, p.columns - column, p.depth, packed + panel * panel_size);
+  };
+  // With one tile, a panel has one user, which packs it just before; it is still in that core's cache then.
+  const bool pack_first = tiles.count > 1;
+  if (pack_first)
+    parallel(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) pack(panel);
+    });
+
+  parallel(tiles.count * groups, [&](int64_t begin, int64_t end) {
+    A* const tile = static_cast<A*>(scratch(kWorkerSlot, Workspace::bytes<A>(tiles.rows * pitch)));
+    int64_t built = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t t = task / groups, group = task % groups, rows = tiles.size(t);
+      if (t != built) build(tiles.begin(t), rows, tile);
+      built = t;
+      for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
+        if (!pack_first) pack(panel);
+        const A* const b = packed + panel * panel_size;
+        const int64_t column = panel * kPanel<A>, columns = p.columns - column;
+        T* const y = p.y + tiles.begin(t) * p.columns + column;
+        if (p.epilogue_bn || p.epilogue_relu) {
+          StoreNormalised<T> epilogue{y, p.columns, columns, {p.epilogue_bn, p.columns}, column, p.epilogue_relu};
+          multiply_tile<false>(tile, pitch, rows, b, columns, p.depth, epilogue);
+        } else {
+          StoreWithMoments<T> epilogue(y, p.columns, columns, training);
+          multiply_tile<false>(tile, pitch, rows, b, columns, p.depth, epilogue);
+          if (training) {
+            A* const mean = moments + t * 2 * p.columns + column;
+            epilogue.finish(rows, mean, mean + p.columns);
+          }
+        }
+      }
+    }
+  });
+
+  if (training)
+    merge_statistics<A>(
+        tiles.count, p.columns, moments, [&](int64_t t) { return tiles.size(t); }, p.gamma, p.beta, p.eps, p.bn_y);
+}
+
+template <class T>
+struct BackwardProduct {
+  using A = Acc<T>;
+  int64_t rows, depth, columns;
+  OutputGradient<T> gradient;
+  const T* weight;  // [columns][depth]
+  // The input; h_u and grad_bn_u are only made for an input of one row of u per row of the product.
+  const T* u;
+  Activation<A> activation;
+  bool batch_stats_u;
+  T* h_u;          // null: not wanted
+  A* grad_weight;  // [columns][depth]; null: not wanted
+  A* grad_bn_u;    // null: not wanted
+};
+
+// The parts of a backward pass that its two schedules share.
+template <class T>
+class BackwardTiles {
+ public:
+  using A = Acc<T>;
+
+  BackwardTiles(const BackwardProduct<T>& p, RowTiles tiles) : p_(p), tiles_(tiles) {}
+
+  int64_t pitch() const { return tile_pitch<A>(p_.columns); }
+  int64_t panels() const { return ceil_div(p_.depth, kPanel<A>); }
+  int64_t panel_size() const { return p_.columns * kPanel<A>; }
+  int64_t packed_size() const { return p_.h_u ? panels() * panel_size() : 0; }
+  int64_t sums_size() const { return p_.grad_bn_u ? tiles_.count * 2 * p_.depth : 0; }
+
+  void pack(A* packed) {
+    packed_ = packed;
+    if (p_.h_u)
+      parallel(panels(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          pack_rows<T>(p_.weight + i * kPanel<A>, p_.depth, p_.depth - i * kPanel<A>, p_.columns,
+                       packed + i * panel_size());
+      });
+  }
+
+  void set_sums(A* sums) { sums_ = sums; }
+
+  // h_u of tile t, whose output gradient is dy.
+  void input_gradient(int64_t t, const A* dy) const {
+    for (int64_t i = 0; i < panels(); ++i) {
+      const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
+      StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset, p_.activation, channel, p_.depth - channel};
+      multiply_tile<false>(dy, pitch(), tiles_.size(t), packed_ + i * panel_size(), epilogue.columns, p_.columns,
+                           epilogue);
+      if (p_.grad_bn_u) {
+        A* const sums = sums_ + t * 2 * p_.depth + channel;
+        epilogue.finish(sums, sums + p_.depth);
+      }
+    }
+  }
+
+  void merge_sums() const {
+    if (p_.grad_bn_u)
+      merge_grad_bn<A>(tiles_.count, p_.depth, 2 * p_.depth, sums_, p_.rows, p_.activation.bn, p_.batch_stats_u,
+                       p_.grad_bn_u);
+  }
+
+ private:
+  const BackwardProduct<T>& p_;
+  RowTiles tiles_;
+  A* packed_ = nullptr;
+  A* sums_ = nullptr;
+};
+
+// Small weights: each chunk of tiles adds up a weight gradient of its own, in one pass over the data.
+template <class T, class BuildPanels>
+inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+  using A = Acc<T>;
+  constexpr int64_t kMostChunks = 64;
+  const int64_t weight_size = p.columns * p.depth;
+  const int64_t row_bytes = (tile_pitch<A>(p.columns) + round_up(p.depth, kPanel<A>)) * sizeof(A);
+  const RowTiles tiles = row_tiles(p.rows, row_bytes);
+  BackwardTiles<T> backward(p, tiles);
+  const int64_t chunks = p.grad_weight ? min_of(tiles.count, kMostChunks) : tiles.count;
+  const int64_t partials_size = p.grad_weight ? chunks * weight_size : 0;
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(backward.packed_size()) +
+                                            Workspace::bytes<A>(backward.sums_size()) +
+                                            Workspace::bytes<A>(partials_size)));
+  backward.pack(shared.take<A>(backward.packed_size()));
+  backward.set_sums(shared.take<A>(backward.sums_size()));
+  A* const partials = shared.take<A>(partials_size);
+  const int64_t pitch = backward.pitch(), panels = backward.panels();
+
+  parallel(chunks, [&](int64_t begin, int64_t end) {
+    const int64_t dy_size = tiles.rows * pitch, a_size = p.grad_weight ? panels * tiles.rows * kPanel<A> : 0;
+    Workspace own(scratch(kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(a_size)));
+    A* const dy = own.take<A>(dy_size);
+    A* const a = own.take<A>(a_size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * tiles.count / chunks, last = (chunk + 1) * tiles.count / chunks;
+      for (int64_t t = first; t < last; ++t) {
+        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t), dy);
+        if (p.grad_weight) {
+          build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
+          for (int64_t i = 0; i < panels; ++i) {
+            const int64_t column = i * kPanel<A>;
+            AddToRows<A> epilogue{partials + chunk * weight_size + column, p.depth, p.depth - column, t > first};
+            multiply_tile<true>(dy, pitch, p.columns, a + i * tiles.rows * kPanel<A>, epilogue.columns, tiles.size(t),
+                                epilogue);
+          }
+        }
+        if (p.h_u) backward.input_gradient(t, dy);
+      }
+    }
+  });
+
+  backward.merge_sums();
+  if (p.grad_weight)
+    parallel(ceil_div(weight_size, 1024), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * 1024; i < min_of(end * 1024, weight_size); i += kLanes<A>) {
+        const int count = int(min_of(weight_size - i, kLanes<A>));
+        Vec<A> sum = zero<A>();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          sum += load_partial<A>(partials + chunk * weight_size + i, count);
+        store_partial<A>(p.grad_weight + i, sum, count);
+      }
+    });
+}
+
+// Large weights: a partial gradient per chunk would cost more traffic than the activations. Instead, stretches of rows
+// go through two steps: row tiles (dy and a are built and kept, h_u is made), then blocks of the weight gradient over
+// all rows of the stretch.
+template <class T, class BuildPanels>
+inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+  using A = Acc<T>;
+  constexpr int64_t kStretchBytes = 32 << 20, kDepth = 192, kBlocks = 20 * kBlockRows;
+  constexpr int64_t kGroupPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
+  const int64_t panels = ceil_div(p.depth, kPanel<A>);
+  const int64_t row_bytes = (tile_pitch<A>(p.columns) + panels * kPanel<A>)*sizeof(A);
+  const RowTiles tiles = row_tiles(p.rows, row_bytes);
+  BackwardTiles<T> backward(p, tiles);
+  const int64_t pitch = backward.pitch();
+  const int64_t stretch_tiles = min_of(max_of(kStretchBytes / (tiles.rows * row_bytes), 1), tiles.count);
+  const int64_t stretch_rows = stretch_tiles * tiles.rows;
+  const int64_t dy_size = stretch_rows * pitch, a_size = panels * stretch_rows * kPanel<A>;
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(backward.packed_size()) +
+                                            Workspace::bytes<A>(backward.sums_size()) + Workspace::bytes<A>(dy_size) +
+                                            Workspace::bytes<A>(a_size)));
+  backward.pack(shared.take<A>(backward.packed_size()));
+  backward.set_sums(shared.take<A>(backward.sums_size()));
+  A* const dy = shared.take<A>(dy_size);
+  A* const a = shared.take<A>(a_size);
+
+  for (int64_t first = 0; first < tiles.count; first += stretch_tiles) {
+    const int64_t stretch = min_of(stretch_tiles, tiles.count - first);
+    const int64_t rows = min_of(stretch * tiles.rows, p.rows - tiles.begin(first));
+    parallel(stretch, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = first + i, row = i * tiles.rows;
+        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t), dy + row * pitch);
+        build_panels(tiles.begin(t), tiles.size(t), a + row * kPanel<A>, stretch_rows);
+        if (p.h_u) backward.input_gradient(t, dy + row * pitch);
+      }
+    });
+    const int64_t blocks = ceil_div(p.columns, kBlocks);
+    parallel(ceil_div(panels, kGroupPanels) * blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task % blocks * kBlocks, panel = task / blocks * kGroupPanels;
+        for (int64_t d = 0; d < rows; d += kDepth)
+          for (int64_t i = panel; i < min_of(panel + kGroupPanels, panels); ++i) {
+            const int64_t column = i * kPanel<A>;
+            AddToRows<A> epilogue{p.grad_weight + n * p.depth + column, p.depth, p.depth - column, first + d > 0};
+            multiply_tile<true>(dy + d * pitch + n, pitch, min_of(kBlocks, p.columns - n),
+                                a + (i * stretch_rows + d) * kPanel<A>, epilogue.columns, min_of(kDepth, rows - d),
+                                epilogue);
+          }
+      }
+    });
+  }
+  backward.merge_sums();
+}
+
+// build_panels(begin, rows, panels, panel_rows) fills panels (see activate_panels) with rows [begin, begin + rows) of a.
+template <class T, class BuildPanels>
+inline void backward_product(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+  constexpr int64_t kLargeWeight = 256 * 512;
+  if (p.rows == 0 && p.grad_weight) {
+    __builtin_memset(p.grad_weight, 0, p.columns * p.depth * sizeof(Acc<T>));
+    BackwardTiles<T>(p, {}).merge_sums();
+  } else if (p.grad_weight && p.columns * p.depth > kLargeWeight) {
+    backward_in_stretches(p, build_panels);
+  } else {
+    backward_in_chunks(p, build_panels);
+  }
+}
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

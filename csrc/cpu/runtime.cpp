@@ -1,0 +1,109 @@
+// What the kernels need from the process: threads, scratch memory, and the choice of the instruction set.
+#include "runtime.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+namespace mx::cpu {
+
+void parallel_for(int64_t n, void* context, RangeFunction fn) {
+  if (n <= 0) return;
+  // A grain of one: PyTorch then cuts [0, n) evenly over all its threads. Results do not depend on the cut.
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { fn(context, begin, end); });
+}
+
+int max_threads() { return int(torch::stable::get_num_threads()); }
+
+namespace {
+
+constexpr size_t kAlignment = 64;  // a cache line, and AVX-512's vector
+
+struct ScratchSlot {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~ScratchSlot() { free(data); }
+};
+
+}  // namespace
+
+void* scratch(int slot, size_t bytes) {
+  constexpr int kSlots = 8;
+  static thread_local ScratchSlot slots[kSlots];
+  ScratchSlot& s = slots[slot];
+  if (s.bytes < bytes) {
+    free(s.data);
+    s.bytes = 0;
+    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    s.data = aligned_alloc(kAlignment, rounded);
+    if (s.data == nullptr) {
+      // Nothing may be thrown inside a parallel region; without memory a kernel has no result to give.
+      if (slot != 0) abort();
+      STD_TORCH_CHECK(false, "not enough memory for a workspace of ", rounded, " bytes");
+    }
+    s.bytes = rounded;
+  }
+  return s.data;
+}
+
+namespace {
+
+const char* const kIsaVariable = "MOBILENET_EXT_CPU_ISA";
+
+// From the narrowest to the widest that this machine runs.
+int supported_kernels(const Kernels* (&tables)[3]) {
+  int count = 0;
+  tables[count++] = &baseline_kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    tables[count++] = &avx2_kernels;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      tables[count++] = &avx512_kernels;
+  }
+#endif
+  return count;
+}
+
+// Null when MOBILENET_EXT_CPU_ISA names something this machine cannot run.
+const Kernels* choose_kernels() {
+  const Kernels* tables[3];
+  const int count = supported_kernels(tables);
+  const char* wanted = getenv(kIsaVariable);
+  if (wanted == nullptr || *wanted == '\0') return tables[count - 1];
+  for (int i = 0; i < count; ++i)
+    if (strcmp(tables[i]->isa, wanted) == 0) return tables[i];
+  return nullptr;
+}
+
+const Kernels* chosen_kernels() {
+  static const Kernels* const chosen = choose_kernels();
+  return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* chosen = chosen_kernels();
+  if (chosen == nullptr) {
+    const Kernels* tables[3];
+    const int count = supported_kernels(tables);
+    std::string names;
+    for (int i = 0; i < count; ++i) names += (i ? ", " : "") + std::string(tables[i]->isa);
+    STD_TORCH_CHECK(false, "environment variable ", kIsaVariable, "=", getenv(kIsaVariable),
+                    ": this machine runs the instruction sets ", names);
+  }
+  return *chosen;
+}
+
+}  // namespace mx::cpu
+
+extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() {
+  const mx::cpu::Kernels* chosen = mx::cpu::chosen_kernels();
+  return chosen ? chosen->isa : nullptr;
+}

@@ -1,0 +1,15 @@
+// The kernels of the instruction set in use.
+#pragma once
+
+#include "kernels.h"
+
+namespace mx::cpu {
+
+// The widest instruction set that this machine runs, or the one that the environment variable MOBILENET_EXT_CPU_ISA
+// (baseline, avx2, avx512) names; read once. Throws where it names one that the machine cannot run.
+const Kernels& kernels();
+
+}  // namespace mx::cpu
+
+// The name of the instruction set in use, for Python by ctypes; null where MOBILENET_EXT_CPU_ISA is impossible.
+extern "C" const char* mx_cpu_isa();

@@ -1,0 +1,172 @@
+// The dense 3x3 convolution, meant for the first layer's few input channels: rows of taps (im2col) are gathered into a
+// tile in cache and multiplied. The order of a row's taps, and of the weights here, is (ky, kx, channel): the three
+// pixels under one row of the kernel lie together in memory. Taps outside the image are zeros that are multiplied, as
+// nn.Conv2d does (an infinite weight there gives a NaN).
+#pragma once
+
+#include "product.h"
+
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+constexpr int kTaps = 9;  // 3x3
+
+// Writes `count` values at `column` of a row whose columns lie in panels of `width`, `stride` elements apart. Null: 0.
+template <class T>
+MX_INLINE void write_taps(const T* from, int64_t count, int64_t column, Acc<T>* row, int64_t width, int64_t stride) {
+  using A = Acc<T>;
+  while (count > 0) {
+    A* const to = row + column / width * stride + column % width;
+    const int64_t piece = min_of(min_of(count, width - column % width), kLanes<A>);
+    store_partial<A>(to, from ? load_partial<T>(from, int(piece)) : zero<A>(), int(piece));
+    if (from) from += piece;
+    column += piece;
+    count -= piece;
+  }
+}
+
+// The taps of output pixels [begin, begin + pixels), a row each; rows are `pitch` elements apart.
+template <class T>
+inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, Acc<T>* out, int64_t pitch,
+                        int64_t width, int64_t stride) {
+  const int64_t c = g.c_in;
+  int64_t ox = begin % g.out_w, oy = begin / g.out_w % g.out_h, image = begin / (g.out_w * g.out_h);
+  for (int64_t i = 0; i < pixels; ++i) {
+    Acc<T>* const row = out + i * pitch;
+    const int64_t ix = ox * g.stride - g.padding;
+    const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
+    for (int ky = 0; ky < 3; ++ky) {
+      const int64_t iy = oy * g.stride - g.padding + ky, column = ky * 3 * c;
+      if (iy < 0 || iy >= g.h) {
+        write_taps<T>(nullptr, 3 * c, column, row, width, stride);
+      } else {
+        const T* const line = x + ((image * g.h + iy) * g.w + ix) * c;
+        write_taps<T>(nullptr, left * c, column, row, width, stride);
+        write_taps<T>(line + left * c, (right - left) * c, column + left * c, row, width, stride);
+        write_taps<T>(nullptr, (3 - right) * c, column + right * c, row, width, stride);
+      }
+    }
+    if (++ox == g.out_w) {
+      ox = 0;
+      if (++oy == g.out_h) {
+        oy = 0;
+        ++image;
+      }
+    }
+  }
+}
+
+// [columns][channel][ky][kx] to [columns][ky][kx][channel], and back.
+template <class T>
+inline void taps_last_to_first(const T* from, int64_t columns, int64_t channels, T* to) {
+  for (int64_t n = 0; n < columns; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < kTaps; ++tap)
+        to[(n * kTaps + tap) * channels + c] = from[(n * channels + c) * kTaps + tap];
+}
+
+template <class A>
+inline void taps_first_to_last(const A* from, int64_t columns, int64_t channels, A* to) {
+  for (int64_t n = 0; n < columns; ++n)
+    for (int64_t tap = 0; tap < kTaps; ++tap)
+      for (int64_t c = 0; c < channels; ++c)
+        to[(n * channels + c) * kTaps + tap] = from[(n * kTaps + tap) * channels + c];
+}
+
+template <class T>
+inline void stem_forward_of(const ForwardArgs& args) {
+  using A = Acc<T>;
+  const Geometry& g = args.g;
+  const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<A>(depth);
+  T* const weight = static_cast<T*>(scratch(kWeightSlot, g.c_out * depth * sizeof(T)));
+  taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
+  const T* const x = static_cast<const T*>(args.u);
+  forward_product(forward_product_of<T>(args, depth, weight), [&](int64_t begin, int64_t rows, A* tile) {
+    gather_taps<T>(x, g, begin, rows, tile, pitch, pitch, 0);
+  });
+}
+
+// The input gradient. Each input row is one task, which adds up the output rows that reach it, in the order of ky.
+template <class T>
+inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
+  using A = Acc<T>;
+  constexpr int64_t kPixels = 8 * kTileStep;
+  const Geometry& g = args.g;
+  const int64_t c = g.c_in, columns = 3 * c, pitch = tile_pitch<A>(g.c_out);
+  const int64_t panels = ceil_div(columns, kPanel<A>), panel_size = g.c_out * kPanel<A>;
+  A* const packed = static_cast<A*>(scratch(kSharedSlot, 3 * panels * panel_size * sizeof(A)));
+  for (int64_t ky = 0; ky < 3; ++ky)
+    for (int64_t i = 0; i < panels; ++i)
+      pack_rows<T>(weight + ky * columns + i * kPanel<A>, kTaps * c, columns - i * kPanel<A>, g.c_out,
+                   packed + (ky * panels + i) * panel_size);
+
+  parallel(g.n * g.h, [&](int64_t begin, int64_t end) {
+    const int64_t dy_size = kPixels * pitch, taps_size = kPixels * columns, line_size = g.w * c;
+    Workspace own(scratch(kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(taps_size) +
+                                           Workspace::bytes<A>(line_size)));
+    A* const dy = own.take<A>(dy_size);
+    A* const taps = own.take<A>(taps_size);
+    A* const line = own.take<A>(line_size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / g.h, iy = task % g.h;
+      __builtin_memset(line, 0, line_size * sizeof(A));
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        const int64_t oy = (iy + g.padding - ky) / g.stride;
+        if (iy + g.padding < ky || oy >= g.out_h || (iy + g.padding - ky) % g.stride) continue;
+        for (int64_t first = 0; first < g.out_w; first += kPixels) {
+          const int64_t pixels = min_of(kPixels, g.out_w - first);
+          gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, dy);
+          for (int64_t i = 0; i < panels; ++i) {
+            AddToRows<A> epilogue{taps + i * kPanel<A>, columns, columns - i * kPanel<A>, false};
+            multiply_tile<false>(dy, pitch, pixels, packed + (ky * panels + i) * panel_size, epilogue.columns, g.c_out,
+                                 epilogue);
+          }
+          for (int64_t p = 0; p < pixels; ++p)
+            for (int64_t kx = 0; kx < 3; ++kx) {
+              const int64_t ix = (first + p) * g.stride - g.padding + kx;
+              if (ix < 0 || ix >= g.w) continue;
+              for (int64_t j = 0; j < c; ++j) line[ix * c + j] += taps[p * columns + kx * c + j];
+            }
+        }
+      }
+      T* const out = static_cast<T*>(args.h_u) + task * line_size;
+      for (int64_t i = 0; i < line_size; i += kLanes<A>) {
+        const int count = int(min_of(line_size - i, kLanes<A>));
+        store_partial<T>(out + i, load_partial<A>(line + i, count), count);
+      }
+    }
+  });
+}
+
+template <class T>
+inline void stem_backward_of(const BackwardArgs& args) {
+  using A = Acc<T>;
+  const Geometry& g = args.g;
+  const int64_t depth = kTaps * g.c_in, weight_size = g.c_out * depth;
+  const OutputGradient<T> gradient{static_cast<const T*>(args.h), static_cast<const T*>(args.y),
+                                   static_cast<const A*>(args.grad_bn_y), g.c_out};
+  Workspace own(scratch(kWeightSlot, Workspace::bytes<A>(weight_size) + Workspace::bytes<T>(weight_size)));
+  if (args.grad_weight) {
+    A* const grad_weight = own.take<A>(weight_size);
+    const T* const x = static_cast<const T*>(args.u);
+    BackwardProduct<T> product{};
+    product.rows = g.n * g.out_h * g.out_w;
+    product.depth = depth;
+    product.columns = g.c_out;
+    product.gradient = gradient;
+    product.grad_weight = grad_weight;
+    backward_product(product, [&](int64_t begin, int64_t rows, A* panels, int64_t panel_rows) {
+      gather_taps<T>(x, g, begin, rows, panels, kPanel<A>, kPanel<A>, panel_rows * kPanel<A>);
+    });
+    taps_first_to_last(grad_weight, g.c_out, g.c_in, static_cast<A*>(args.grad_weight));
+  }
+  if (args.h_u) {
+    T* const weight = own.take<T>(weight_size);
+    taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
+    stem_input_gradient<T>(args, gradient, weight);
+  }
+}
+
+inline void stem_forward(const ForwardArgs& args) { MX_DISPATCH(stem_forward_of, args) }
+inline void stem_backward(const BackwardArgs& args) { MX_DISPATCH(stem_backward_of, args) }
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE

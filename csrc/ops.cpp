@@ -1,0 +1,14 @@
+// Defines every op's schema: in `mobilenet_ext`, which the library calls and whose kernels Python registers, and the
+// kernel ops again in `mobilenet_ext_cpu`, which csrc/cpu/bindings.cpp implements.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#define MX_DEFINE_OP(schema) m.def(schema);
+
+STABLE_TORCH_LIBRARY(mobilenet_ext, m) {
+  MX_KERNEL_OPS(MX_DEFINE_OP)
+  MX_LAYER_OPS(MX_DEFINE_OP)
+}
+
+STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) { MX_KERNEL_OPS(MX_DEFINE_OP) }

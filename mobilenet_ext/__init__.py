@@ -1,0 +1,8 @@
+"""Fused depthwise-separable convolutions for PyTorch: kernels, modules, and MobileNetV1 on them."""
+
+from mobilenet_ext import backends, functional, nn
+from mobilenet_ext.freezing import freeze
+from mobilenet_ext.models import MobileNetV1
+
+__version__ = "0.1.0"
+__all__ = ["MobileNetV1", "backends", "freeze", "functional", "nn"]

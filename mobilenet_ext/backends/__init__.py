@@ -1,0 +1,122 @@
+"""Backends: which implementation of the kernel ops runs, and how to choose one.
+
+Every backend implements the op set of ``csrc/ops.h``:
+
+========== ============================ ==========================================
+name       runs on                      written in
+========== ============================ ==========================================
+cpu        any CPU                      C++ (``csrc/cpu``), vectorised at run time
+reference  anything PyTorch runs on     plain PyTorch (``backends/reference.py``)
+========== ============================ ==========================================
+
+``auto``, the default, picks the fastest usable backend for the device of the tensors. The choice is made for the whole
+process (backward runs on threads of its own) and is read at every call, by compiled graphs too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from mobilenet_ext.backends import cpu, reference
+
+__all__ = ["available", "current", "kernel", "set", "use"]
+
+AUTO = "auto"
+
+
+class Backend(NamedTuple):
+    kernels: Any  # an attribute for each kernel op
+    device_type: str | None  # None: any
+    why_not: Callable[[], str | None]
+
+
+_BACKENDS = {
+    "cpu": Backend(cpu.kernels, "cpu", cpu.why_not),
+    "reference": Backend(reference, None, lambda: None),
+}
+# Part of the contract, with kernels to come: `available` says so, `set` refuses them with the same words.
+_ABSENT = dict.fromkeys(("triton", "cuda"), "this version of mobilenet_ext has no GPU kernels")
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name, with None where it is usable here, else one line that says why it is not."""
+    return {**_ABSENT, **{name: backend.why_not() for name, backend in _BACKENDS.items()}}
+
+
+def set(name: str) -> None:
+    """Choose the backend for the whole process: a name from :func:`available`, or ``"auto"``.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the backend is not usable here; the message says why.
+    """
+    global _chosen
+    _chosen = _checked(name)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run the body of a ``with`` statement on one backend; errors as in :func:`set`.
+
+    The choice holds for the whole process while the body runs, not for one thread alone.
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def current(device_type: str) -> str:
+    """The name of the backend that runs ops on tensors of ``device_type`` (``"cpu"``, ``"cuda"``, ...) now.
+
+    Raises:
+        RuntimeError: the backend chosen with :func:`set` or :func:`use` does not run on this device.
+    """
+    if _chosen != AUTO:
+        wanted = _BACKENDS[_chosen].device_type
+        if wanted not in (None, device_type):
+            raise RuntimeError(f"backend {_chosen!r} runs on {wanted} tensors, not on {device_type} tensors")
+        return _chosen
+    name = _auto.get(device_type)
+    if name is None:
+        name = _auto[device_type] = _pick(device_type)
+    return name
+
+
+def kernel(op: str, device_type: str) -> Callable[..., Any]:
+    """The current backend's implementation of a kernel op for tensors of ``device_type``."""
+    return getattr(_BACKENDS[current(device_type)].kernels, op)
+
+
+def _checked(name: str) -> str:
+    names = available()
+    if name != AUTO and name not in names:
+        raise ValueError(f"backend {name!r} is not known; accepted are {', '.join([AUTO, *names])}")
+    if names.get(name) is not None:
+        raise RuntimeError(f"backend {name!r} is not usable here: {names[name]}")
+    return name
+
+
+def _pick(device_type: str) -> str:
+    for name, backend in _BACKENDS.items():
+        if backend.device_type == device_type and backend.why_not() is None:
+            return name
+    if device_type != "meta":
+        reasons = "; ".join(f"{name}: {why}" for name, why in available().items() if why)
+        warnings.warn(
+            f"mobilenet_ext has no kernels for {device_type} tensors here and uses its slow reference backend ({reasons})",
+            stacklevel=2,
+        )
+    return "reference"
+
+
+_auto: dict[str, str] = {}  # device type -> what `auto` picked
+_chosen = _checked(os.environ.get("MOBILENET_EXT_BACKEND", AUTO))

@@ -1,0 +1,23 @@
+"""The CPU backend: C++ kernels (``csrc/cpu``), one build for every instruction set and every torch from 2.11 on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
+
+if not LIBRARY.exists():
+    raise ImportError(
+        f"{LIBRARY} is missing: mobilenet_ext is imported from a source tree whose kernels were not built; "
+        "run `pip install -e .` there"
+    )
+torch.ops.load_library(str(LIBRARY))  # also defines the schemas of the op set
+
+kernels = torch.ops.mobilenet_ext_cpu
+
+
+def why_not() -> str | None:
+    """None: the kernels run on every CPU."""
+    return None

@@ -1,0 +1,276 @@
+"""The network's chain: convolution, BatchNorm and ReLU units in a row, as one autograd node over the kernel ops.
+
+Between two convolutions of a chain nothing but the raw convolution output is stored: the next convolution normalises
+and rectifies it on load, in the backward pass too. One node for the whole chain, because an autograd node a layer
+costs more host time than the kernels of the small layers take.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobilenet_ext import ops
+from mobilenet_ext.autograd import refuse_double_backward
+from mobilenet_ext.backends.reference import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
+from mobilenet_ext.layers import update_running_stats_
+
+Kind = Literal["stem", "depthwise", "pointwise"]
+End = Literal["relu", "linear", "pool"]
+
+
+class Unit(NamedTuple):
+    """A convolution (without its bias), BatchNorm and ReLU, as tensors and settings."""
+
+    kind: Kind
+    stride: int
+    padding: int
+    weight: Tensor
+    conv_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch_stats: bool  # normalise by the batch's statistics, otherwise by the running ones
+    momentum: float | None  # the share of the batch's statistics in the new running ones; None: leave them
+    eps: float
+
+    def output_size(self, n: int, h: int, w: int) -> tuple[int, int, int, int]:
+        kernel = self.weight.shape[2]
+        h, w = (ops.conv_output_size(size, kernel, self.stride, self.padding) for size in (h, w))
+        return n, self.weight.shape[0], h, w
+
+
+class InferenceUnit(NamedTuple):
+    """A unit with its BatchNorm folded into ``bn``, acc [5, C] (``csrc/ops.h``)."""
+
+    kind: Kind
+    stride: int
+    padding: int
+    weight: Tensor
+    bn: Tensor
+
+
+class _Settings(NamedTuple):
+    kind: Kind
+    stride: int
+    padding: int
+    batch_stats: bool
+    eps: float
+
+
+def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
+    """Run a chain of units over ``x``, as the plain modules would, statistics and all.
+
+    Args:
+        x: activation ``[N, C, H, W]``, any memory format, not empty.
+        units: at least one; a stem only in front.
+        end: ``"relu"``: the last unit's activation; ``"linear"``: the same before the ReLU; ``"pool"``: the activation's
+            mean over each image, ``[N, C, 1, 1]``.
+
+    Returns:
+        A channels_last tensor in the dtype of ``x``, or autocast's where that is on.
+
+    Raises:
+        ValueError: batch statistics over one value a channel.
+    """
+    dtype = compute_dtype(x)
+    # With forward-mode differentiation on, the autograd node is where it is refused.
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if not (any(unit.batch_stats for unit in units) or _needs_grad(x, units) or forward_mode):
+        return infer(x, [fold(unit) for unit in units], end, dtype)
+
+    counts = _values_per_channel(x, units)
+    settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps) for u in units)
+    params: list[Tensor | None] = []
+    for unit in units:
+        running_bn = None if unit.batch_stats else _running_bn(unit)
+        params += [unit.weight, unit.conv_bias, unit.gamma, unit.beta, running_bn]
+    out, *bns = _Chain.apply(settings, end, dtype, _needs_grad(x, units), x, *params)
+
+    batch_units = [unit for unit in units if unit.batch_stats]
+    tracked = [row for row in zip(batch_units, bns, counts, strict=True) if row[0].momentum is not None]
+    if tracked:
+        update_running_stats_(
+            [unit.running_mean for unit, _, _ in tracked],
+            [unit.running_var for unit, _, _ in tracked],
+            [bn[BN_MEAN] for _, bn, _ in tracked],
+            [bn[BN_VAR] for _, bn, _ in tracked],
+            [unit.conv_bias for unit, _, _ in tracked],
+            [count for _, _, count in tracked],
+            [unit.momentum for unit, _, _ in tracked],
+        )
+    return out
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast casts ``x`` for a convolution; it leaves float64 alone."""
+    device = x.device.type
+    return (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution of ``x`` runs in: its own, or autocast's."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def fold(unit: Unit) -> InferenceUnit:
+    """The unit with its running statistics, BatchNorm parameters and convolution bias in one normalisation."""
+    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), _running_bn(unit))
+
+
+def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -> Tensor:
+    """Run folded units over ``x`` in ``dtype``, without autograd; a depthwise and a pointwise unit in one kernel."""
+    x = x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    i = 0
+    while i < len(units):
+        kind, stride, padding, weight, bn = units[i]
+        weight = weight.to(dtype).contiguous()
+        i += 1
+        relu = i < len(units) or end != "linear"
+        if kind == "stem":
+            x = ops.stem_inference(x, bn, weight, stride, padding, relu)
+        elif kind == "pointwise":
+            x = ops.pointwise_inference(x, bn, weight, relu)
+        elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
+            x = ops.block_inference(x, bn, weight, stride, units[i].bn, units[i].weight.to(dtype).contiguous())
+            i += 1
+        else:
+            x = ops.depthwise_inference(x, bn, weight, stride, padding, relu)
+    return F.adaptive_avg_pool2d(x, 1) if end == "pool" else x
+
+
+def _needs_grad(x: Tensor, units: list[Unit]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x, *(t for u in units for t in (u.weight, u.conv_bias, u.gamma, u.beta) if t is not None)]
+    return any(t.requires_grad for t in tensors)
+
+
+def _values_per_channel(x: Tensor, units: list[Unit]) -> list[int]:
+    """How many values the statistics of each unit with batch statistics are taken over."""
+    n, _, h, w = x.shape
+    counts = []
+    for unit in units:
+        size = unit.output_size(n, h, w)
+        _, _, h, w = size
+        if unit.batch_stats:
+            counts.append(n * h * w)
+            if counts[-1] == 1:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}"
+                )
+    return counts
+
+
+def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if vector is None else vector.to(ops.acc_dtype(dtype))
+
+
+def _running_bn(unit: Unit) -> Tensor:
+    vectors = (unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.conv_bias)
+    with torch.no_grad():
+        mean, *rest = (_acc(v, unit.running_mean.dtype) for v in vectors)
+        return ops.bn_from_running(mean, *rest, unit.eps)
+
+
+def _absorb_non_finite(beta: Tensor | None, conv_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``beta``, or NaN where the convolution's bias is not finite.
+
+    Batch statistics cancel any other bias, so the chain leaves it out.
+    """
+    if conv_bias is None:
+        return _acc(beta, dtype)
+    zero = _acc(conv_bias, dtype) * 0
+    return zero if beta is None else zero + beta
+
+
+class _Chain(torch.autograd.Function):
+    """``apply(settings, end, dtype, save, x, *params)`` with (weight, conv_bias, gamma, beta, running_bn) a unit in
+    ``params``, ``running_bn`` None where batch statistics are wanted. Returns the output and the ``bn`` of every unit
+    with batch statistics."""
+
+    @staticmethod
+    def forward(ctx, settings, end, dtype, save, x, *params):
+        u, bn = x.to(dtype).contiguous(memory_format=torch.channels_last), None
+        activations, weights, bns = [u], [], []
+        for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
+            weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
+            weight = weight.to(dtype).contiguous()
+            vectors = (_acc(gamma, dtype), _absorb_non_finite(beta, conv_bias, dtype), eps, batch_stats)
+            if kind == "stem":
+                u, batch_bn = ops.stem_forward(u, weight, stride, padding, *vectors)
+            elif kind == "depthwise":
+                u, batch_bn = ops.depthwise_forward(u, bn, weight, stride, padding, *vectors)
+            else:
+                u, batch_bn = ops.pointwise_forward(u, bn, weight, *vectors)
+            bn = batch_bn if batch_stats else running_bn
+            bns.append(bn)
+            if save:
+                activations.append(u)
+                weights.append(weight)
+        out = ops.bn_relu_pool_forward(u, bn) if end == "pool" else ops.bn_relu_forward(u, bn, end == "relu")
+
+        if save:
+            ctx.save_for_backward(*activations, *weights, *bns)
+        ctx.settings, ctx.end, ctx.x_dtype = settings, end, x.dtype
+        ctx.dtypes = tuple(None if p is None else p.dtype for p in params)
+        ctx.set_materialize_grads(False)
+        batch_bns = [bn for bn, setting in zip(bns, settings, strict=True) if setting.batch_stats]
+        ctx.mark_non_differentiable(*batch_bns)
+        return out, *batch_bns
+
+    @staticmethod
+    @refuse_double_backward("mobilenet_ext: chain of convolution, BatchNorm and ReLU")
+    def backward(ctx, grad, *_):
+        settings, needs_x, needs = ctx.settings, ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+        grads: list[Tensor | None] = [None] * len(needs)
+        if grad is None:
+            return None, None, None, None, None, *grads
+        n = len(settings)
+        saved = ctx.saved_tensors
+        activations, weights, bns = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 :]
+        # Behind the first unit with something to learn, nothing is needed.
+        first = 0 if needs_x else next(i for i in range(n) if any(needs[5 * i : 5 * i + 4]))
+
+        grad = grad.to(activations[n].dtype).contiguous(memory_format=torch.channels_last)
+        last = (grad, activations[n], bns[-1], settings[-1].batch_stats)
+        if ctx.end == "pool":
+            h, grad_bn = ops.bn_relu_pool_backward(*last)
+        else:
+            h, grad_bn = ops.bn_relu_backward(*last, ctx.end == "relu")
+        for i in range(n - 1, first - 1, -1):
+            kind, stride, padding, batch_stats, _ = settings[i]
+            weight_grad, bias_grad, gamma_grad, beta_grad = range(5 * i, 5 * i + 4)
+            if needs[gamma_grad]:
+                grads[gamma_grad] = grad_bn[GRAD_GAMMA]
+            if needs[beta_grad]:
+                grads[beta_grad] = grad_bn[GRAD_BETA]
+            if needs[bias_grad]:
+                # DistributedDataParallel waits for a gradient, so it is zero and not None under batch statistics.
+                grads[bias_grad] = (
+                    torch.zeros_like(grad_bn[GRAD_BETA]) if batch_stats else grad_bn[GRAD_P] * grad_bn[GRAD_BETA]
+                )
+            need_input = i > first or needs_x
+            if not (need_input or needs[weight_grad]):
+                break
+            bn_u, batch_stats_u = (bns[i - 1], settings[i - 1].batch_stats) if i else (None, False)
+            output = (h, activations[i + 1] if batch_stats else None, grad_bn)
+            wanted = (need_input, needs[weight_grad])
+            if kind == "stem":
+                h, grad_weight = ops.stem_backward(*output, activations[i], weights[i], stride, padding, *wanted)
+            else:
+                source = (activations[i], bn_u, batch_stats_u, weights[i])
+                if kind == "depthwise":
+                    h, grad_weight, grad_bn = ops.depthwise_backward(*output, *source, stride, padding, *wanted)
+                else:
+                    h, grad_weight, grad_bn = ops.pointwise_backward(*output, *source, *wanted)
+            if needs[weight_grad]:
+                grads[weight_grad] = grad_weight
+        grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, None, h.to(ctx.x_dtype) if needs_x else None, *grads

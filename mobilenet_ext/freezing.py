@@ -1,0 +1,112 @@
+"""``freeze``: the inference copy of a model, its BatchNorms folded and its blocks in one kernel each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+
+from mobilenet_ext import chain, fusion
+from mobilenet_ext.ops import acc_dtype
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """An inference copy of ``model``: BatchNorm folded, a depthwise and a pointwise unit in one kernel.
+
+    The copy shares nothing with ``model``, is in eval mode for good and gives no gradients. Units that cannot be fused
+    (hooked, swapped, without running statistics) stay the modules they are. ``.to(dtype)`` afterwards rounds the
+    weights, not the folded BatchNorm.
+
+    Args:
+        model: a :class:`~mobilenet_ext.MobileNetV1`, a module of :mod:`mobilenet_ext.nn`, or a module containing some.
+
+    Returns:
+        A module with the outputs of ``model.eval()``; ``.train()`` on it raises RuntimeError.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, an nn.Module is accepted")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(frozen.modules()):
+        if isinstance(module, fusion.FusedSequential):
+            _fold_units(module)
+    return frozen
+
+
+class FrozenChain(nn.Module):
+    """A chain of folded units, and the global average pooling behind it if there was one.
+
+    Shapes: input ``[N, C, H, W]`` in the dtype of the weights (any under autocast), output ``[N, C', H', W']``, or
+    ``[N, C', 1, 1]`` with pooling.
+    """
+
+    def __init__(self, units: list[fusion.UnitModules], pool: bool) -> None:
+        super().__init__()
+        self.end: chain.End = "pool" if pool else "relu"
+        self.geometry = []
+        for i, unit in enumerate(units):
+            kind, stride, padding, weight, bn = chain.fold(fusion.as_tensors(unit))
+            self.geometry.append((kind, stride, padding))
+            self.register_buffer(f"weight{i}", weight.clone())
+            self.register_buffer(f"bn{i}", bn)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self._checked_dtype(x)
+        units = [
+            chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"))
+            for i, geometry in enumerate(self.geometry)
+        ]
+        out = chain.infer(x, units, self.end, dtype)
+        return fusion.match_memory_format(out, x, *(unit.weight for unit in units))
+
+    def train(self, mode: bool = True) -> FrozenChain:
+        if mode:
+            raise RuntimeError("a frozen model is for inference only: train the model it was made of")
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenChain:
+        """``.half()`` and the like: the weights follow, the folded BatchNorms stay in the accumulation dtype."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if name.startswith("bn")}
+        super()._apply(fn, recurse)
+        dtype = acc_dtype(self.weight0.dtype)
+        for name, buffer in exact.items():
+            if self._buffers[name].dtype != dtype:
+                self._buffers[name] = buffer.to(device=self._buffers[name].device, dtype=dtype)
+        return self
+
+    def _checked_dtype(self, x: Tensor) -> torch.dtype:
+        kind, weight = self.geometry[0][0], self.weight0
+        channels = weight.shape[0] if kind == "depthwise" else weight.shape[1]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"input: got shape {tuple(x.shape)}, accepted is [N, {channels}, H, W]")
+        if x.device != weight.device:
+            raise ValueError(f"input: is on {x.device}, accepted is the weights' device, {weight.device}")
+        if x.dtype != weight.dtype and not (chain.is_autocast(x) and x.dtype in fusion.DTYPES):
+            raise TypeError(f"input: got {x.dtype}, accepted is the weights' dtype, {weight.dtype}")
+        return chain.compute_dtype(x)
+
+
+def _fold_units(container: fusion.FusedSequential) -> None:
+    modules = list(fusion.flatten(container))
+    folded: list[nn.Module] = []
+    while modules:
+        units, pool = fusion.leading_chain(modules)
+        foldable = list(takewhile(lambda unit: unit.bn.running_mean is not None, units))
+        if foldable:
+            pool = pool and len(foldable) == len(units)
+            folded.append(FrozenChain(foldable, pool))
+            del modules[: 3 * len(foldable) + pool]
+        else:
+            folded.append(modules.pop(0))
+    container._modules.clear()
+    for i, module in enumerate(folded):
+        container.add_module(str(i), module)

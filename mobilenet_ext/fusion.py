@@ -1,0 +1,198 @@
+"""Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
+
+A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and ``ReLU`` with settings the kernels
+support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no replaced
+``forward``. Everything else runs as the modules it is made of, and the chain starts again behind it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules import module as nn_module
+
+from mobilenet_ext import chain, ops
+from mobilenet_ext.chain import Kind, Unit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class UnitModules(NamedTuple):
+    """The modules of a unit that can be fused; its ReLU has nothing to keep."""
+
+    kind: Kind
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` whose forward runs convolution, BatchNorm and ReLU units through the fused kernels.
+
+    Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
+    in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.
+
+    Shapes: input ``[N, C, H, W]`` for the first module; output as the last module gives it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_modules(self, input)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        # nn.Sequential would call the constructor of the subclass, which may take something else than modules.
+        if isinstance(index, slice):
+            return FusedSequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+def run_modules(container: nn.Sequential, x: Tensor) -> Tensor:
+    """Run the modules in ``container`` one after the other, chains of fusable units through the kernels."""
+    modules = list(flatten(container))
+    i = 0
+    while i < len(modules):
+        units, pool = leading_chain(modules[i:])
+        if units and accepts(x, units):
+            x = run_chain(units, pool, x)
+            i += 3 * len(units) + pool
+        else:
+            x = modules[i](x)
+            i += 1
+    return x
+
+
+def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
+    """The modules in ``container``, with those of its untouched sequential containers in their places."""
+    for module in container:
+        if type(module).forward in (nn.Sequential.forward, FusedSequential.forward) and is_untouched(module):
+            yield from flatten(module)
+        else:
+            yield module
+
+
+def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
+    """The longest chain of units that ``modules`` begin with (may be empty), and whether a global pooling follows it."""
+    units: list[UnitModules] = []
+    while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
+        if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
+            break
+        units.append(unit)
+    behind = modules[3 * len(units) :][:1]
+    pool = bool(units and behind) and _is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
+    return units, pool
+
+
+def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
+    """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
+    if torch.jit.is_tracing():
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return False  # torch.func and forward-mode differentiation
+    dtype = chain.compute_dtype(x)
+    if x.dtype not in DTYPES or dtype not in DTYPES:
+        return False
+    conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
+    vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
+    _, channels, h, w = x.shape
+    for kind, conv, bn in units:
+        conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
+        vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
+        if any(t.device != x.device for t in (*conv_tensors, *vectors)):
+            return False
+        if any(t.dtype not in conv_dtypes for t in conv_tensors):
+            return False
+        if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
+            return False
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        h, w = (ops.conv_output_size(size, kernel, stride, padding) for size in (h, w))
+        if channels != conv.in_channels or h < 1 or w < 1:
+            return False
+        channels = conv.out_channels
+    return True
+
+
+def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
+    """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format."""
+    batches = [bn.num_batches_tracked for _, _, bn in units if _tracks(bn) and bn.num_batches_tracked is not None]
+    if batches:
+        torch._foreach_add_(batches, 1)
+    out = chain.run(x, [as_tensors(unit) for unit in units], "pool" if pool else "relu")
+    return match_memory_format(out, x, *(unit.conv.weight for unit in units))
+
+
+def match_memory_format(out: Tensor, *sources: Tensor) -> Tensor:
+    """``out``, which is channels_last, in the format PyTorch's convolutions choose: channels_last if a source is."""
+    if any(suggest_memory_format(t) == torch.channels_last for t in sources):
+        return out
+    shape = out.shape
+    # One channel or one pixel is contiguous in both formats; later layers go by the strides, which the views settle.
+    return out.contiguous().view(-1).view(shape) if 1 in (shape[1], shape[2] * shape[3]) else out.contiguous()
+
+
+def as_tensors(unit: UnitModules) -> Unit:
+    """The unit's tensors and settings at this moment, its batch already counted in ``num_batches_tracked``."""
+    kind, conv, bn = unit
+    batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
+    momentum = None
+    if _tracks(bn):
+        momentum = bn.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / float(bn.num_batches_tracked)
+    return Unit(
+        kind, conv.stride[0], conv.padding[0], conv.weight, conv.bias, bn.weight, bn.bias,
+        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps,
+    )  # fmt: skip
+
+
+def _tracks(bn: nn.BatchNorm2d) -> bool:
+    return bn.training and bn.track_running_stats and bn.running_mean is not None
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling ``module`` does what its class's ``forward`` does and nothing else: no hooks, nothing replaced."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def conv_kind(conv: nn.Conv2d) -> Kind | None:
+    """What the kernels take this convolution for, or None where they do not support it."""
+    if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+        return None
+    if conv.kernel_size == (1, 1):
+        return "pointwise" if (conv.groups, conv.stride, conv.padding) == (1, (1, 1), (0, 0)) else None
+    if conv.kernel_size != (3, 3) or conv.stride not in ((1, 1), (2, 2)) or conv.padding not in ((0, 0), (1, 1)):
+        return None
+    if conv.groups == conv.in_channels == conv.out_channels:
+        return "depthwise"
+    return "stem" if conv.groups == 1 else None
+
+
+def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) -> UnitModules | None:
+    if not (_is_exactly(conv, nn.Conv2d) and _is_exactly(bn, nn.BatchNorm2d) and _is_exactly(relu, nn.ReLU)):
+        return None
+    if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
+        return None  # pruned, or a replica of DataParallel
+    kind = conv_kind(conv)
+    return None if kind is None or bn.num_features != conv.out_channels else UnitModules(kind, conv, bn)
+
+
+def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return type(module) is kind and is_untouched(module)
+
+
+def _pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
+    return pool.output_size in (1, (1, 1), [1, 1])

@@ -1,0 +1,240 @@
+"""One epoch of training, and evaluation: plain functions for the recipe here and for anybody's own loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mobilenet_ext.train.errors import TrainError
+
+TOP_K = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochStats:
+    """What one pass over a loader gave.
+
+    Attributes:
+        loss: mean over the images.
+        accuracy: fraction of the images whose best class is right.
+        top5_accuracy: fraction whose class is among the best five (among all, where there are fewer).
+        images: how many there were.
+        batches: how many batches they came in.
+        seconds: wall-clock time of the pass.
+        complete: False where ``should_stop`` ended the pass.
+        class_correct, class_images: per class, images whose best class is right, and images.
+    """
+
+    loss: float
+    accuracy: float
+    top5_accuracy: float
+    images: int
+    batches: int
+    seconds: float
+    complete: bool
+    class_correct: tuple[int, ...]
+    class_images: tuple[int, ...]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+class RunningStats:
+    """Sums over the batches so far, kept on the device, so that adding to them never waits for it."""
+
+    def __init__(self) -> None:
+        self.images = self.batches = 0
+        self._loss: Tensor | None = None
+        self._hits: Tensor | None = None  # [3, classes]: right at first, right among the best five, images
+        self._start = time.perf_counter()
+
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
+        """Adds a batch: its mean loss, ``outputs [N, classes]`` and ``labels [N]``."""
+        classes = outputs.shape[1]
+        if self._loss is None:
+            # float32 on devices that have no float64 would lose nothing that is printed.
+            self._loss = torch.zeros((), dtype=torch.float64, device=loss.device)
+            self._hits = torch.zeros(3, classes, dtype=torch.int64, device=outputs.device)
+        self._loss += loss.detach().double() * len(labels)
+        best = outputs.detach().topk(min(TOP_K, classes), dim=1).indices
+        right = best == labels[:, None]
+        rows = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(labels, dtype=torch.bool)])
+        # Integers, so the order in which scatter adds them does not matter.
+        self._hits.scatter_add_(1, labels.expand(3, -1), rows.long())
+        self.images += len(labels)
+        self.batches += 1
+
+    @property
+    def loss(self) -> float:
+        """Mean loss so far (waits for the device)."""
+        return float(self._loss) / self.images if self._loss is not None else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy so far (waits for the device)."""
+        return int(self._hits[0].sum()) / self.images if self._hits is not None else float("nan")
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / (time.perf_counter() - self._start)
+
+    def finish(self, complete: bool) -> EpochStats:
+        loss = self.loss  # waits for the device, so the time below is that of the work
+        hits = self._hits.tolist() if self._hits is not None else [[], [], []]
+        return EpochStats(
+            loss=loss,
+            accuracy=sum(hits[0]) / self.images if self.images else float("nan"),
+            top5_accuracy=sum(hits[1]) / self.images if self.images else float("nan"),
+            images=self.images,
+            batches=self.batches,
+            seconds=time.perf_counter() - self._start,
+            complete=complete,
+            class_correct=tuple(hits[0]),
+            class_images=tuple(hits[2]),
+        )
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    loss_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    amp_dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    on_batch: Callable[[RunningStats], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> EpochStats:
+    """Trains for one pass over a loader.
+
+    Args:
+        model: on ``device``; put into training mode. ``model(images)`` gives ``[N, classes]``.
+        loader: gives batches ``(images, labels)``: what ``prepare`` (or the model) takes, and int64 ``[N]``.
+        optimizer: over the model's parameters.
+        loss_function: ``(outputs, labels) -> scalar``, the mean over the batch; ``nn.CrossEntropyLoss()`` if None.
+        device: where the batches go.
+        prepare: makes the model's input of the loader's images, for example ``Normalise``; they go to the device
+            unchanged if None.
+        amp_dtype: autocast to this dtype; None for none.
+        scaler: scales the loss for float16; None for none.
+        on_batch: called after each batch.
+        should_stop: asked before each batch; True ends the pass there.
+
+    Returns:
+        The statistics of the pass. Loss and accuracy are those of the training batches as they came, with the
+        weights of that moment.
+
+    Raises:
+        TrainError: a batch holds a label that the model has no output for.
+    """
+    loss_function = loss_function or nn.CrossEntropyLoss()
+    model.train()
+    running, complete = RunningStats(), True
+    for images, labels in loader:
+        if should_stop is not None and should_stop():
+            complete = False
+            break
+        images, labels = _to_device(images, labels, device, prepare)
+        optimizer.zero_grad(set_to_none=True)
+        outputs, loss = _forward(model, images, labels, loss_function, amp_dtype)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        running.add(loss, outputs, labels)
+        if on_batch is not None:
+            on_batch(running)
+    return running.finish(complete)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    loss_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    amp_dtype: torch.dtype | None = None,
+    on_batch: Callable[[RunningStats], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> EpochStats:
+    """Measures loss and accuracy over a loader, in evaluation mode and without gradients.
+
+    The arguments, the result and the errors are those of ``train_one_epoch``; the model is left in evaluation mode.
+    """
+    loss_function = loss_function or nn.CrossEntropyLoss()
+    model.eval()
+    running, complete = RunningStats(), True
+    for images, labels in loader:
+        if should_stop is not None and should_stop():
+            complete = False
+            break
+        images, labels = _to_device(images, labels, device, prepare)
+        outputs, loss = _forward(model, images, labels, loss_function, amp_dtype)
+        running.add(loss, outputs, labels)
+        if on_batch is not None:
+            on_batch(running)
+    return running.finish(complete)
+
+
+def _to_device(
+    images: Tensor, labels: Tensor, device: torch.device | str, prepare: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    images = prepare(images) if prepare is not None else images.to(device, non_blocking=True)
+    return images, labels.to(device, non_blocking=True)
+
+
+def _forward(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    amp_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        outputs = model(images)
+        if images.device.type == "cpu" and int(labels.max()) >= outputs.shape[1]:
+            raise TrainError(f"a label is {int(labels.max())}, but the model has {outputs.shape[1]} outputs")
+        return outputs, loss_function(outputs, labels)
+
+
+def count_trainable_parameters(model: nn.Module) -> int:
+    """The number of values in the parameters that have ``requires_grad``; shared parameters count once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: ``"auto"`` for the GPU if PyTorch can use one and the CPU otherwise, or a device such as ``"cpu"``,
+            ``"cuda"`` or ``"cuda:1"``.
+
+    Raises:
+        TrainError: it is a GPU that PyTorch cannot use.
+        ValueError: ``name`` is no device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            without = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
+            raise TrainError(f"device {name} cannot be used: this PyTorch {without}")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise TrainError(f"device {name} cannot be used: there are {torch.cuda.device_count()} GPUs")
+    return device

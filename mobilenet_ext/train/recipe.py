@@ -1,0 +1,139 @@
+"""What a training run computes: every setting that changes its numbers, and the defaults for each kind of data.
+
+Where a run computes (device, backend, workers) is not here: see ``run.RunOptions``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mobilenet_ext.train.errors import RecipeError
+
+AMP_MODES = ("off", "bf16", "fp16")
+
+# Below this the last feature map of the network is 1x1, where BatchNorm cannot train on a last batch of one image.
+SMALLEST_RESOLUTION = 33
+LARGEST_RESOLUTION = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training recipe. The defaults are those for Imagenette and image folders; ``default_recipe`` knows the digits'.
+
+    Attributes:
+        data: ``"digits"``, ``"imagenette"``, or the path of a folder with ``train/`` and ``val/``, a folder per class.
+        width: width multiplier of ``MobileNetV1``.
+        resolution: side of the square images the network sees (the resolution multiplier of the MobileNet paper).
+        base_resolution: the resolution for which ``resize`` and ``val_resize`` are meant; other ones scale them.
+        epochs: passes over the training images.
+        batch_size: images in a step; the last batch of an epoch may be smaller.
+        lr: learning rate of the first epoch; falls along a cosine, epoch by epoch, towards ``lr * lr_floor``.
+        lr_floor: the end of the cosine, as a fraction of ``lr``.
+        momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+        label_smoothing: of the cross entropy, in training and in validation, so that the two curves compare.
+        resize: sizes of the shorter side; each training image is resized to one of them, chosen at random.
+        rotation: largest angle of the random rotation, in degrees, either way.
+        flip: whether training images are flipped horizontally, half of them.
+        val_resize: size of the shorter side before the centre crop, in validation.
+        mean, std: per channel, of pixel values between 0 and 1.
+        seed: of the initial weights, the order of the images and their augmentation.
+        amp: ``"off"`` (float32), ``"bf16"`` or ``"fp16"`` (autocast; fp16 with a gradient scaler).
+    """
+
+    data: str
+    width: float = 1.0
+    resolution: int = 224
+    base_resolution: int = 224
+    epochs: int = 150
+    batch_size: int = 128
+    lr: float = 0.01
+    lr_floor: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.1
+    resize: tuple[int, ...] = (256, 296, 384)
+    rotation: float = 10.0
+    flip: bool = True
+    val_resize: int = 256
+    mean: tuple[float, float, float] = (0.4625, 0.4580, 0.4295)
+    std: tuple[float, float, float] = (0.2452, 0.2390, 0.2469)
+    seed: int = 0
+    amp: str = "off"
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, accepted: str) -> None:
+            if not good:
+                raise RecipeError(f"--{name.replace('_', '-')} must be {accepted}, not {getattr(self, name)}")
+
+        check("width", math.isfinite(self.width) and self.width > 0, "greater than 0")
+        check("width", int(32 * self.width) >= 1, "at least 1/32 (less leaves the first layer no channels)")
+        smallest, largest = SMALLEST_RESOLUTION, LARGEST_RESOLUTION
+        check("resolution", smallest <= self.resolution <= largest, f"between {smallest} and {largest}")
+        check("epochs", self.epochs >= 1, "1 or more")
+        check("batch_size", self.batch_size >= 1, "1 or more")
+        check("lr", math.isfinite(self.lr) and self.lr > 0, "greater than 0")
+        check("momentum", 0 <= self.momentum < 1, "0 or more and less than 1")
+        check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more")
+        check("label_smoothing", 0 <= self.label_smoothing < 1, "0 or more and less than 1")
+        check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
+        check("amp", self.amp in AMP_MODES, f"one of {', '.join(AMP_MODES)}")
+
+    def scaled(self, size: int) -> int:
+        """``size``, given for ``base_resolution``, at this recipe's resolution."""
+        return round(size * self.resolution / self.base_resolution)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in plain types, as ``config.json`` and checkpoints hold it."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            RecipeError: a setting is unknown, missing or out of range.
+        """
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except TypeError as error:
+            raise RecipeError(f"this is not a recipe: {error}") from error
+
+
+# The digits are 8x8 pixels enlarged to 64x64. 56 keeps a margin around the digit, 72 cuts at most half a pixel of the
+# original from each side. A mirrored digit is another sign, so there is no flip.
+DIGITS = {
+    "width": 0.25,
+    "resolution": 64,
+    "base_resolution": 64,
+    "epochs": 12,
+    "batch_size": 32,
+    "lr": 0.1,
+    "resize": (56, 64, 72),
+    "flip": False,
+    "val_resize": 64,
+    "mean": (0.306, 0.306, 0.306),
+    "std": (0.325, 0.325, 0.325),
+}
+
+
+def default_recipe(data: str = "digits", **settings: Any) -> Recipe:
+    """The recipe for a kind of data, with some settings replaced.
+
+    Args:
+        data: as ``Recipe.data``.
+        settings: fields of ``Recipe``; None stands for the default.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+    """
+    defaults: dict[str, Any] = DIGITS if data == "digits" else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return Recipe(data=data, **{**defaults, **given})
+    except TypeError as error:
+        raise RecipeError(f"this is not a recipe: {error}") from error

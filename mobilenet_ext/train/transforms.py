@@ -1,0 +1,174 @@
+"""Augmentation and preparation of images, in plain PyTorch.
+
+Every random draw comes from the ``torch.Generator`` that the caller hands over (or from PyTorch's global one), so that
+an image's augmentation can be made a function of (seed, epoch, sample index) alone. The results are those of the
+torchvision operations of the same names; they are written here because the same numbers must come out where
+torchvision is not installed, and because rotation and crop in one pass touch only the pixels that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def resize_shorter_side(image: Any, size: int) -> Any:
+    """Resizes so that the shorter side is ``size``, bilinear with antialiasing, as ``torchvision`` ``Resize(size)``.
+
+    Args:
+        image: tensor ``[..., C, H, W]``, uint8 or floating point, any memory layout; or a ``PIL.Image``.
+        size: pixels, 1 or more.
+
+    Returns:
+        What came in, resized: the same type, dtype and, for tensors, memory layout.
+
+    Raises:
+        TypeError: ``image`` is neither.
+        ValueError: ``size`` is less than 1, or the image is empty.
+    """
+    if size < 1:
+        raise ValueError(f"size must be 1 or more, not {size}")
+    if isinstance(image, Tensor):
+        if image.dim() < 3 or 0 in image.shape:
+            raise ValueError(f"image must be [..., C, H, W] and not empty, not {list(image.shape)}")
+        height, width = image.shape[-2:]
+    elif hasattr(image, "resize") and hasattr(image, "size"):
+        width, height = image.size
+    else:
+        raise TypeError(f"image must be a tensor [..., C, H, W] or a PIL image, not {type(image).__name__}")
+    if min(height, width) == size:
+        return image
+    longer = int(size * max(height, width) / min(height, width))
+    new_height, new_width = (size, longer) if height <= width else (longer, size)
+    if not isinstance(image, Tensor):
+        return image.resize((new_width, new_height), resample=2)  # 2: PIL's BILINEAR, which antialiases
+    batch = image.reshape(-1, *image.shape[-3:]) if image.dim() != 4 else image
+    out = nn.functional.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True)
+    return out.reshape(*image.shape[:-2], new_height, new_width) if image.dim() != 4 else out
+
+
+class RandomResize(nn.Module):
+    """Resizes the shorter side to one of a few sizes, chosen at random with equal chances.
+
+    It can stand in a ``torchvision`` ``Compose`` or an ``nn.Sequential``, and takes tensors and PIL images.
+
+    Args:
+        sizes: of the shorter side, in pixels.
+
+    Raises:
+        ValueError: ``sizes`` is empty or holds a size below 1.
+    """
+
+    def __init__(self, sizes: Sequence[int] = (256, 296, 384)) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes must be one or more sizes of at least 1, not {self.sizes}")
+
+    def forward(self, image: Any, generator: torch.Generator | None = None) -> Any:
+        """Returns ``image`` resized (see ``resize_shorter_side``), the size drawn from ``generator``."""
+        choice = int(torch.randint(len(self.sizes), (), generator=generator))
+        return resize_shorter_side(image, self.sizes[choice])
+
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}"
+
+
+def rotate_crop(image: Tensor, angle: float, top: int, left: int, size: int, flip: bool = False) -> Tensor:
+    """Rotates about the centre, then cuts out a square window, then maybe mirrors it, in one pass over the window.
+
+    Args:
+        image: ``[C, H, W]``, any dtype, any memory layout.
+        angle: degrees, counter-clockwise; nearest neighbour, as ``torchvision``'s ``rotate``.
+        top, left: the window's corner; the window may reach outside the image.
+        size: the window's side, in pixels.
+        flip: mirror the window left to right.
+
+    Returns:
+        ``[C, size, size]``, channels last in memory; 0 where there is no image.
+    """
+    channels, height, width = image.shape
+    y = torch.arange(top, top + size, dtype=torch.float32) + (0.5 - height / 2)
+    x = torch.arange(left, left + size, dtype=torch.float32) + (0.5 - width / 2)
+    if flip:
+        x = x.flip(0)
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    source_x = ((x * cos)[None, :] - (y * sin)[:, None] + (width / 2 - 0.5)).round_().to(torch.int32)
+    source_y = ((x * sin)[None, :] + (y * cos)[:, None] + (height / 2 - 0.5)).round_().to(torch.int32)
+    outside = (source_x < 0) | (source_x >= width) | (source_y < 0) | (source_y >= height)
+    index = (source_y * width + source_x).masked_fill_(outside, 0)
+    pixels = image.permute(1, 2, 0).reshape(height * width, channels)
+    window = pixels.index_select(0, index.reshape(-1)).masked_fill_(outside.reshape(-1, 1), 0)
+    return window.reshape(size, size, channels).permute(2, 0, 1)
+
+
+class TrainTransform:
+    """Random resize, rotation, crop and flip of one training image.
+
+    Args:
+        sizes: as ``RandomResize``.
+        crop: side of the window, in pixels; where the resized image is smaller, the window is filled up with 0.
+        rotation: largest angle in degrees, either way.
+        flip: mirror half of the images.
+    """
+
+    def __init__(self, sizes: Sequence[int], crop: int, rotation: float = 10.0, flip: bool = True) -> None:
+        self.resize = RandomResize(sizes)
+        self.crop, self.rotation, self.flip = crop, rotation, flip
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """``image`` uint8 ``[3, H, W]`` -> uint8 ``[3, crop, crop]``, everything random drawn from ``generator``."""
+        image = self.resize(image, generator)
+        turn, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        angle = (2 * turn - 1) * self.rotation
+        top = _corner(image.shape[-2] - self.crop, down)
+        left = _corner(image.shape[-1] - self.crop, right)
+        return rotate_crop(image, angle, top, left, self.crop, self.flip and mirror < 0.5)
+
+
+def _corner(slack: int, draw: float) -> int:
+    """A corner of the window between 0 and ``slack`` (both included; a negative slack lies outside the image)."""
+    return min(slack, 0) + int(draw * (abs(slack) + 1))
+
+
+class EvalTransform:
+    """Resize of the shorter side and centre crop.
+
+    Args:
+        size: of the shorter side, in pixels.
+        crop: side of the window, in pixels.
+    """
+
+    def __init__(self, size: int, crop: int) -> None:
+        self.size, self.crop = size, crop
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """``image`` uint8 ``[3, H, W]`` -> uint8 ``[3, crop, crop]``. Nothing is random; ``generator`` is not used."""
+        image = resize_shorter_side(image, self.size)
+        top, left = (int(round((side - self.crop) / 2)) for side in image.shape[-2:])
+        if top < 0 or left < 0:
+            return rotate_crop(image, 0.0, top, left, self.crop)
+        return image[:, top : top + self.crop, left : left + self.crop]
+
+
+class Normalise:
+    """Turns batches of uint8 images into the network's input, on the device where the network is.
+
+    Args:
+        mean, std: per channel, of pixel values between 0 and 1.
+        device: where the results live.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``images`` uint8 ``[N, 3, H, W]`` -> float32, the same shape, channels last in memory, on the device."""
+        images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+        return images.div(255).sub_(self.mean).div_(self.std)

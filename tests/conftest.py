@@ -1,0 +1,46 @@
+"""Fixtures: a test that takes ``backend`` runs once on every usable backend, with the tensors of its ``device``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mobilenet_ext as mx
+
+USABLE = [name for name, why_not in mx.backends.available().items() if why_not is None]
+DEVICES = {"triton": "cuda", "cuda": "cuda"}  # the other backends are tested on the CPU
+WITH_FLOAT64 = ("cpu", "reference")
+
+
+@pytest.fixture(params=USABLE)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a usable backend, in use while the test runs."""
+    with mx.backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in USABLE if name in WITH_FLOAT64])
+def backend64(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, for the backends that have float64; all of them run on the CPU."""
+    with mx.backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the tensors of a test on ``backend`` live."""
+    return DEVICES.get(backend, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from one seed, with float32 products in full precision, and leaves the settings as they were."""
+    precision = torch.backends.cudnn.conv.fp32_precision
+    threads = torch.get_num_threads()
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.manual_seed(0)
+    yield
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.set_num_threads(threads)

@@ -1,0 +1,105 @@
+"""What the tests of the C++ CPU kernels share: inputs, comparisons with the reference, subprocesses with another ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+
+LIBRARY = Path(reference.__file__).parent.parent / "_cpu.abi3.so"
+torch.ops.load_library(str(LIBRARY))
+ops = torch.ops.mobilenet_ext_cpu
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Relative error (norm of the difference over norm of the reference) against the reference in float64 on the same
+# inputs. 16-bit outputs are rounded once: half a unit in the last place is 2^-9 (bfloat16) or 2^-12 (float16).
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+ACC_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def activation(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """A random channels_last activation."""
+    x = torch.randn(shape, dtype=torch.float64) * std + mean
+    return x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def random_bn(channels: int, dtype: torch.dtype) -> Tensor:
+    """A normalisation [5, channels] that rectifies about half of standard normal inputs."""
+    acc = reference.acc_dtype(dtype)
+    var = torch.rand(channels, dtype=torch.float64) + 0.5
+    mean, beta = torch.randn(channels, dtype=torch.float64) * 0.3, torch.randn(channels, dtype=torch.float64) * 0.3
+    gamma = torch.rand(channels, dtype=torch.float64) + 0.5
+    rstd = var.rsqrt()
+    return torch.stack([mean, gamma * rstd, beta, rstd, var]).to(acc)
+
+
+def random_grad_bn(channels: int, dtype: torch.dtype) -> Tensor:
+    """What a BatchNorm's backward needs, [6, channels], all rows random."""
+    return torch.randn(6, channels, dtype=torch.float64).to(reference.acc_dtype(dtype))
+
+
+def as_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def in_float64(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The reference's outputs for the same inputs, in float64."""
+    outputs = op(*[as_double(a) for a in args])
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    scale = expected.norm().item()
+    return (actual.double() - expected).norm().item() / (scale if scale else 1.0)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{name}: relative error {error:.3g}, allowed {tolerance:.3g}"
+
+
+def assert_same_specials(actual: Tensor, expected: Tensor) -> None:
+    """NaN, Inf and -Inf are in the same places."""
+    actual = actual.double()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isposinf(), expected.isposinf())
+    assert torch.equal(actual.isneginf(), expected.isneginf())
+
+
+def is_channels_last_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def with_threads(threads: int, op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        outputs = op(*args)
+    finally:
+        torch.set_num_threads(before)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds[a.element_size()]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def run_with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python *arguments`` with the CPU kernels' instruction set forced."""
+    environment = {**os.environ, "MOBILENET_EXT_CPU_ISA": isa}
+    package = str(LIBRARY.parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )

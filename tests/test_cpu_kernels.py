@@ -1,0 +1,360 @@
+"""The C++ CPU kernels for depthwise convolution and BatchNorm + ReLU, against the reference in float64."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_ops import (
+    ACC_TOLERANCE,
+    DTYPES,
+    LIBRARY,
+    TOLERANCE,
+    activation,
+    assert_close,
+    assert_same_specials,
+    in_float64,
+    is_channels_last_dense,
+    ops,
+    random_bn,
+    random_grad_bn,
+    relative_error,
+    run_with_isa,
+    same_bits,
+    with_threads,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+
+# (n, c, h, w, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a vector, 1, 3
+# and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above several bands.
+SHAPES = [
+    (2, 32, 12, 12, 1, 1),
+    (2, 32, 12, 12, 2, 1),
+    (1, 8, 9, 7, 1, 1),
+    (1, 24, 7, 9, 2, 1),
+    (2, 3, 8, 8, 1, 0),
+    (2, 33, 9, 9, 2, 0),
+    (1, 40, 8, 9, 2, 0),
+    (3, 1, 5, 6, 1, 1),
+    (2, 16, 1, 1, 1, 1),
+    (2, 16, 1, 1, 2, 1),
+    (1, 16, 2, 2, 2, 1),
+    (1, 16, 2, 2, 1, 1),
+    (1, 16, 3, 3, 1, 0),
+    (1, 16, 4, 4, 2, 0),
+    (1, 5, 1, 200, 1, 1),
+    (1, 5, 200, 1, 2, 1),
+    (1, 20, 57, 113, 1, 1),
+    (1, 20, 57, 114, 2, 1),
+    (1, 20, 58, 115, 2, 0),
+    (1, 1100, 4, 5, 1, 1),
+    (0, 16, 8, 8, 1, 1),
+]
+SPATIAL = [(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4), (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7)]
+
+
+def depthwise_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, bn_u, weight, and for the backward h, y, grad_bn_y."""
+    n, c, h, w, stride, padding = shape
+    out = ((h + 2 * padding - 3) // stride + 1, (w + 2 * padding - 3) // stride + 1)
+    return (
+        activation(n, c, h, w, dtype=dtype),
+        random_bn(c, dtype),
+        torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype),
+        activation(n, c, *out, dtype=dtype),
+        activation(n, c, *out, dtype=dtype),
+        random_grad_bn(c, dtype),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
+    u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
+    gamma, beta = bn_u[1], bn_u[2]
+    args = (u, bn_u if normalised else None, weight, *shape[4:], gamma, beta, 1e-5, True)
+    y, bn_y = ops.depthwise_forward(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    expected, _ = in_float64(reference.depthwise_forward, args)
+    assert_close(y, expected, TOLERANCE[dtype], "y")
+    # The statistics are those of y as stored.
+    of_stored = reference._batch_bn(y.double(), gamma.double(), beta.double(), 1e-5)
+    assert bn_y.dtype == reference.acc_dtype(dtype)
+    for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
+        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> None:
+    u, bn_u, weight, *_ = depthwise_inputs((2, 24, 9, 9, 1, 1), dtype)
+    y, bn_y = ops.depthwise_forward(u, bn_u, weight, 1, 1, None, None, 1e-3, True)
+    plain, empty = ops.depthwise_forward(u, bn_u, weight, 1, 1, None, None, 1e-3, False)
+    assert same_bits(y, plain)
+    assert empty.shape == (0,) and empty.dtype == bn_y.dtype
+    of_stored = reference._batch_bn(y.double(), None, None, 1e-3)
+    assert_close(bn_y, of_stored, ACC_TOLERANCE[dtype])
+    assert torch.equal(bn_y[1], bn_y[3]) and not bn_y[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("normalised", "with_grad_bn", "with_y", "batch_stats"),
+    [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
+)
+def test_depthwise_backward(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    normalised: bool,
+    with_grad_bn: bool,
+    with_y: bool,
+    batch_stats: bool,
+) -> None:
+    u, bn_u, weight, h, y, grad_bn_y = depthwise_inputs(shape, dtype)
+    args = (
+        h,
+        y if with_y else None,
+        grad_bn_y if with_grad_bn else None,
+        u,
+        bn_u if normalised else None,
+        batch_stats,
+        weight,
+        *shape[4:],
+    )
+    h_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args, True, True)
+    expected_h, expected_weight, _ = in_float64(reference.depthwise_backward, (*args, True, True))
+    assert h_u.dtype == dtype and is_channels_last_dense(h_u)
+    assert_close(h_u, expected_h, TOLERANCE[dtype], "h_u")
+    assert_close(grad_weight, expected_weight, ACC_TOLERANCE[dtype], "grad_weight")
+    if normalised:
+        of_stored = reference._make_grad_bn(h_u.double(), u.double(), bn_u.double(), batch_stats)
+        for row, name in enumerate(["P", "Q", "MEAN", "O", "GAMMA", "BETA"]):
+            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+    else:
+        assert grad_bn_u.shape == (0,)
+
+    only_weight = ops.depthwise_backward(*args, False, True)
+    assert only_weight[0].shape == (0,) and only_weight[0].dtype == dtype and only_weight[2].shape == (0,)
+    assert same_bits(only_weight[1], grad_weight)
+    only_input = ops.depthwise_backward(*args, True, False)
+    assert same_bits(only_input[0], h_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("with_bn", "relu"), [(True, True), (True, False), (False, True), (False, False)])
+def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, relu: bool) -> None:
+    u, bn, weight, *_ = depthwise_inputs(shape, dtype)
+    args = (u, bn if with_bn else None, weight, *shape[4:], relu)
+    y = ops.depthwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.depthwise_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_bn_relu(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, batch_stats: bool) -> None:
+    y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape, dtype=dtype)
+    out = ops.bn_relu_forward(y, bn, relu)
+    assert out.dtype == dtype and is_channels_last_dense(out)
+    assert_close(out, *in_float64(reference.bn_relu_forward, (y, bn, relu)), TOLERANCE[dtype])
+    h, grad_bn = ops.bn_relu_backward(grad, y, bn, batch_stats, relu)
+    expected_h, expected_bn = in_float64(reference.bn_relu_backward, (grad, y, bn, batch_stats, relu))
+    assert torch.equal(h.double(), expected_h) and is_channels_last_dense(h)
+    for row in range(6):
+        assert_close(grad_bn[row], expected_bn[row], ACC_TOLERANCE[dtype], str(row))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+def test_bn_relu_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape[:2], 1, 1, dtype=dtype)
+    out = ops.bn_relu_pool_forward(y, bn)
+    assert_close(out, *in_float64(reference.bn_relu_pool_forward, (y, bn)), TOLERANCE[dtype])
+    h, grad_bn = ops.bn_relu_pool_backward(grad, y, bn, True)
+    expected_h, _ = in_float64(reference.bn_relu_pool_backward, (grad, y, bn, True))
+    assert_close(h, expected_h, TOLERANCE[dtype])
+    of_stored = reference._make_grad_bn(h.double(), y.double(), bn.double(), True)
+    assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bn_from_running(dtype: torch.dtype) -> None:
+    mean, gamma, beta, bias = (torch.randn(19, dtype=torch.float64).to(dtype) for _ in range(4))
+    var = torch.rand(19, dtype=torch.float64).to(dtype)
+    for args in [(mean, var, gamma, beta, bias, 1e-5), (mean, var, None, None, None, 1e-3)]:
+        bn = ops.bn_from_running(*args)
+        assert bn.dtype == reference.acc_dtype(dtype)
+        assert_close(bn, *in_float64(reference.bn_from_running, args), 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_statistics_survive_a_large_mean(mean: float) -> None:
+    # A kernel whose only tap is its centre copies the input, so the statistics are those of the input.
+    u = activation(4, 24, 56, 60, dtype=torch.float32, mean=mean)
+    weight = torch.zeros(24, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    y, bn_y = ops.depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)
+    assert torch.equal(y, u)
+    exact = u.double().var((0, 2, 3), correction=0)
+    module = torch.nn.BatchNorm2d(24, momentum=1.0)
+    module(u)
+    theirs = relative_error(module.running_var * (1 - 1 / (u.numel() // 24)), exact)
+    assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
+
+
+def special_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Inputs of a backward in which channel c > 0 holds one special value each; channel 0 is ordinary."""
+    inputs = depthwise_inputs((1, 16, 9, 9, 1, 1), dtype)
+    u, bn_u, weight, h, y, grad_bn_y = inputs
+    for channel, value in enumerate([float("nan"), float("inf"), -float("inf")], start=1):
+        u[0, channel, 4, 4] = value
+        u[0, channel + 3, 0, 0] = value
+        h[0, channel + 6, 4, 4] = value
+        h[0, channel + 9, 0, 8] = value
+        weight[channel + 12, 0, 0, 0] = value
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int) -> None:
+    u, bn_u, weight, h, y, grad_bn_y = special_inputs(dtype)
+    if stride == 2:
+        h, y = (t[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last) for t in (h, y))
+    args = (u, bn_u, weight, stride, 1, None, None, 1e-5, True)
+    ours, bn_y = ops.depthwise_forward(*args)
+    # In float32: PyTorch's float64 convolution multiplies the padding by infinite weights, the other dtypes leave it out.
+    theirs = F.conv2d(reference._activation(u, bn_u), weight.float(), stride=stride, padding=1, groups=16)
+    assert_same_specials(ours, theirs.to(dtype).double())
+    finite = torch.isfinite(ours).all(3).all(2)[0]
+    assert torch.equal(torch.isfinite(bn_y[4]), finite) and finite[0]
+
+    args = (h, y, grad_bn_y, u, bn_u, True, weight, stride, 1, True, True)
+    ours = ops.depthwise_backward(*args)
+    theirs = reference.depthwise_backward(*args)
+    assert_same_specials(ours[0], theirs[0].double())
+    # Products of infinities may be summed in another order: NaN and Inf stand for each other within one tap's sum.
+    assert torch.equal(torch.isfinite(ours[1]), torch.isfinite(theirs[1]))
+    assert torch.equal(torch.isfinite(ours[2]), torch.isfinite(theirs[2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bn_relu_keeps_nan(dtype: torch.dtype) -> None:
+    y, bn = activation(1, 16, 3, 3, dtype=dtype), random_bn(16, dtype)
+    y[0, :, 0, 0] = float("nan")
+    y[0, :, 1, 1] = float("inf")
+    y[0, :, 2, 2] = -float("inf")
+    grad = activation(1, 16, 3, 3, dtype=dtype)
+    grad[0, 3, 0, 1] = float("inf")
+    assert_same_specials(ops.bn_relu_forward(y, bn, True), *in_float64(reference.bn_relu_forward, (y, bn, True)))
+    assert_same_specials(ops.bn_relu_pool_forward(y, bn), *in_float64(reference.bn_relu_pool_forward, (y, bn)))
+    ours = ops.bn_relu_backward(grad, y, bn, True, True)
+    for actual, expected in zip(ours, in_float64(reference.bn_relu_backward, (grad, y, bn, True, True)), strict=True):
+        assert_same_specials(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1), (1, 264, 7, 7, 1, 1)], ids=str)
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    u, bn_u, weight, h, y, grad_bn_y = depthwise_inputs(shape, dtype)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ops.depthwise_forward, (u, bn_u, weight, *shape[4:], bn_u[1], bn_u[2], 1e-5, True)),
+        (ops.depthwise_backward, (h, y, grad_bn_y, u, bn_u, True, weight, *shape[4:], True, True)),
+        (ops.bn_relu_backward, (u, u, bn_u, True, True)),
+        (ops.bn_relu_pool_forward, (u, bn_u)),
+        (ops.bn_relu_pool_backward, (ops.bn_relu_pool_forward(u, bn_u), u, bn_u, True)),
+    ]
+    for op, args in calls:
+        first = with_threads(1, op, args)
+        for threads in (1, 2, 5):
+            again = with_threads(threads, op, args)
+            assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), (op, threads)
+
+
+def test_the_instruction_set_can_be_read() -> None:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.mx_cpu_isa.restype = ctypes.c_char_p
+    assert library.mx_cpu_isa().decode() in ("baseline", "avx2", "avx512")
+
+
+def test_an_impossible_instruction_set_is_refused() -> None:
+    code = (
+        "import torch; from mobilenet_ext.backends import reference; from pathlib import Path;"
+        "torch.ops.load_library(str(Path(reference.__file__).parent.parent / '_cpu.abi3.so'));"
+        "torch.ops.mobilenet_ext_cpu.bn_relu_forward("
+        "torch.zeros(1, 1, 1, 1).to(memory_format=torch.channels_last), torch.zeros(5, 1), True)"
+    )
+    result = run_with_isa("avx1024", "-c", code)
+    assert result.returncode != 0
+    assert "MOBILENET_EXT_CPU_ISA=avx1024" in result.stderr and "baseline" in result.stderr
+
+
+def supports(isa: str) -> bool:
+    flags = set()
+    for line in open("/proc/cpuinfo"):
+        if line.startswith("flags"):
+            flags.update(line.split(":")[1].split())
+    needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+    return needed.get(isa, set()) <= flags
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
+    if not supports(isa):
+        pytest.skip(f"this machine has no {isa}")
+    result = run_with_isa(isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    u, bn_u, weight, h, y, grad_bn_y = depthwise_inputs((2, 16, 8, 8, 1, 1), torch.float32)
+    forward, backward = ops.depthwise_forward, ops.depthwise_backward
+    tail = (None, None, 1e-5, True)
+    return {
+        "input: expected channels_last": (forward, (u.contiguous(), bn_u, weight, 1, 1, *tail)),
+        "input: expected 4 dimensions": (forward, (u[0], bn_u, weight, 1, 1, *tail)),
+        "input: expected float32": (forward, (u.int(), bn_u, weight, 1, 1, *tail)),
+        "input: expected at least one channel": (forward, (u[:, :0], bn_u, weight, 1, 1, *tail)),
+        "input: the padded image": (forward, (u[:, :, :2].contiguous(memory_format=torch.channels_last), bn_u, weight, 1, 0, *tail)),
+        "weight: expected scalar type": (forward, (u, bn_u, weight.double(), 1, 1, *tail)),
+        "weight: expected shape": (forward, (u, bn_u, weight[:8], 1, 1, *tail)),
+        "weight: expected a contiguous": (forward, (u, bn_u, weight.transpose(2, 3), 1, 1, *tail)),
+        "weight: expected 4": (forward, (u, bn_u, weight.flatten(), 1, 1, *tail)),
+        "stride: expected 1 or 2": (forward, (u, bn_u, weight, 3, 1, *tail)),
+        "padding: expected 0 or 1": (forward, (u, bn_u, weight, 1, 2, *tail)),
+        "bn_u: expected shape": (forward, (u, bn_u[:4], weight, 1, 1, *tail)),
+        "bn_u: expected a contiguous": (forward, (u, bn_u.t().contiguous().t(), weight, 1, 1, *tail)),
+        "bn_u: expected scalar type": (forward, (u, bn_u.double(), weight, 1, 1, *tail)),
+        "gamma: expected shape": (forward, (u, bn_u, weight, 1, 1, bn_u[0, :3], None, 1e-5, True)),
+        "beta: expected scalar type": (forward, (u, bn_u, weight, 1, 1, None, bn_u[0].half(), 1e-5, True)),
+        "h: expected shape": (backward, (h[:, :, 1:].contiguous(memory_format=torch.channels_last), y, grad_bn_y, u, bn_u, True, weight, 1, 1, True, True)),
+        "y: expected scalar type": (backward, (h, y.double(), grad_bn_y, u, bn_u, True, weight, 1, 1, True, True)),
+        "grad_bn_y: expected shape": (backward, (h, y, grad_bn_y[:5], u, bn_u, True, weight, 1, 1, True, True)),
+        "grad: expected shape": (ops.bn_relu_backward, (u[:1], u, bn_u, True, True)),
+        "bn_y: expected shape": (ops.bn_relu_forward, (u, bn_u[:, :3].contiguous(), True)),
+        "running_mean: expected 1 dim": (ops.bn_from_running, (bn_u, bn_u[4], None, None, None, 1e-5)),
+        "running_var: expected shape": (ops.bn_from_running, (bn_u[0], bn_u[4, :3], None, None, None, 1e-5)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", list(bad_calls()))
+def test_bad_tensors_are_refused(message: str) -> None:
+    op, args = bad_calls()[message]
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)
