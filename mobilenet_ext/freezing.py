@@ -63,7 +63,7 @@ class FrozenChain(nn.Module):
             for i, geometry in enumerate(self.geometry)
         ]
         out = chain.infer(x, units, self.end, dtype)
-        return fusion.match_memory_format(out, x, *(unit.weight for unit in units))
+        return fusion.match_memory_format(out, x, *(unit.weight for unit in units), batch_norm=self.end == "relu")
 
     def train(self, mode: bool = True) -> FrozenChain:
         if mode:

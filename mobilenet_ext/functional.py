@@ -36,7 +36,7 @@ def depthwise_conv2d(
     """
     _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
     out = layers.depthwise_conv2d(input, weight, bias, stride, padding)
-    return match_memory_format(out, input, weight)
+    return match_memory_format(out, input, weight, batch_norm=False)
 
 
 def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
     _check_conv(input, weight, bias, depthwise=False)
-    return match_memory_format(layers.pointwise_conv2d(input, weight, bias), input, weight)
+    return match_memory_format(layers.pointwise_conv2d(input, weight, bias), input, weight, batch_norm=False)
 
 
 def depthwise_bn_relu(
@@ -134,7 +134,7 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
         kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps
     )
     out = chain.run(input, [unit], "relu" if relu else "linear")
-    return match_memory_format(out, input, weight)
+    return match_memory_format(out, input, weight, batch_norm=True)
 
 
 def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):

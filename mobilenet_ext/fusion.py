@@ -76,9 +76,13 @@ def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units that ``modules`` begin with (may be empty), and whether a global pooling follows it."""
     units: list[UnitModules] = []
+    batch_norms: set[int] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
+        if id(unit.bn) in batch_norms:
+            break  # a chain updates the running statistics of all its units at once, and these twice
+        batch_norms.add(id(unit.bn))
         units.append(unit)
     behind = modules[3 * len(units) :][:1]
     pool = bool(units and behind) and _is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
@@ -122,16 +126,21 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     if batches:
         torch._foreach_add_(batches, 1)
     out = chain.run(x, [as_tensors(unit) for unit in units], "pool" if pool else "relu")
-    return match_memory_format(out, x, *(unit.conv.weight for unit in units))
+    return match_memory_format(out, x, *(unit.conv.weight for unit in units), batch_norm=not pool)
 
 
-def match_memory_format(out: Tensor, *sources: Tensor) -> Tensor:
-    """``out``, which is channels_last, in the format PyTorch's convolutions choose: channels_last if a source is."""
-    if any(suggest_memory_format(t) == torch.channels_last for t in sources):
-        return out
+def match_memory_format(out: Tensor, *sources: Tensor, batch_norm: bool) -> Tensor:
+    """``out``, which is channels_last, with the strides PyTorch chooses: channels_last if a source is.
+
+    A tensor of one channel or one pixel is contiguous in both formats, and later layers go by its strides: those of
+    channels_last come out of a convolution or a pooling, the other ones out of BatchNorm (``batch_norm``).
+    """
     shape = out.shape
-    # One channel or one pixel is contiguous in both formats; later layers go by the strides, which the views settle.
-    return out.contiguous().view(-1).view(shape) if 1 in (shape[1], shape[2] * shape[3]) else out.contiguous()
+    both = 1 in (shape[1], shape[2] * shape[3])
+    if any(suggest_memory_format(t) == torch.channels_last for t in sources) and not (batch_norm and both):
+        return out
+    out = out.contiguous()
+    return out.view(-1).view(shape) if both else out
 
 
 def as_tensors(unit: UnitModules) -> Unit:

@@ -32,6 +32,7 @@ class StemConvBNReLU(FusedSequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, _stride(stride), padding=1, bias=bias),
             nn.BatchNorm2d(out_channels),
@@ -51,6 +52,7 @@ class DepthwiseConvBNReLU(FusedSequential):
     """
 
     def __init__(self, channels: int, *, stride: int = 1, bias: bool = True) -> None:
+        _check_positive(channels=channels)
         super().__init__(
             nn.Conv2d(channels, channels, 3, _stride(stride), padding=1, groups=channels, bias=bias),
             nn.BatchNorm2d(channels),
@@ -69,6 +71,7 @@ class PointwiseConvBNReLU(FusedSequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 1, bias=bias),
             nn.BatchNorm2d(out_channels),
@@ -88,6 +91,7 @@ class DepthwiseSeparableConv(FusedSequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
         super().__init__(
             DepthwiseConvBNReLU(in_channels, stride=stride, bias=bias),
             PointwiseConvBNReLU(in_channels, out_channels, bias=bias),
@@ -95,6 +99,14 @@ class DepthwiseSeparableConv(FusedSequential):
 
 
 def _stride(stride: int) -> int:
-    if stride not in (1, 2):
-        raise ValueError(f"stride: got {stride}, accepted are 1 and 2")
+    if type(stride) is not int or stride not in (1, 2):
+        raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
     return stride
+
+
+def _check_positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if type(count) is not int:
+            raise TypeError(f"{name}: got {count!r}, an int is accepted")
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, at least 1 is accepted")

@@ -33,12 +33,12 @@ SIXTEEN_BIT_SHAPES = [
     Shape("depthwise", 32, 32, 1, 16),
     Shape("depthwise", 64, 64, 2, 15),
     Shape("depthwise", 24, 24, 1, 9),
-    Shape("depthwise", 512, 512, 2, 8),
+    Shape("depthwise", 128, 128, 2, 8),
     Shape("pointwise", 8, 16, 1, 14),
     Shape("pointwise", 96, 192, 1, 9),
     Shape("pointwise", 512, 512, 1, 6),
 ]
-EVERY_DTYPE = settings(
+RANDOM = settings(
     derandomize=True,
     deadline=5000,
     max_examples=25,
@@ -94,9 +94,12 @@ def fused_bn_relu(kind, x, weight, bias, mean, var, gamma, beta, stride, trainin
     return function(x, weight, bias, mean, var, gamma, beta, training=training, relu=relu, **more)
 
 
-def gradients(out: Tensor, inputs: list[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+def gradients(
+    out: Tensor, inputs: list[Tensor | None], upstream: Tensor, keep: bool = False
+) -> list[Tensor | None]:
     leaves = [x for x in inputs if x is not None]
-    grads = iter(torch.autograd.grad(out, leaves, upstream.to(device=out.device, dtype=out.dtype)))
+    upstream = upstream.to(device=out.device, dtype=out.dtype)
+    grads = iter(torch.autograd.grad(out, leaves, upstream, retain_graph=keep))
     return [None if x is None else next(grads) for x in inputs]
 
 
@@ -105,11 +108,12 @@ def check_conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride
     leaves = [None if t is None else t.requires_grad_() for t in given]
     expected_leaves = [None if t is None else plain.as_leaf64(t) for t in given]
     out = fused_conv(kind, *leaves, stride, padding)
-    expected = conv(kind, *expected_leaves, stride, padding)
+    upstream = torch.randn(out.shape)
+    actual = gradients(out, leaves, upstream)
+    with plain.one_thread():
+        expected = conv(kind, *expected_leaves, stride, padding)
+        wanted = gradients(expected, expected_leaves, upstream)
     plain.assert_close(out, expected, FORWARD, "output")
-    upstream = torch.randn(out.shape, dtype=torch.float64)
-    upstream = upstream.float().double()
-    actual, wanted = gradients(out, leaves, upstream), gradients(expected, expected_leaves, upstream)
     for name, a, b in zip(("input", "weight", "bias"), actual, wanted, strict=True):
         if b is not None:
             plain.assert_close(a, b, GRADIENT, f"gradient of {name}")
@@ -123,14 +127,19 @@ def check_bn_relu(
     expected_leaves = [None if t is None else plain.as_leaf64(t) for t in given]
     running, expected_running = [t.clone() for t in vectors[:2]], [t.cpu().double() for t in vectors[:2]]
     out = fused_bn_relu(kind, *leaves[:3], *running, *leaves[3:], stride, training)
-    expected = bn_relu(
-        kind, *expected_leaves[:3], *expected_running, *expected_leaves[3:], stride, training, mask=out.cpu() > 0
-    )
+    upstream = torch.randn(out.shape)
+    actual = gradients(out, leaves, upstream)
+    with plain.one_thread():
+        expected = bn_relu(
+            kind, *expected_leaves[:3], *expected_running, *expected_leaves[3:], stride, training, mask=out.cpu() > 0
+        )
+        wanted = gradients(expected, expected_leaves, upstream)
+    if training and kind == "pointwise" and x.shape[1] == 1:
+        # The output does not depend on the scale of the only weight of a channel: its true gradient is nearly zero.
+        actual[1], wanted[1] = None, None
     plain.assert_close(out, expected, FORWARD, "output")
     for name, a, b in zip(("running_mean", "running_var"), running, expected_running, strict=True):
         plain.assert_close(a, b, FORWARD, name)
-    upstream = torch.randn(out.shape, dtype=torch.float64).float().double()
-    actual, wanted = gradients(out, leaves, upstream), gradients(expected, expected_leaves, upstream)
     for name, a, b in zip(("input", "weight", "bias", "bn_weight", "bn_bias"), actual, wanted, strict=True):
         if name == "bias" and training:
             assert a is None or not a.any(), "in front of batch statistics the gradient of a bias is zero"
@@ -181,7 +190,7 @@ def odd_input(data: Any, kind: str, smallest: int) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
-@EVERY_DTYPE
+@RANDOM
 @given(data=st.data())
 def test_convolution_of_any_shape(backend: str, device: str, kind: str, data: Any) -> None:
     stride, padding = (data.draw(st.integers(*bounds)) for bounds in ((1, 2), (0, 1)))
@@ -191,7 +200,7 @@ def test_convolution_of_any_shape(backend: str, device: str, kind: str, data: An
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
-@EVERY_DTYPE
+@RANDOM
 @given(data=st.data())
 def test_unit_of_any_shape(backend: str, device: str, kind: str, data: Any) -> None:
     training, stride = data.draw(st.booleans()), data.draw(st.integers(1, 2))
@@ -214,29 +223,38 @@ def test_relu_left_out(backend: str, device: str, kind: str) -> None:
         expected = bn_relu(kind, *expected_given, *others, 1, training, relu=False)
         assert (out < 0).any()
         plain.assert_close(out, expected, FORWARD, "output")
-        upstream = torch.randn(out.shape, dtype=torch.float64).float().double()
+        upstream = torch.randn(out.shape)
         for a, b in zip(gradients(out, given, upstream), gradients(expected, expected_given, upstream), strict=True):
             plain.assert_close(a, b, GRADIENT, "gradient")
 
 
 def compare_in_16_bits(
-    fused: Callable[..., Tensor], own: Callable[..., Tensor], given: dict[str, Tensor], device: str
+    fused: Callable[..., Tensor], own: Callable[..., Tensor], given: dict[str, Tensor], device: str, relu: bool = False
 ) -> None:
-    """Run both on the same values, and ``own`` in float64 too; every output and gradient is held to the promise."""
-    ours = {name: plain.leaf(t.to(device)) for name, t in given.items()}
-    theirs = {name: plain.leaf(t.to(device)) for name, t in given.items()}
-    exact = {name: plain.as_leaf64(t) for name, t in given.items()}
-    out, own_out = fused(*ours.values()), own(*theirs.values())
-    with torch.autocast(device, enabled=False):
-        expected = own(*exact.values())
-    plain.assert_no_worse(out, own_out, expected, "output")
-    upstream = torch.randn(out.shape).to(out.dtype)
-    results = [
-        gradients(o, list(leaves.values()), upstream)
-        for o, leaves in ((out, ours), (own_out, theirs), (expected, exact))
-    ]
-    for name, a, b, c in zip(given, *results, strict=True):
-        plain.assert_no_worse(a, b, c, f"gradient of {name}")
+    """Run both on the same values, and ``own`` in float64 too; every output and gradient is held to the promise.
+
+    Where there is a ReLU, the gradients' float64 reference takes the signs of the run that it judges: the few elements
+    whose sign rounding has turned, in either run, are a matter of luck and would drown all other errors.
+    """
+    exact = [plain.as_leaf64(t) for t in given.values()]
+    upstream, results = None, []
+    with plain.one_thread(), torch.autocast(device, enabled=False):
+        expected = own(*exact)
+    for function in (fused, own):
+        leaves = [plain.leaf(t.to(device)) for t in given.values()]
+        out = function(*leaves)
+        if upstream is None:
+            upstream = torch.randn(out.shape).to(out.dtype)
+        grads = gradients(out, leaves, upstream)
+        with plain.one_thread(), torch.autocast(device, enabled=False):
+            judge = own(*exact, mask=out.detach().cpu() > 0) if relu else expected
+            wanted = gradients(judge, exact, upstream, keep=True)
+        errors = [plain.relative_error(a, b) for a, b in zip((out, *grads), (expected, *wanted), strict=True)]
+        results.append((errors, [t.dtype for t in (out, *grads)]))
+    (ours, dtypes), (theirs, own_dtypes) = results
+    assert dtypes == own_dtypes
+    for name, a, b in zip(("output", *given), ours, theirs, strict=True):
+        plain.check_errors(a, b, f"{'gradient of ' if name != 'output' else ''}{name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -263,14 +281,14 @@ def test_unit_in_16_bits(
     mean, var, gamma, beta = (t.to(vector_dtype) for t in random_vectors(shape.out_channels))
 
     def run(unit: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-            running = [t.to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
-            return unit(shape.kind, x, weight, None, *[t.clone() for t in running], gamma, beta, shape.stride, training)
+        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **mask: Tensor) -> Tensor:
+            running = [t.clone().to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
+            return unit(shape.kind, x, weight, None, *running, gamma, beta, shape.stride, training, **mask)
 
         return call
 
     given = {"input": x, "weight": weight, "bn_weight": gamma, "bn_bias": beta}
-    compare_in_16_bits(run(fused_bn_relu), run(bn_relu), given, device)
+    compare_in_16_bits(run(fused_bn_relu), run(bn_relu), given, device, relu=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -282,9 +300,9 @@ def test_autocast(backend: str, device: str, kind: str, dtype: torch.dtype) -> N
     mean, var, gamma, beta = random_vectors(32)
 
     def run(unit: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-            running = [t.to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
-            out = unit(kind, x, weight, None, *running, gamma, beta, 1, True)
+        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **mask: Tensor) -> Tensor:
+            running = [t.clone().to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
+            out = unit(kind, x, weight, None, *running, gamma, beta, 1, True, **mask)
             assert not torch.equal(running[0], mean.to(running[0])), "the running statistics were not updated"
             return out
 
@@ -298,7 +316,7 @@ def test_autocast(backend: str, device: str, kind: str, dtype: torch.dtype) -> N
             device,
         )
         given = {"input": x, "weight": weight, "bn_weight": gamma, "bn_bias": beta}
-        compare_in_16_bits(run(fused_bn_relu), run(bn_relu), given, device)
+        compare_in_16_bits(run(fused_bn_relu), run(bn_relu), given, device, relu=True)
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])

@@ -6,6 +6,7 @@
 // gradient, times the activation (rebuilt from u) they make the weight gradient. Taps that no output uses are left out.
 #pragma once
 
+#include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
 
@@ -14,19 +15,18 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 // A tile's sums, each [channels]: of h_u, of h_u*(u - MEAN), and of the weight gradient's nine taps.
 constexpr int kBackwardSums = 2 + kTaps;
 
-// What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (kChannelBlock elements a
-// pixel), u[0] and h_u[0] (`channels` elements a pixel); tap row k belongs to dy[k]; weight rows are `channels` apart,
-// rows of sums kChannelBlock.
+// What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (a vector a pixel), u[0] and
+// h_u[0] (`channels` elements a pixel); tap row k belongs to dy[k].
 template <class T>
 struct BackwardRow {
   const Acc<T>* dy[3];
   const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * channels
-  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * kChannelBlock
+  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * block
   const T* u;
   T* h_u;            // null: not wanted
   const Acc<T>* bn;  // null: plain input
-  Acc<T>* sums;      // of h_u, then of h_u*(u - MEAN)
-  int64_t channels, out_w, x_begin, x_end;
+  Acc<T>* sums;      // of h_u, then `block` elements on of h_u*(u - MEAN)
+  int64_t channels, block, out_w, x_begin, x_end;
   int padding, count;
 };
 
@@ -34,8 +34,8 @@ struct BackwardRow {
 template <class T, int stride, int rows, bool partial>
 inline void depthwise_backward_row(const BackwardRow<T>& r) {
   using A = Acc<T>;
-  constexpr int kStep = kChannelBlock<A>;
-  const int64_t channels = r.channels;
+  constexpr int kStep = kLanes<A>;
+  const int64_t channels = r.channels, block = r.block;
   const int count = r.count, padding = r.padding;
   Vec<A> mean = zero<A>(), scale = zero<A>(), shift = zero<A>();
   const bool normalised = r.bn != nullptr, need_input = r.h_u != nullptr;
@@ -148,12 +148,12 @@ inline void depthwise_backward_row(const BackwardRow<T>& r) {
   for (int k = 0; k < rows; ++k) {
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
-      A* to = r.grad_weight[k] + kx * kStep;
+      A* to = r.grad_weight[k] + kx * block;
       store<A>(to, load<A>(to) + dw[k][kx]);
     }
   }
   store<A>(r.sums, load<A>(r.sums) + sum);
-  store<A>(r.sums + kStep, load<A>(r.sums + kStep) + centred_sum);
+  store<A>(r.sums + block, load<A>(r.sums + block) + centred_sum);
 }
 
 template <class T, int stride, bool partial>
@@ -166,33 +166,50 @@ inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r) {
   depthwise_backward_row<T, stride, 0, partial>(r);
 }
 
-// Loads `columns` pixels of the gradient at the convolution's output, kChannelBlock elements a pixel.
-template <class T, bool partial>
+// Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks for
+// the row `ahead` elements further on.
+template <class T>
 inline void load_gradient_row(const T* h, const T* y, int64_t columns, int64_t channels, const Acc<T>* grad_bn,
-                              int count, Acc<T>* out) {
+                              int block, int64_t ahead, Acc<T>* out) {
   using A = Acc<T>;
-  constexpr int kStep = kChannelBlock<A>;
-  auto row = [&](int index) { return load_lanes<partial, A>(grad_bn + index * channels, count); };
-  if (grad_bn == nullptr) {
-    for (int64_t x = 0; x < columns; ++x) store<A>(out + x * kStep, load_lanes<partial, T>(h + x * channels, count));
-  } else if (y == nullptr) {
-    const Vec<A> p = row(GRAD_P);
-    for (int64_t x = 0; x < columns; ++x)
-      store<A>(out + x * kStep, p * load_lanes<partial, T>(h + x * channels, count));
-  } else {
-    const Vec<A> p = row(GRAD_P), q = row(GRAD_Q), mean = row(GRAD_MEAN), o = row(GRAD_O);
-    for (int64_t x = 0; x < columns; ++x) {
-      const Vec<A> centred = load_lanes<partial, T>(y + x * channels, count) - mean;
-      store<A>(out + x * kStep, fma(p, load_lanes<partial, T>(h + x * channels, count), fma(q, centred, o)));
+  constexpr int L = kLanes<A>;
+  for_channel_groups<A>(block, [&](int64_t c, int count, auto group) {
+    constexpr int V = group.vectors;
+    constexpr bool partial = group.partial;
+    Vec<A> p[V], q[V], mean[V], o[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      auto row = [&](int index) {
+        return grad_bn ? load_lanes<partial, A>(grad_bn + index * channels + c + v * L, count) : zero<A>();
+      };
+      p[v] = grad_bn ? row(GRAD_P) : broadcast(A(1));
+      q[v] = row(GRAD_Q);
+      mean[v] = row(GRAD_MEAN);
+      o[v] = row(GRAD_O);
     }
-  }
+    A* to = out + c * columns;
+    for (int64_t x = 0; x < columns; ++x, to += L) {
+      const int64_t at = x * channels + c;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const bool new_line = v * L * sizeof(T) % kCacheLine == 0;
+        if (new_line) __builtin_prefetch(h + at + v * L + ahead);
+        Vec<A> dy = p[v] * load_lanes<partial, T>(h + at + v * L, count);
+        if (y) {
+          if (new_line) __builtin_prefetch(y + at + v * L + ahead);
+          const Vec<A> centred = load_lanes<partial, T>(y + at + v * L, count) - mean[v];
+          dy += fma(q[v], centred, o[v]);
+        }
+        store<A>(to + v * L * columns, dy);
+      }
+    }
+  });
 }
 
 template <class T, int stride>
 inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, const Acc<T>* weight, Acc<T>* partials) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  constexpr int kBlock = kChannelBlock<A>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in, p = g.padding;
   const int64_t in_image = t.image * g.h * g.w * channels + t.channel_begin;
@@ -208,25 +225,25 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
   const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
   const int64_t out_end = max_of(min_of((t.column_end - 1 + p) / stride + 1, g.out_w), out_begin);
-  const int64_t ring_row = (out_end - out_begin) * kBlock;
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * ring_row + kBackwardSums * kBlock)));
-  A* const sums = ring + 3 * ring_row;
-  for (int i = 0; i < kBackwardSums * kBlock; ++i) sums[i] = 0;
+  const int64_t out_columns = out_end - out_begin;
+  const int64_t block = ceil_div(t.channels, L) * L;
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * block * out_columns + kBackwardSums * block)));
+  A* const sums = ring + 3 * block * out_columns;
+  for (int64_t i = 0; i < kBackwardSums * block; ++i) sums[i] = 0;
 
   int64_t next_row = max_of(t.row_begin + p - 2 + stride - 1, 0) / stride;
   for (int64_t iy = t.row_begin; iy < t.row_end; ++iy) {
     for (; next_row <= min_of((iy + p) / stride, g.out_h - 1); ++next_row) {
       const int64_t from = (next_row * g.out_w + out_begin) * channels;
-      A* to = ring + next_row % 3 * ring_row;
-      for (int c = 0; c < t.channels; c += L) {
-        const int count = int(min_of(t.channels - c, L));
-        const T* y_row = y ? y + from + c : nullptr;
-        const A* bn = grad_bn ? grad_bn + c : nullptr;
-        if (count == L)
-          load_gradient_row<T, false>(h + from + c, y_row, out_end - out_begin, channels, bn, count, to + c);
-        else
-          load_gradient_row<T, true>(h + from + c, y_row, out_end - out_begin, channels, bn, count, to + c);
-      }
+      load_gradient_row<T>(h + from, y ? y + from : nullptr, out_columns, channels, grad_bn, t.channels,
+                           g.out_w * channels, ring + next_row % 3 * block * out_columns);
+    }
+    if (iy + 1 < t.row_end) {
+      for (int64_t x = t.column_begin; x < t.column_end; ++x)
+        for (int c = 0; c < t.channels; c += kCacheLine / int(sizeof(T))) {
+          __builtin_prefetch(u + ((iy + 1) * g.w + x) * channels + c);
+          if (h_u) __builtin_prefetch(h_u + ((iy + 1) * g.w + x) * channels + c, 1);
+        }
     }
     for (int c = 0; c < t.channels; c += L) {
       BackwardRow<T> r{};
@@ -234,9 +251,9 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t numerator = iy + p - ky;
         if (numerator < 0 || numerator % stride != 0 || numerator / stride >= g.out_h) continue;
-        r.dy[rows] = ring + numerator / stride % 3 * ring_row + c - out_begin * kBlock;
+        r.dy[rows] = ring + (numerator / stride % 3 * block + c) * out_columns - out_begin * L;
         r.weight[rows] = weight + ky * 3 * channels + c;
-        r.grad_weight[rows] = sums + (2 + ky * 3) * kBlock + c;
+        r.grad_weight[rows] = sums + (2 + ky * 3) * block + c;
         ++rows;
       }
       r.u = u + iy * g.w * channels + c;
@@ -244,6 +261,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.bn = bn_u ? bn_u + c : nullptr;
       r.sums = sums + c;
       r.channels = channels;
+      r.block = block;
       r.out_w = g.out_w;
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
@@ -257,7 +275,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   }
   A* to = partials + t.place * kBackwardSums * channels + t.channel_begin;
   for (int i = 0; i < kBackwardSums; ++i)
-    for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * kBlock + c];
+    for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * block + c];
 }
 
 // grad_weight [channels][9] from the tiles' sums, added in tile order.
@@ -285,7 +303,7 @@ inline void depthwise_backward_typed(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
-  const TileGrid grid(g.n, g.h, g.w, channels, kChannelBlock<A>, kTileColumns);
+  const TileGrid grid(g.n, g.h, g.w, channels, sizeof(A), 1);
   A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + kBackwardSums * grid.places())));
   A* const partials = weight + channels * kTaps;
   transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);

@@ -7,6 +7,7 @@
 // weight gives what nn.Conv2d gives.
 #pragma once
 
+#include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
 
@@ -37,29 +38,47 @@ MX_INLINE Vec<A> apply(const Epilogue<A>& e, Vec<A> v) {
   return v;
 }
 
-// One output row of a tile, for one vector of channels. row[ky] is the input row under weight row ky, kChannelBlock
-// elements a pixel, so placed that row[ky][0] would be column 0; null outside the image. `zeros` is a row of zeros as
-// long. weight is [9][channels].
-template <class T, int stride, bool partial>
-inline void depthwise_forward_row(const Acc<T>* const (&rows)[3], const Geometry& g, const Acc<T>* weight, int count,
-                                  int64_t x_begin, int64_t x_end, const Epilogue<Acc<T>>& epilogue,
-                                  const Acc<T>* zeros, T* out) {
+// What one output row of a tile needs, for one vector of channels.
+template <class T>
+struct ForwardRow {
   using A = Acc<T>;
-  constexpr int kStep = kChannelBlock<A>;
-  const int64_t channels = g.c_in;
+  // The input row under weight row ky, a vector a pixel, so placed that row[ky][0] would be column 0 of the image;
+  // null outside the image. `zeros` is a row of zeros, placed likewise.
+  const A* row[3];
+  const A* zeros;
+  const A* weight;  // [9][channels]
+  T* y;             // column 0
+  int64_t x_begin, x_end;
+  int count;
+  const A* shift;  // the moments of the stored y about it are added to sum and sum_squares
+  A *sum, *sum_squares;
+};
+
+template <class T, int stride, bool partial>
+inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, const Epilogue<Acc<T>>& epilogue) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t channels = g.c_in, x_begin = r.x_begin, x_end = r.x_end;
+  const int count = r.count;
   // A row outside the image is read as zeros, with zeros for weights, so that the loops below have one form.
   const A* row[3];
   Vec<A> w[3][3];
 #pragma GCC unroll 3
   for (int ky = 0; ky < 3; ++ky) {
-    row[ky] = rows[ky] ? rows[ky] : zeros;
+    row[ky] = r.row[ky] ? r.row[ky] : r.zeros;
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx)
-      w[ky][kx] = rows[ky] ? load_lanes<partial, A>(weight + (ky * 3 + kx) * channels, count) : zero<A>();
+      w[ky][kx] = r.row[ky] ? load_lanes<partial, A>(r.weight + (ky * 3 + kx) * channels, count) : zero<A>();
   }
+  const Vec<A> shift = load<A>(r.shift);
+  Vec<A> sum = zero<A>(), sum_squares = zero<A>();
 
   auto put = [&](int64_t x, Vec<A> v) {
-    store_lanes<partial, T>(out + x * channels, apply(epilogue, v), count);
+    v = apply(epilogue, v);
+    store_lanes<partial, T>(r.y + x * channels, v, count);
+    const Vec<A> distance = round_to_storage<T>(v) - shift;
+    sum += distance;
+    sum_squares = fma(distance, distance, sum_squares);
   };
   auto border_pixel = [&](int64_t x) {
     Vec<A> acc = zero<A>();
@@ -68,7 +87,7 @@ inline void depthwise_forward_row(const Acc<T>* const (&rows)[3], const Geometry
       const int64_t ix = x * stride + kx - g.padding;
       if (ix < 0 || ix >= g.w) continue;
 #pragma GCC unroll 3
-      for (int ky = 0; ky < 3; ++ky) acc = fma(load<A>(row[ky] + ix * kStep), w[ky][kx], acc);
+      for (int ky = 0; ky < 3; ++ky) acc = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc);
     }
     put(x, acc);
   };
@@ -84,10 +103,10 @@ inline void depthwise_forward_row(const Acc<T>* const (&rows)[3], const Geometry
     Vec<A> acc[kPixels] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
-      const A* p = row[ky] + (x * stride - g.padding) * kStep;
+      const A* p = row[ky] + (x * stride - g.padding) * L;
 #pragma GCC unroll 16
       for (int i = 0; i < kInputs; ++i) {
-        const Vec<A> a = load<A>(p + i * kStep);
+        const Vec<A> a = load<A>(p + i * L);
 #pragma GCC unroll 3
         for (int kx = 0; kx < 3; ++kx) {
           const int offset = i - kx;
@@ -100,31 +119,42 @@ inline void depthwise_forward_row(const Acc<T>* const (&rows)[3], const Geometry
     for (int i = 0; i < kPixels; ++i) put(x + i, acc[i]);
   }
   for (; x < x_end; ++x) border_pixel(x);
+  store<A>(r.sum, load<A>(r.sum) + sum);
+  store<A>(r.sum_squares, load<A>(r.sum_squares) + sum_squares);
 }
 
-// Loads `columns` pixels of an input row into `out`, kChannelBlock elements a pixel, normalised and rectified.
-template <class T, bool partial>
-inline void load_input_row(const T* u, int64_t columns, int64_t channels, const Acc<T>* bn, int count, Acc<T>* out) {
+// Loads `columns` pixels of an input row, normalised and rectified, into `out`, [vectors][columns][lanes], and asks for
+// the row `ahead` elements further on.
+template <class T>
+inline void load_input_row(const T* u, int64_t columns, int64_t channels, const Acc<T>* bn, int block, int64_t ahead,
+                           Acc<T>* out) {
   using A = Acc<T>;
-  if (bn) {
-    const Vec<A> mean = load_lanes<partial, A>(bn + BN_MEAN * channels, count);
-    const Vec<A> scale = load_lanes<partial, A>(bn + BN_SCALE * channels, count);
-    const Vec<A> shift = load_lanes<partial, A>(bn + BN_SHIFT * channels, count);
-    for (int64_t x = 0; x < columns; ++x) {
-      const Vec<A> z = fma(load_lanes<partial, T>(u + x * channels, count) - mean, scale, shift);
-      store<A>(out + x * kChannelBlock<A>, relu(z));
+  constexpr int L = kLanes<A>;
+  for_channel_groups<A>(block, [&](int64_t c, int count, auto group) {
+    constexpr int V = group.vectors;
+    constexpr bool partial = group.partial;
+    Normalisation<A> n[V] = {};
+    if (bn) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) n[v] = load_normalisation<A, partial>(bn, channels, c + v * L, count);
     }
-  } else {
-    for (int64_t x = 0; x < columns; ++x)
-      store<A>(out + x * kChannelBlock<A>, load_lanes<partial, T>(u + x * channels, count));
-  }
+    const T* from = u + c;
+    A* to = out + c * columns;
+    for (int64_t x = 0; x < columns; ++x, from += channels, to += L) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if (v * L * sizeof(T) % kCacheLine == 0) __builtin_prefetch(from + v * L + ahead);
+        const Vec<A> value = load_lanes<partial, T>(from + v * L, count);
+        store<A>(to + v * L * columns, bn ? relu(fma(value - n[v].mean, n[v].scale, n[v].shift)) : value);
+      }
+    }
+  });
 }
 
 template <class T, int stride>
 inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const Acc<T>* weight, Acc<T>* partials) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  constexpr int kBlock = kChannelBlock<A>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
   const T* u = static_cast<const T*>(args.u) + t.image * g.h * g.w * channels + t.channel_begin;
@@ -135,58 +165,49 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
 
   const int64_t in_begin = max_of(t.column_begin * stride - g.padding, 0);
   const int64_t in_end = min_of((t.column_end - 1) * stride - g.padding + 3, g.w);
-  const int64_t ring_row = (in_end - in_begin) * kBlock;
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (4 * ring_row + 3 * kBlock)));
-  A* const zeros = ring + 3 * ring_row;
-  for (int64_t i = 0; i < ring_row; ++i) zeros[i] = 0;
-  A *const shift = zeros + ring_row, *const sum = shift + kBlock, *const sum_squares = sum + kBlock;
-  for (int i = 0; i < kBlock; ++i) sum[i] = sum_squares[i] = 0;
-
-  // Statistics are taken a few rows at a time where the tile spans the image, so that its rows follow each other.
-  const int64_t width = t.column_end - t.column_begin;
-  const int64_t rows_at_once = width == g.out_w ? ceil_div(kTileColumns, width) : 1;
-  int64_t rows_counted = t.row_begin;
+  const int64_t in_columns = in_end - in_begin, width = t.column_end - t.column_begin;
+  const int64_t block = ceil_div(t.channels, L) * L;
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * ((3 * block + L) * in_columns + 3 * block)));
+  A* const zeros = ring + 3 * block * in_columns;
+  A *const shift = zeros + L * in_columns, *const sum = shift + block, *const sum_squares = sum + block;
+  for (A* p = zeros; p < sum_squares + block; ++p) *p = 0;
 
   int64_t next_row = max_of(t.row_begin * stride - g.padding, 0);
   for (int64_t oy = t.row_begin; oy < t.row_end; ++oy) {
     const int64_t top = oy * stride - g.padding;
     next_row = max_of(next_row, top);
-    for (; next_row < min_of(top + 3, g.h); ++next_row) {
-      const T* from = u + (next_row * g.w + in_begin) * channels;
-      A* to = ring + next_row % 3 * ring_row;
-      for (int c = 0; c < t.channels; c += L) {
-        const int count = int(min_of(t.channels - c, L));
-        const A* bn = bn_u ? bn_u + c : nullptr;
-        if (count == L)
-          load_input_row<T, false>(from + c, in_end - in_begin, channels, bn, count, to + c);
-        else
-          load_input_row<T, true>(from + c, in_end - in_begin, channels, bn, count, to + c);
-      }
-    }
+    for (; next_row < min_of(top + 3, g.h); ++next_row)
+      load_input_row<T>(u + (next_row * g.w + in_begin) * channels, in_columns, channels, bn_u, t.channels,
+                        stride * g.w * channels, ring + next_row % 3 * block * in_columns);
     for (int c = 0; c < t.channels; c += L) {
-      const int count = int(min_of(t.channels - c, L));
-      const A* rows[3];
+      ForwardRow<T> r{};
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t iy = top + ky;
-        rows[ky] = iy >= 0 && iy < g.h ? ring + iy % 3 * ring_row + c - in_begin * kBlock : nullptr;
+        const bool inside = iy >= 0 && iy < g.h;
+        r.row[ky] = inside ? ring + (iy % 3 * block + c) * in_columns - in_begin * L : nullptr;
       }
-      T* out = y + oy * g.out_w * channels + c;
-      if (count == L) {
-        const auto epilogue = load_epilogue<A, false>(epilogue_bn, args.epilogue_relu, channels, c, count);
-        depthwise_forward_row<T, stride, false>(rows, g, weight + c, count, t.column_begin, t.column_end, epilogue,
-                                                zeros - in_begin * kBlock, out);
-      } else {
-        const auto epilogue = load_epilogue<A, true>(epilogue_bn, args.epilogue_relu, channels, c, count);
-        depthwise_forward_row<T, stride, true>(rows, g, weight + c, count, t.column_begin, t.column_end, epilogue,
-                                               zeros - in_begin * kBlock, out);
-      }
+      r.zeros = zeros - in_begin * L;
+      r.weight = weight + c;
+      r.y = y + oy * g.out_w * channels + c;
+      r.x_begin = t.column_begin;
+      r.x_end = t.column_end;
+      r.count = int(min_of(t.channels - c, L));
+      r.shift = shift + c;
+      r.sum = sum + c;
+      r.sum_squares = sum_squares + c;
+      if (r.count == L)
+        depthwise_forward_row<T, stride, false>(
+            r, g, load_epilogue<A, false>(epilogue_bn, args.epilogue_relu, channels, c, r.count));
+      else
+        depthwise_forward_row<T, stride, true>(
+            r, g, load_epilogue<A, true>(epilogue_bn, args.epilogue_relu, channels, c, r.count));
     }
-    const int64_t uncounted = oy + 1 - rows_counted;
-    if (partials && (uncounted == rows_at_once || oy + 1 == t.row_end)) {
-      const T* rows = y + (rows_counted * g.out_w + t.column_begin) * channels;
-      if (rows_counted == t.row_begin) mean_of_rows<T>(rows, uncounted * width, channels, t.channels, shift);
-      add_moments<T>(rows, uncounted * width, channels, t.channels, shift, sum, sum_squares);
-      rows_counted = oy + 1;
+    if (partials && oy == t.row_begin) {
+      // The first row was taken about 0; its mean is the shift from here on.
+      const T* row = y + (oy * g.out_w + t.column_begin) * channels;
+      for (int c = 0; c < block; ++c) sum[c] = sum_squares[c] = 0;
+      mean_of_rows<T>(row, width, channels, t.channels, shift);
+      add_moments<T>(row, width, channels, t.channels, shift, sum, sum_squares);
     }
   }
   if (partials) {
@@ -200,8 +221,7 @@ inline void depthwise_forward_typed(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
-  const int64_t tile_columns = kTileColumns / g.stride;  // in both cases about kTileColumns of input
-  const TileGrid grid(g.n, g.out_h, g.out_w, channels, kChannelBlock<A>, tile_columns);
+  const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
   const bool stats = args.bn_y != nullptr;
   A* const weight =
       static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? 2 * grid.places() : 0))));

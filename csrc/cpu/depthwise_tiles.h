@@ -5,12 +5,12 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-constexpr int kTaps = 9;  // 3x3
-
-// Channels that a tile handles at once: 128 bytes of accumulators, so that three rows of kTileColumns fit in L1.
-template <class A>
-constexpr int kChannelBlock = 128 / int(sizeof(A));
-constexpr int64_t kTileColumns = 56;
+// A tile keeps three rows of its input in the accumulation type, [vectors of channels][pixels][lanes], in about the
+// size of an L1 cache. It takes this many bytes of channels where there are so many, for long runs of memory, more
+// where the image is small, and then as many columns as fit.
+constexpr int64_t kRingBytes = 48 * 1024;
+constexpr int64_t kChannelBytes = 512;
+constexpr int64_t kMaxChannelBytes = 4096;
 
 // Bands of rows are cut until there are this many tiles, but not lower than kMinBandRows: every band reads two rows
 // that its neighbour reads too.
@@ -29,10 +29,17 @@ struct Tile {
 struct TileGrid {
   int64_t images, rows, columns, channels, channel_block, bands, column_tiles, channel_blocks;
 
-  TileGrid(int64_t images, int64_t rows, int64_t columns, int64_t channels, int64_t channel_block, int64_t tile_columns)
-      : images(images), rows(rows), columns(columns), channels(channels), channel_block(channel_block) {
-    column_tiles = ceil_div(columns, tile_columns);
+  // Images of rows x columns pixels are tiled; a tile of n columns keeps n * columns_per_column + 2 in its ring.
+  TileGrid(int64_t images, int64_t rows, int64_t columns, int64_t channels, int64_t element_bytes,
+           int64_t columns_per_column)
+      : images(images), rows(rows), columns(columns), channels(channels) {
+    const int64_t elements = kRingBytes / 3 / element_bytes;
+    const int64_t wanted = max_of(elements / (columns * columns_per_column + 2), kChannelBytes / element_bytes);
+    const int64_t block_bytes = min_of(wanted * element_bytes / 128 * 128, kMaxChannelBytes);
+    channel_blocks = ceil_div(channels * element_bytes, block_bytes);
+    channel_block = ceil_div(ceil_div(channels, channel_blocks) * element_bytes, 64) * 64 / element_bytes;
     channel_blocks = ceil_div(channels, channel_block);
+    column_tiles = ceil_div(columns, max_of((elements / min_of(channel_block, channels) - 2) / columns_per_column, 1));
     const int64_t tiles = max_of(images * column_tiles * channel_blocks, 1);
     bands = max_of(min_of(ceil_div(kEnoughTiles, tiles), rows / kMinBandRows), 1);
   }

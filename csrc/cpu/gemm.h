@@ -34,12 +34,6 @@ MX_INLINE int64_t tile_pitch(int64_t columns) {
   return (ceil_div(columns, line) | 1) * line;
 }
 
-// An integer as a type, for generic lambdas.
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 template <int rows, int vectors, class A>
 MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
 #pragma GCC unroll 12

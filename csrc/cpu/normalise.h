@@ -4,6 +4,7 @@
 // registers while the pixels go by.
 #pragma once
 
+#include "channels.h"
 #include "statistics.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
@@ -26,34 +27,6 @@ struct PixelGrid {
     return {index / per_image, begin, min_of(begin + kTilePixels, pixels)};
   }
 };
-
-template <class A>
-struct Normalisation {
-  Vec<A> mean, scale, shift;
-};
-
-template <class A, bool partial>
-MX_INLINE Normalisation<A> load_normalisation(const A* bn, int64_t channels, int64_t c, int count) {
-  return {load_lanes<partial, A>(bn + BN_MEAN * channels + c, count),
-          load_lanes<partial, A>(bn + BN_SCALE * channels + c, count),
-          load_lanes<partial, A>(bn + BN_SHIFT * channels + c, count)};
-}
-
-// body(c, count, number of vectors and partial as constants) for the channels in groups of four vectors, then one.
-template <int v, bool p>
-struct Group {
-  static constexpr int vectors = v;
-  static constexpr bool partial = p;
-};
-
-template <class A, class Body>
-MX_INLINE void for_channel_groups(int64_t channels, const Body& body) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + 4 * L <= channels; c += 4 * L) body(c, L, Group<4, false>{});
-  for (; c + L <= channels; c += L) body(c, L, Group<1, false>{});
-  if (c < channels) body(c, int(channels - c), Group<1, true>{});
-}
 
 template <class T>
 inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {

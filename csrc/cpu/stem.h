@@ -8,8 +8,6 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-constexpr int kTaps = 9;  // 3x3
-
 // Writes `count` values at `column` of a row whose columns lie in panels of `width`, `stride` elements apart. Null: 0.
 template <class T>
 MX_INLINE void write_taps(const T* from, int64_t count, int64_t column, Acc<T>* row, int64_t width, int64_t stride) {

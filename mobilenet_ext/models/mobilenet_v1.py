@@ -31,7 +31,7 @@ class MobileNetV1(nn.Module):
         input ``[N, 3, H, W]`` (any memory format, any size; 224x224 in the paper), output ``[N, num_classes]``.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range. TypeError: an argument of another type.
     """
 
     def __init__(
@@ -43,12 +43,17 @@ class MobileNetV1(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if type(num_classes) is not int:
+            raise TypeError(f"num_classes: got {num_classes!r}, an int is accepted")
         if num_classes < 1:
             raise ValueError(f"num_classes: got {num_classes}, at least 1 is accepted")
-        if int(STEM_CHANNELS * width_multiplier) < 1:
+        for name, number in (("width_multiplier", width_multiplier), ("dropout", dropout)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: got {number!r}, a float is accepted")
+        if not 1 / STEM_CHANNELS <= width_multiplier < float("inf"):
             raise ValueError(
-                f"width_multiplier: got {width_multiplier}, which leaves the first convolution without channels; "
-                f"at least {1 / STEM_CHANNELS} is accepted"
+                f"width_multiplier: got {width_multiplier}, accepted are finite values of at least 1/{STEM_CHANNELS}, "
+                "which leaves the first convolution one channel"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout}, accepted are values in [0, 1)")

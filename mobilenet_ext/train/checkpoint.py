@@ -112,4 +112,5 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: str | os.PathL
         model.load_state_dict(content["model"])
     except (KeyError, RuntimeError) as error:
         width = content["config"].width
-        raise TrainError(f"the weights in {path} do not fit MobileNetV1 of width {width:g}: {reason(error)}") from error
+        first = (str(error).splitlines() + [""])[1].strip()  # the headline says only that there are errors
+        raise TrainError(f"the weights in {path} do not fit MobileNetV1 of width {width:g}: {first}") from error

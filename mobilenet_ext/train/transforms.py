@@ -36,7 +36,7 @@ def resize_shorter_side(image: Any, size: int) -> Any:
         if image.dim() < 3 or 0 in image.shape:
             raise ValueError(f"image must be [..., C, H, W] and not empty, not {list(image.shape)}")
         height, width = image.shape[-2:]
-    elif hasattr(image, "resize") and hasattr(image, "size"):
+    elif hasattr(image, "getbands"):  # a PIL image, without importing PIL
         width, height = image.size
     else:
         raise TypeError(f"image must be a tensor [..., C, H, W] or a PIL image, not {type(image).__name__}")
@@ -46,9 +46,14 @@ def resize_shorter_side(image: Any, size: int) -> Any:
     new_height, new_width = (size, longer) if height <= width else (longer, size)
     if not isinstance(image, Tensor):
         return image.resize((new_width, new_height), resample=2)  # 2: PIL's BILINEAR, which antialiases
-    batch = image.reshape(-1, *image.shape[-3:]) if image.dim() != 4 else image
+    # A dimension added in front of HWC pixels gets a stride that PyTorch recognises as channels last; in front of CHW
+    # it does not, and the result would be laid out anew.
+    if image.dim() == 3:
+        batch = image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+    else:
+        batch = image.reshape(-1, *image.shape[-3:])
     out = nn.functional.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True)
-    return out.reshape(*image.shape[:-2], new_height, new_width) if image.dim() != 4 else out
+    return out.reshape(*image.shape[:-2], new_height, new_width)
 
 
 class RandomResize(nn.Module):

@@ -1,28 +1,13 @@
-"""Tiny image folders, and the command line in a process of its own."""
+"""Fixtures for the tests of training: a tiny image folder, the command line in a process of its own."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-
-# A run of 4 training batches and 2 validation batches an epoch.
-TINY = ["--width", "0.125", "--resolution", "40", "--batch-size", "6", "--workers", "0", "--device", "cpu"]
-
-
-def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> None:
-    """A noisy image whose brightness depends on the parity of ``seed``."""
-    image = pytest.importorskip("PIL.Image", reason="Pillow writes the test's images")
-    noise = np.random.default_rng(seed).integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.fromarray(noise + np.uint8(seed % 2 * 120)).save(path)
+from tiny import command, run_process, write_image
 
 
 @pytest.fixture
@@ -35,28 +20,7 @@ def images(tmp_path: Path) -> Path:
     return root
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "mobilenet_ext", *map(str, arguments)]
-
-
-def run_process(arguments: list[str], cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    # One thread: these processes are tiny and share the machine.
-    environment = {"PYTHONPATH": str(REPOSITORY), **os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    return subprocess.run(
-        arguments, cwd=cwd, env=environment, text=True, capture_output=True, timeout=120, check=False, **options
-    )
-
-
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``mobilenet-ext`` in a process of its own, in ``tmp_path``."""
     return lambda *arguments, **options: run_process(command(*arguments), tmp_path, **options)
-
-
-def assert_one_message(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """The command failed with one line on stderr that has these parts."""
-    assert result.returncode not in (0, None), result
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mobilenet-ext: "), result.stderr
-    for part in parts:
-        assert part in lines[0]

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_image
 
 from mobilenet_ext.train import Digits, ImageFolder, InMemoryImagenette, TrainError, UnreadableImage
 from mobilenet_ext.train.data import decode_image, find_imagenette
 from mobilenet_ext.train.recipe import default_recipe
-from tests.train.conftest import write_image
 
 
 def truncate(path: Path) -> None:
