@@ -6,9 +6,8 @@
 
 #define MX_DEFINE_OP(schema) m.def(schema);
 
-STABLE_TORCH_LIBRARY(mobilenet_ext, m) {
-  MX_KERNEL_OPS(MX_DEFINE_OP)
-  MX_LAYER_OPS(MX_DEFINE_OP)
-}
+STABLE_TORCH_LIBRARY(mobilenet_ext, m){MX_KERNEL_OPS(MX_DEFINE_OP) MX_LAYER_OPS(MX_DEFINE_OP)}
 
-STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) { MX_KERNEL_OPS(MX_DEFINE_OP) }
+STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) {
+  MX_KERNEL_OPS(MX_DEFINE_OP)
+}

@@ -89,6 +89,8 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
     for unit in units:
         running_bn = None if unit.batch_stats else _running_bn(unit)
         params += [unit.weight, unit.conv_bias, unit.gamma, unit.beta, running_bn]
+    # Converted here, so that what the node saves is its own input: through it a second derivative finds the node.
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     out, *bns = _Chain.apply(settings, end, dtype, _needs_grad(x, units), x, *params)
 
     batch_units = [unit for unit in units if unit.batch_stats]
@@ -109,9 +111,7 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast casts ``x`` for a convolution; it leaves float64 alone."""
     device = x.device.type
-    return (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    )
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -191,13 +191,13 @@ def _absorb_non_finite(beta: Tensor | None, conv_bias: Tensor | None, dtype: tor
 
 
 class _Chain(torch.autograd.Function):
-    """``apply(settings, end, dtype, save, x, *params)`` with (weight, conv_bias, gamma, beta, running_bn) a unit in
-    ``params``, ``running_bn`` None where batch statistics are wanted. Returns the output and the ``bn`` of every unit
-    with batch statistics."""
+    """``apply(settings, end, dtype, save, x, *params)`` with ``x`` channels_last in ``dtype`` and (weight, conv_bias,
+    gamma, beta, running_bn) a unit in ``params``, ``running_bn`` None where batch statistics are wanted. Returns the
+    output and the ``bn`` of every unit with batch statistics."""
 
     @staticmethod
     def forward(ctx, settings, end, dtype, save, x, *params):
-        u, bn = x.to(dtype).contiguous(memory_format=torch.channels_last), None
+        u, bn = x, None
         activations, weights, bns = [u], [], []
         for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
@@ -218,7 +218,7 @@ class _Chain(torch.autograd.Function):
 
         if save:
             ctx.save_for_backward(*activations, *weights, *bns)
-        ctx.settings, ctx.end, ctx.x_dtype = settings, end, x.dtype
+        ctx.settings, ctx.end = settings, end
         ctx.dtypes = tuple(None if p is None else p.dtype for p in params)
         ctx.set_materialize_grads(False)
         batch_bns = [bn for bn, setting in zip(bns, settings, strict=True) if setting.batch_stats]
@@ -273,4 +273,4 @@ class _Chain(torch.autograd.Function):
             if needs[weight_grad]:
                 grads[weight_grad] = grad_weight
         grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, h.to(ctx.x_dtype) if needs_x else None, *grads
+        return None, None, None, None, h if needs_x else None, *grads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -35,6 +36,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in list(frozen.modules()):
         if isinstance(module, fusion.FusedSequential):
             _fold_units(module)
+    for module in frozen.modules():
+        module.train = partial(_refuse_training, module)  # on each: dropout in a parent must not come back either
     return frozen
 
 
@@ -65,11 +68,6 @@ class FrozenChain(nn.Module):
         out = chain.infer(x, units, self.end, dtype)
         return fusion.match_memory_format(out, x, *(unit.weight for unit in units), batch_norm=self.end == "relu")
 
-    def train(self, mode: bool = True) -> FrozenChain:
-        if mode:
-            raise RuntimeError("a frozen model is for inference only: train the model it was made of")
-        return super().train(mode)
-
     def extra_repr(self) -> str:
         return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")
 
@@ -86,6 +84,9 @@ class FrozenChain(nn.Module):
     def _checked_dtype(self, x: Tensor) -> torch.dtype:
         kind, weight = self.geometry[0][0], self.weight0
         channels = weight.shape[0] if kind == "depthwise" else weight.shape[1]
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            got = f"a tensor of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"input: got {got}, a dense torch.Tensor is accepted")
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"input: got shape {tuple(x.shape)}, accepted is [N, {channels}, H, W]")
         if x.device != weight.device:
@@ -93,6 +94,12 @@ class FrozenChain(nn.Module):
         if x.dtype != weight.dtype and not (chain.is_autocast(x) and x.dtype in fusion.DTYPES):
             raise TypeError(f"input: got {x.dtype}, accepted is the weights' dtype, {weight.dtype}")
         return chain.compute_dtype(x)
+
+
+def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise RuntimeError("a frozen model is for inference only: train the model it was made of")
+    return type(module).train(module, False)
 
 
 def _fold_units(container: fusion.FusedSequential) -> None:

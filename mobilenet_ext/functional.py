@@ -10,8 +10,11 @@ Arguments that are not accepted raise ValueError or TypeError before anything is
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mobilenet_ext import chain, layers
 from mobilenet_ext.fusion import DTYPES, match_memory_format
@@ -91,7 +94,7 @@ def depthwise_bn_relu(
     """
     _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
-    _check_batch_norm(input, weight, *vectors, training, momentum, eps)
+    _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("depthwise", input, weight, bias, vectors, stride, training, momentum, eps, relu)
 
 
@@ -122,7 +125,7 @@ def pointwise_bn_relu(
     """
     _check_conv(input, weight, bias, depthwise=False)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
-    _check_batch_norm(input, weight, *vectors, training, momentum, eps)
+    _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("pointwise", input, weight, bias, vectors, 1, training, momentum, eps, relu)
 
 
@@ -130,18 +133,16 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     running_mean, running_var, gamma, beta = vectors
     track = momentum if training and running_mean is not None and input.numel() else None
     padding = 1 if kind == "depthwise" else 0
-    unit = chain.Unit(
-        kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps
-    )
+    unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
     out = chain.run(input, [unit], "relu" if relu else "linear")
     return match_memory_format(out, input, weight, batch_norm=True)
 
 
 def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):
     _check_activation("input", input)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _check_tensor(name, tensor, input.device)
+    _check_tensor("weight", weight, input.device)
+    if bias is not None:
+        _check_tensor("bias", bias, input.device)
     channels = input.shape[1]
     if depthwise:
         if tuple(weight.shape) != (channels, 1, 3, 3):
@@ -157,13 +158,24 @@ def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):
     if min(input.shape[2:]) < smallest:
         raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are sides of {smallest} and more")
 
+    if forward_ad._current_level >= 0:
+        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise TypeError(f"{name}: got a dual tensor; forward-mode differentiation is not supported")
     accepted = [d for d in DTYPES if d != torch.float64] if chain.is_autocast(input) else [input.dtype]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in accepted:
-            raise TypeError(f"{name}: got {tensor.dtype}, accepted beside an input of {input.dtype}: {_names(accepted)}")
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, accepted beside an input of {input.dtype}: {_names(accepted)}"
+            )
 
 
-def _check_batch_norm(input, weight, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps):
+def _check_batch_norm(
+    input, weight, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu
+):  # fmt: skip
+    for name, switch in (("training", training), ("relu", relu)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{name}: got {type(switch).__name__}, a bool is accepted")
     vectors = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
     dtype = chain.compute_dtype(input)
     accepted = [dtype] if dtype.itemsize > 2 else [dtype, torch.float32]
@@ -183,6 +195,10 @@ def _check_batch_norm(input, weight, running_mean, running_var, bn_weight, bn_bi
     for name, number in (("momentum", momentum), ("eps", eps)):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(f"{name}: got {type(number).__name__}, a float is accepted")
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: got {number}, finite values are accepted")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps: got {eps}, accepted are values above 0, and 0 with training=False")
 
 
 def _check_activation(name: str, x: Tensor) -> None:

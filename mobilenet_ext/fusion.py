@@ -20,6 +20,7 @@ from mobilenet_ext import chain, ops
 from mobilenet_ext.chain import Kind, Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 
 
 class UnitModules(NamedTuple):
@@ -93,7 +94,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
     if torch.jit.is_tracing():
         return False
-    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
+    if type(x) not in _TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False  # torch.func and forward-mode differentiation
@@ -106,7 +107,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     for kind, conv, bn in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
-        if any(t.device != x.device for t in (*conv_tensors, *vectors)):
+        if any(t.device != x.device or type(t) not in _TENSORS for t in (*conv_tensors, *vectors)):
             return False
         if any(t.dtype not in conv_dtypes for t in conv_tensors):
             return False
@@ -195,12 +196,18 @@ def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) 
         return None
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
+    if "_conv_forward" in conv.__dict__:
+        return None
     kind = conv_kind(conv)
     return None if kind is None or bn.num_features != conv.out_channels else UnitModules(kind, conv, bn)
 
 
+# As they are at import: tools that quantise or trace replace them on the class.
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d)}
+
+
 def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and is_untouched(module)
+    return type(module) is kind and kind.forward is _FORWARDS[kind] and is_untouched(module)
 
 
 def _pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:

@@ -43,9 +43,7 @@ def _split_grad(h: Tensor, grad_bn: Tensor, scale: Tensor) -> tuple[Tensor, Tens
 
 
 def _layer_forward(conv_forward, u, mean, scale, shift, weight, *geometry):
-    y, bn = conv_forward(
-        _dense(u), _pack(mean, scale, shift), weight.contiguous(), *geometry, None, None, _EPS, True
-    )
+    y, bn = conv_forward(_dense(u), _pack(mean, scale, shift), weight.contiguous(), *geometry, None, None, _EPS, True)
     return y, bn[BN_MEAN].clone(), bn[BN_VAR].clone()
 
 
@@ -66,7 +64,7 @@ def _layer_backward(conv_backward, ctx, grad_y, grad_mean, grad_var):
     u, mean, scale, shift, weight, y, mean_y = ctx.saved_tensors
     count = max(y.numel() // y.shape[1], 1)
     zero = torch.zeros_like(mean_y)
-    grad_bn_y = torch.stack([zero + 1, grad_var * (2 / count), mean_y, grad_mean / count, zero, zero])
+    grad_bn_y = torch.stack([zero + 1, 2 * grad_var / count, mean_y, grad_mean / count, zero, zero])
     need_u = any(ctx.needs_input_grad[:4])
     h, grad_weight, grad_bn = conv_backward(
         _dense(grad_y), y, grad_bn_y, _dense(u), _pack(mean, scale, shift), False, weight.contiguous(),

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from plain import batch_norms, is_conv_bias, relative_error
+from plain import is_conv_bias
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,6 +57,10 @@ class Plain(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        for child in module.modules():
+            for name, value in child.__dict__.items():
+                if isinstance(value, Tensor):  # what pruning computes at each forward, which has a history: no copy
+                    child.__dict__[name] = value.detach()
         self.module = copy.deepcopy(module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,30 +89,29 @@ def assert_same_step(module: nn.Module, x: Tensor, *, tolerance: float = 1e-9, u
         expected.backward(upstream)
         _assert_same("gradient of the input", inputs[0].grad, inputs[1].grad, tolerance)
 
-    batch_stats = {id(bn) for bn in batch_norms(module) if bn.training or bn.running_mean is None}
-    cancelled = {id(unit[0].bias) for unit in module.modules() if _is_unit(unit) and id(unit[1]) in batch_stats}
-    for (name, a), b in zip(module.named_parameters(), plain.parameters(), strict=True):
-        if is_conv_bias(name) and id(a) in cancelled and b.grad is not None:
-            assert a.grad is not None and a.grad.dtype == b.grad.dtype, name
-            assert torch.equal(a.grad, torch.zeros_like(a)), f"{name}: a bias in front of batch statistics"
-        else:
-            _assert_same(f"gradient of {name}", a.grad, b.grad, tolerance)
+    parameters = dict(plain.module.named_parameters())
+    for name, a in module.named_parameters():
+        b, scale = parameters[name].grad, 1.0
+        beta = parameters.get(f"{name.removesuffix('0.bias')}1.bias")
+        if is_conv_bias(name) and beta is not None and beta.grad is not None:
+            # In front of batch statistics this is a rounding error of nothing: measured beside the BatchNorm's gradient.
+            scale += beta.grad.norm().item()
+        _assert_same(f"gradient of {name}", a.grad, b, tolerance, scale)
     for (name, a), b in zip(module.named_buffers(), plain.buffers(), strict=True):
         _assert_same(name, a, b, tolerance)
 
 
-def _is_unit(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.Conv2d)
-
-
-def _assert_same(what: str, actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+def _assert_same(
+    what: str, actual: Tensor | None, expected: Tensor | None, tolerance: float, scale: float = 0.0
+) -> None:
     if expected is None:
         assert actual is None, what
         return
     assert actual is not None, what
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
     if expected.is_floating_point():
-        error = relative_error(actual, expected)
-        assert error <= tolerance, f"{what}: relative error {error:.1e}"
+        difference = (actual.detach() - expected.detach()).double().norm().item()
+        limit = tolerance * (expected.detach().double().norm().item() + scale)
+        assert difference <= limit, f"{what}: {difference:.1e} from the plain modules, {limit:.1e} is accepted"
     else:
         assert torch.equal(actual, expected), what

@@ -1,4 +1,4 @@
-"""What the tests of the C++ CPU kernels share: inputs, comparisons with the reference, subprocesses with another ISA."""
+"""What the tests of the C++ CPU kernels share: inputs, comparisons, subprocesses with another instruction set."""
 
 from __future__ import annotations
 
@@ -73,6 +73,10 @@ def assert_same_specials(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual.isnan(), expected.isnan())
     assert torch.equal(actual.isposinf(), expected.isposinf())
     assert torch.equal(actual.isneginf(), expected.isneginf())
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def is_channels_last_dense(x: Tensor) -> bool:

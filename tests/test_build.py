@@ -2,7 +2,6 @@
 installs into fresh environments; it takes long and is run by hand.)"""
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -23,9 +22,8 @@ BUILT = shutil.ignore_patterns(
 )
 
 
-def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")

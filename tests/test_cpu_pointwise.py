@@ -29,8 +29,8 @@ from torch import Tensor
 from mobilenet_ext.backends import reference
 
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
-# 49 rows are one tile, 4608 several; a weight of 330 x 410 is above the size from which the backward pass goes through
-# stretches of rows, and 2 x 40 x 41 rows of it are several tiles.
+# 49 rows are one tile, 4608 several; weights of 330 x 410 and above send the backward pass through stretches of rows,
+# and the 2 x 40 x 41 rows here are several stretches.
 POINTWISE = [
     (2, 1, 5, 7, 1),
     (3, 33, 9, 11, 17),
@@ -243,13 +243,14 @@ def test_pointwise_nan_and_inf(dtype: torch.dtype, where: str, value: float) -> 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stem_nan_and_inf(where: str, value: float) -> None:
     x, weight, h, y, grad_bn_y = stem_inputs((2, 3, 9, 8, 17, 2, 1), torch.float32)
-    # Corners: what lies outside the image is multiplied as 0 forward, and in the weight's gradient, as in nn.Conv2d.
+    # Corners: what lies outside the image is multiplied as 0, forward and in the gradient of the weight, as PyTorch does in
+    # float64. In float32, whether it does depends on the shape.
     {"x": x[1, 2, 0], "h": h[0, 5, 0], "weight": weight[7, 1, 0]}[where][0] = value
     args = (x, weight, 2, 1, None, None, 1e-5, True)
-    assert_same_specials(ops.stem_forward(*args)[0], reference.stem_forward(*args)[0].double())
+    assert_same_specials(ops.stem_forward(*args)[0], in_float64(reference.stem_forward, args)[0])
     args = (h, y, grad_bn_y, x, weight, 2, 1, True, True)
-    for actual, expected in zip(ops.stem_backward(*args), reference.stem_backward(*args), strict=True):
-        assert_same_specials(actual, expected.double())
+    for actual, expected in zip(ops.stem_backward(*args), in_float64(reference.stem_backward, args), strict=True):
+        assert_same_specials(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -288,5 +289,7 @@ def test_more_channels_than_fit_on_a_stack() -> None:
 def test_other_instruction_sets(isa: str) -> None:
     if not supports(isa):
         pytest.skip(f"this machine has no {isa}")
-    result = run_with_isa(isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__)
+    result = run_with_isa(
+        isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__
+    )
     assert result.returncode == 0, result.stdout[-3000:]

@@ -135,8 +135,15 @@ ConvShape check_conv(Conv conv, const Tensor& u, const Tensor& weight, int64_t s
   ConvShape shape;
   shape.dtype = dtype_of(u, "input");
   shape.type = u.scalar_type();
-  shape.g = Geometry{u.size(0), h, w, c_in, c_out, (h + 2 * padding - kernel) / stride + 1,
-                     (w + 2 * padding - kernel) / stride + 1, int(stride), int(padding)};
+  shape.g = Geometry{u.size(0),
+                     h,
+                     w,
+                     c_in,
+                     c_out,
+                     (h + 2 * padding - kernel) / stride + 1,
+                     (w + 2 * padding - kernel) / stride + 1,
+                     int(stride),
+                     int(padding)};
   return shape;
 }
 

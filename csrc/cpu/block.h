@@ -37,8 +37,7 @@ struct DepthwiseRows {
       }
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < pixels; ++p)
-      store<A>(out + p * pitch, relu(normalise<A>(sums[p] - mean, scale, shift)));
+    for (int p = 0; p < pixels; ++p) store<A>(out + p * pitch, relu(normalise<A>(sums[p] - mean, scale, shift)));
   }
 
   // Output pixels [begin, end) of one output row, for the channels of one vector.

@@ -9,6 +9,7 @@
 #include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
+#include "streaming.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
@@ -28,6 +29,7 @@ struct BackwardRow {
   Acc<T>* sums;      // of h_u, then `block` elements on of h_u*(u - MEAN)
   int64_t channels, block, out_w, x_begin, x_end;
   int padding, count;
+  bool streaming;  // h_u goes past the cache
 };
 
 // `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.
@@ -70,7 +72,10 @@ inline void depthwise_backward_row(const BackwardRow<T>& r) {
   auto end_pixel = [&](int64_t x, const Pixel& p) {
     if (!need_input) return;
     const Vec<A> h = normalised ? select(p.z <= zero<A>(), zero<A>(), p.da) : p.da;
-    store_lanes<partial, T>(r.h_u + x * channels, h, count);
+    if (!partial && r.streaming)
+      store_streaming<T>(r.h_u + x * channels, h);
+    else
+      store_lanes<partial, T>(r.h_u + x * channels, h, count);
     const Vec<A> stored = round_to_storage<T>(h);
     sum += stored;
     centred_sum = fma(stored, p.centred, centred_sum);
@@ -166,8 +171,8 @@ inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r) {
   depthwise_backward_row<T, stride, 0, partial>(r);
 }
 
-// Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks for
-// the row `ahead` elements further on.
+// Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks
+// for the row `ahead` elements further on.
 template <class T>
 inline void load_gradient_row(const T* h, const T* y, int64_t columns, int64_t channels, const Acc<T>* grad_bn,
                               int block, int64_t ahead, Acc<T>* out) {
@@ -221,6 +226,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   const A* bn_u = args.bn_u ? static_cast<const A*>(args.bn_u) + t.channel_begin : nullptr;
   const A* grad_bn = args.grad_bn_y ? static_cast<const A*>(args.grad_bn_y) + t.channel_begin : nullptr;
   weight += t.channel_begin;
+  const bool streaming = h_u && streams<T>(args.h_u, g.n * g.h * g.w, channels);
 
   // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
   const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
@@ -242,7 +248,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       for (int64_t x = t.column_begin; x < t.column_end; ++x)
         for (int c = 0; c < t.channels; c += kCacheLine / int(sizeof(T))) {
           __builtin_prefetch(u + ((iy + 1) * g.w + x) * channels + c);
-          if (h_u) __builtin_prefetch(h_u + ((iy + 1) * g.w + x) * channels + c, 1);
+          if (h_u && !streaming) __builtin_prefetch(h_u + ((iy + 1) * g.w + x) * channels + c, 1);
         }
     }
     for (int c = 0; c < t.channels; c += L) {
@@ -266,6 +272,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
       r.padding = g.padding;
+      r.streaming = streaming;
       r.count = int(min_of(t.channels - c, L));
       if (r.count == L)
         depthwise_backward_row_of<T, stride, false>(rows, r);
@@ -273,6 +280,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
         depthwise_backward_row_of<T, stride, true>(rows, r);
     }
   }
+  if (streaming) finish_streaming();
   A* to = partials + t.place * kBackwardSums * channels + t.channel_begin;
   for (int i = 0; i < kBackwardSums; ++i)
     for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * block + c];
@@ -315,8 +323,7 @@ inline void depthwise_backward_typed(const BackwardArgs& args) {
         depthwise_backward_tile<T, 2>(args, grid.tile(i), weight, partials);
     }
   });
-  if (args.grad_weight)
-    merge_grad_weight<A>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
+  if (args.grad_weight) merge_grad_weight<A>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
   if (args.grad_bn_u)
     merge_grad_bn<A>(grid.places(), channels, kBackwardSums * channels, partials, g.n * g.h * g.w,
                      static_cast<const A*>(args.bn_u), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));

@@ -10,6 +10,7 @@
 #include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
+#include "streaming.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
@@ -50,6 +51,7 @@ struct ForwardRow {
   T* y;             // column 0
   int64_t x_begin, x_end;
   int count;
+  bool streaming;  // y goes past the cache
   const A* shift;  // the moments of the stored y about it are added to sum and sum_squares
   A *sum, *sum_squares;
 };
@@ -75,7 +77,10 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
 
   auto put = [&](int64_t x, Vec<A> v) {
     v = apply(epilogue, v);
-    store_lanes<partial, T>(r.y + x * channels, v, count);
+    if (!partial && r.streaming)
+      store_streaming<T>(r.y + x * channels, v);
+    else
+      store_lanes<partial, T>(r.y + x * channels, v, count);
     const Vec<A> distance = round_to_storage<T>(v) - shift;
     sum += distance;
     sum_squares = fma(distance, distance, sum_squares);
@@ -162,6 +167,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const A* bn_u = args.bn_u ? static_cast<const A*>(args.bn_u) + t.channel_begin : nullptr;
   const A* epilogue_bn = args.epilogue_bn ? static_cast<const A*>(args.epilogue_bn) + t.channel_begin : nullptr;
   weight += t.channel_begin;
+  const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
   const int64_t in_begin = max_of(t.column_begin * stride - g.padding, 0);
   const int64_t in_end = min_of((t.column_end - 1) * stride - g.padding + 3, g.w);
@@ -192,6 +198,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
       r.count = int(min_of(t.channels - c, L));
+      r.streaming = streaming && oy != t.row_begin;  // the first row is read again at once
       r.shift = shift + c;
       r.sum = sum + c;
       r.sum_squares = sum_squares + c;
@@ -210,6 +217,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       add_moments<T>(row, width, channels, t.channels, shift, sum, sum_squares);
     }
   }
+  if (streaming) finish_streaming();
   if (partials) {
     A* mean = partials + t.place * 2 * channels + t.channel_begin;
     finish_tile_moments<A>(t.pixels(), t.channels, shift, sum, sum_squares, mean, mean + channels);
@@ -223,8 +231,7 @@ inline void depthwise_forward_typed(const ForwardArgs& args) {
   const int64_t channels = g.c_in;
   const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
   const bool stats = args.bn_y != nullptr;
-  A* const weight =
-      static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? 2 * grid.places() : 0))));
+  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? 2 * grid.places() : 0))));
   A* const partials = stats ? weight + channels * kTaps : nullptr;
   transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {

@@ -5,16 +5,16 @@
 #include "vec.h"
 
 // Calls function<T>(args) with the storage type T that args.dtype names.
-#define MX_DISPATCH(function, args)        \
-  switch ((args).dtype) {                  \
-    case Dtype::f32:                       \
-      return function<float>(args);        \
-    case Dtype::f64:                       \
-      return function<double>(args);       \
-    case Dtype::bf16:                      \
-      return function<bf16>(args);         \
-    case Dtype::f16:                       \
-      return function<f16>(args);          \
+#define MX_DISPATCH(function, args)  \
+  switch ((args).dtype) {            \
+    case Dtype::f32:                 \
+      return function<float>(args);  \
+    case Dtype::f64:                 \
+      return function<double>(args); \
+    case Dtype::bf16:                \
+      return function<bf16>(args);   \
+    case Dtype::f16:                 \
+      return function<f16>(args);    \
   }
 
 namespace mx::cpu::MX_ISA_NAMESPACE {

@@ -8,7 +8,8 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// An epilogue serves one panel of `columns` columns (at most kPanel) of one tile. Vector v of the panel holds this many:
+// An epilogue serves one panel of `columns` columns (at most kPanel) of one tile. Vector v of the panel holds this
+// many:
 template <bool partial, class A>
 MX_INLINE int lanes_in(int64_t columns, int v) {
   return partial ? int(min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>)) : kLanes<A>;

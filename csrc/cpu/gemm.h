@@ -77,8 +77,8 @@ inline void multiply_panel(const A* tile, int64_t pitch, int64_t rows, const A* 
                            Epilogue& epilogue) {
   int64_t row = 0;
   for (; rows - row > 2 * kRowStep; row += kBlockRows)
-    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, depth, row,
-                                                   int(min_of(rows - row, kBlockRows)), epilogue);
+    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, depth, row, int(min_of(rows - row, kBlockRows)),
+                                                   epilogue);
   if (rows - row > kRowStep)
     multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, depth, row, int(rows - row), epilogue);
   else if (rows > row)

@@ -6,6 +6,7 @@
 
 #include "channels.h"
 #include "statistics.h"
+#include "streaming.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
@@ -35,6 +36,7 @@ inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
   T* out = static_cast<T*>(args.out) + first;
+  const bool streaming = streams<T>(args.out, args.n * args.hw, args.c);
   for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
     constexpr int V = group.vectors;
     constexpr bool partial = group.partial;
@@ -48,10 +50,14 @@ inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
         const int64_t at = i * args.c + c + v * L;
         Vec<A> z = fma(load_lanes<partial, T>(y + at, count) - bn[v].mean, bn[v].scale, bn[v].shift);
         if (args.relu) z = relu(z);
-        store_lanes<partial, T>(out + at, z, count);
+        if (!partial && streaming)
+          store_streaming<T>(out + at, z);
+        else
+          store_lanes<partial, T>(out + at, z, count);
       }
     }
   });
+  if (streaming) finish_streaming();
 }
 
 // sums[c] = sum over the tile's pixels of relu(normalise(y)).
@@ -118,6 +124,7 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
   const T* y = static_cast<const T*>(args.y) + first;
   T* h = static_cast<T*>(args.h) + first;
   const T* grad = static_cast<const T*>(args.grad) + (pool ? t.image * args.c : first);
+  const bool streaming = streams<T>(args.h, args.n * args.hw, args.c);
   for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
     constexpr int V = group.vectors;
     constexpr bool partial = group.partial;
@@ -140,7 +147,10 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
         else
           g = load_lanes<partial, T>(grad + at, count);
         if (args.relu) g = select(z <= zero<A>(), zero<A>(), g);
-        store_lanes<partial, T>(h + at, g, count);
+        if (!partial && streaming)
+          store_streaming<T>(h + at, g);
+        else
+          store_lanes<partial, T>(h + at, g, count);
         const Vec<A> stored = pool ? round_to_storage<T>(g) : g;
         sum[v] += stored;
         centred_sum[v] = fma(stored, centred, centred_sum[v]);
@@ -152,6 +162,7 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
       store_lanes<partial, A>(sums + args.c + c + v * L, centred_sum[v], count);
     }
   });
+  if (streaming) finish_streaming();
 }
 
 template <class T>

@@ -234,11 +234,11 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
 
 // Large weights: a partial gradient per chunk would cost more traffic than the activations. Instead, stretches of rows
 // go through two steps: row tiles (dy and a are built and kept, h_u is made), then blocks of the weight gradient over
-// all rows of the stretch.
+// all rows of the stretch, which is short enough for what was kept to be still in cache.
 template <class T, class BuildPanels>
 inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
   using A = Acc<T>;
-  constexpr int64_t kStretchBytes = 32 << 20, kDepth = 192, kBlocks = 20 * kBlockRows;
+  constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kBlocks = 20 * kBlockRows;
   constexpr int64_t kGroupPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
   const int64_t panels = ceil_div(p.depth, kPanel<A>);
   const int64_t row_bytes = (tile_pitch<A>(p.columns) + panels * kPanel<A>)*sizeof(A);
@@ -285,10 +285,11 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
   backward.merge_sums();
 }
 
-// build_panels(begin, rows, panels, panel_rows) fills panels (see activate_panels) with rows [begin, begin + rows) of a.
+// build_panels(begin, rows, panels, panel_rows) fills panels (see activate_panels) with rows [begin, begin + rows) of
+// a.
 template <class T, class BuildPanels>
 inline void backward_product(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
-  constexpr int64_t kLargeWeight = 256 * 512;
+  constexpr int64_t kLargeWeight = 256 * 256;
   if (p.rows == 0 && p.grad_weight) {
     __builtin_memset(p.grad_weight, 0, p.columns * p.depth * sizeof(Acc<T>));
     BackwardTiles<T>(p, {}).merge_sums();

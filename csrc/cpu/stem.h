@@ -1,7 +1,8 @@
 // The dense 3x3 convolution, meant for the first layer's few input channels: rows of taps (im2col) are gathered into a
 // tile in cache and multiplied. The order of a row's taps, and of the weights here, is (ky, kx, channel): the three
 // pixels under one row of the kernel lie together in memory. Taps outside the image are zeros that are multiplied, as
-// nn.Conv2d does (an infinite weight there gives a NaN).
+// in PyTorch's float64 convolution: an infinite weight gives a NaN there. (In float32, nn.Conv2d does so for some
+// shapes.)
 #pragma once
 
 #include "product.h"
@@ -99,8 +100,8 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
 
   parallel(g.n * g.h, [&](int64_t begin, int64_t end) {
     const int64_t dy_size = kPixels * pitch, taps_size = kPixels * columns, line_size = g.w * c;
-    Workspace own(scratch(kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(taps_size) +
-                                           Workspace::bytes<A>(line_size)));
+    Workspace own(scratch(
+        kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(taps_size) + Workspace::bytes<A>(line_size)));
     A* const dy = own.take<A>(dy_size);
     A* const taps = own.take<A>(taps_size);
     A* const line = own.take<A>(line_size);

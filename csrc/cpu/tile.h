@@ -141,8 +141,7 @@ MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, in
   using A = Acc<T>;
   const int64_t offset = row * gradient.channels + channel;
   Vec<A> value[rows];
-  for (int i = 0; i < rows; ++i)
-    value[i] = load_lanes<partial, T>(gradient.h + offset + i * gradient.channels, count);
+  for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(gradient.h + offset + i * gradient.channels, count);
   if (gradient.grad_bn) {
     const Vec<A> p = load_lanes<partial, A>(gradient.row(GRAD_P) + channel, count);
     for (int i = 0; i < rows; ++i) value[i] *= p;

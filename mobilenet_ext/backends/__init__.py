@@ -98,7 +98,7 @@ def kernel(op: str, device_type: str) -> Callable[..., Any]:
 
 def _checked(name: str) -> str:
     names = available()
-    if name != AUTO and name not in names:
+    if not isinstance(name, str) or name not in (AUTO, *names):
         raise ValueError(f"backend {name!r} is not known; accepted are {', '.join([AUTO, *names])}")
     if names.get(name) is not None:
         raise RuntimeError(f"backend {name!r} is not usable here: {names[name]}")
@@ -119,4 +119,7 @@ def _pick(device_type: str) -> str:
 
 
 _auto: dict[str, str] = {}  # device type -> what `auto` picked
-_chosen = _checked(os.environ.get("MOBILENET_EXT_BACKEND", AUTO))
+try:
+    _chosen = _checked(os.environ.get("MOBILENET_EXT_BACKEND", AUTO))
+except (ValueError, RuntimeError) as error:
+    raise type(error)(f"environment variable MOBILENET_EXT_BACKEND: {error}") from None

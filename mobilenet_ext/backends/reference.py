@@ -124,13 +124,13 @@ def _backward(
         dy, a, _acc(weight), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
         [need_input, need_weight, False],
     )  # fmt: skip
-    empty = a.new_empty(0)
     if not need_weight:
-        grad_weight = empty
+        grad_weight = a.new_empty(0)
+    no_bn = a.new_empty(0)  # a tensor of its own: the outputs of an op must not share memory
     if not need_input:
-        return u.new_empty(0), grad_weight, empty
+        return u.new_empty(0), grad_weight, no_bn
     if bn_u is None:
-        return _store(grad_a, u), grad_weight, empty
+        return _store(grad_a, u), grad_weight, no_bn
     h_u = _store(grad_a.masked_fill(_normalise(u, bn_u) <= 0, 0), u)
     return h_u, grad_weight, _make_grad_bn(h_u, u, bn_u, batch_stats_u)
 

@@ -57,7 +57,6 @@ class RunningStats:
         """Adds a batch: its mean loss, ``outputs [N, classes]`` and ``labels [N]``."""
         classes = outputs.shape[1]
         if self._loss is None:
-            # float32 on devices that have no float64 would lose nothing that is printed.
             self._loss = torch.zeros((), dtype=torch.float64, device=loss.device)
             self._hits = torch.zeros(3, classes, dtype=torch.int64, device=outputs.device)
         self._loss += loss.detach().double() * len(labels)

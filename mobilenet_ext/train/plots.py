@@ -70,6 +70,10 @@ def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, 
 def _label(axis: Any, quantity: str) -> None:
     axis.set(xlabel="epoch", ylabel=quantity)
     axis.xaxis.get_major_locator().set_params(integer=True)
+    heights = [y for line in axis.lines for y in line.get_ydata() if 0 < y < float("inf")]
+    if quantity.endswith("loss") and heights and max(heights) > 10 * min(heights):
+        # The validation loss of the first epoch, on young running statistics, would flatten everything after it.
+        axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,8 +30,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def run_process(arguments: list[str], cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    # One thread: these processes are tiny and share the machine.
-    environment = {"PYTHONPATH": str(REPOSITORY), **os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    # As many threads as here: runs of both kinds are compared bit for bit.
+    environment = {"PYTHONPATH": str(REPOSITORY), **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(
         arguments, cwd=cwd, env=environment, text=True, capture_output=True, timeout=120, check=False, **options
     )

@@ -1,0 +1,249 @@
+"""Everything wrong that can be given to a public function is refused, by the argument's name, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from behaviour import KernelOps
+
+import mobilenet_ext as mx
+
+F32 = torch.float32
+
+
+def depthwise_arguments() -> dict:
+    return {"input": torch.randn(2, 8, 6, 6), "weight": torch.randn(8, 1, 3, 3), "bias": torch.randn(8)}
+
+
+def pointwise_arguments() -> dict:
+    return {"input": torch.randn(2, 8, 6, 6), "weight": torch.randn(5, 8, 1, 1), "bias": torch.randn(5)}
+
+
+def batch_norm_arguments(channels: int) -> dict:
+    return {
+        "running_mean": torch.zeros(channels),
+        "running_var": torch.ones(channels),
+        "bn_weight": torch.ones(channels),
+        "bn_bias": torch.zeros(channels),
+    }
+
+
+CALLS = {
+    "depthwise_conv2d": depthwise_arguments,
+    "pointwise_conv2d": pointwise_arguments,
+    "depthwise_bn_relu": lambda: depthwise_arguments() | batch_norm_arguments(8),
+    "pointwise_bn_relu": lambda: pointwise_arguments() | batch_norm_arguments(5),
+}
+DEPTHWISE, POINTWISE = ("depthwise_conv2d", "depthwise_bn_relu"), ("pointwise_conv2d", "pointwise_bn_relu")
+WITH_BATCH_NORM = ("depthwise_bn_relu", "pointwise_bn_relu")
+
+
+def refused(function: str, argument: str, value: object, **others: object) -> str:
+    """The message with which the call is refused: the argument's name is in front, and no kernel has run."""
+    arguments = CALLS[function]() | {argument: value} | others
+    with KernelOps() as ops, pytest.raises((ValueError, TypeError)) as error:
+        getattr(mx.functional, function)(**arguments)
+    message = str(error.value)
+    assert message.startswith((f"{argument}:", f"{argument},")) or f", {argument}:" in message, message
+    assert not ops.names
+    return message
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_the_calls_themselves_are_accepted(backend, function):
+    arguments = CALLS[function]()
+    assert getattr(mx.functional, function)(**arguments).shape[0] == 2
+    optional = [name for name in arguments if name not in ("input", "weight")]
+    if function in WITH_BATCH_NORM:
+        arguments |= dict.fromkeys(optional, None) | {"training": True}
+        assert getattr(mx.functional, function)(**arguments).shape[0] == 2
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("value", [None, "image", 3, [[1.0]], torch.ones(2, 8, 6, 6).numpy()])
+@pytest.mark.parametrize("argument", ["input", "weight"])
+def test_not_a_tensor(function, argument, value):
+    message = refused(function, argument, value)
+    assert type(value).__name__ in message
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("value", ["vector", 3, [0.0] * 8])
+def test_vectors_that_are_not_tensors(function, value):
+    for argument in CALLS[function]():
+        if argument not in ("input", "weight"):
+            assert type(value).__name__ in refused(function, argument, value)
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("shape", [(8, 6, 6), (2, 8, 6), (8,), (), (2, 8, 6, 6, 1)])
+def test_input_dimensions(function, shape):
+    assert str(tuple(shape)) in refused(function, "input", torch.randn(shape))
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_no_channels(function):
+    refused(function, "input", torch.randn(2, 0, 6, 6))
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("shape", [(2, 8, 0, 6), (2, 8, 6, 0)])
+def test_no_pixels(function, shape):
+    arguments = CALLS[function]() | {"input": torch.randn(shape)}
+    with pytest.raises(ValueError, match="^input: "):
+        getattr(mx.functional, function)(**arguments)
+
+
+@pytest.mark.parametrize("function", DEPTHWISE)
+@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (8, 2, 3, 3), (8, 1, 5, 5), (8, 1, 3), (8, 3, 3), (0, 1, 3, 3), (8, 8, 3, 3)])
+def test_depthwise_weight(function, shape):
+    message = refused(function, "weight", torch.randn(shape))
+    assert str(tuple(shape)) in message and "[8, 1, 3, 3]" in message
+
+
+@pytest.mark.parametrize("function", POINTWISE)
+@pytest.mark.parametrize("shape", [(5, 7, 1, 1), (5, 8), (5, 8, 3, 3), (0, 8, 1, 1), (5, 1, 1, 1), (5, 8, 1)])
+def test_pointwise_weight(function, shape):
+    assert str(tuple(shape)) in refused(function, "weight", torch.randn(shape))
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("shape", [(7,), (1,), (), (0,), (8, 1), (1, 5)])
+def test_vector_shapes(function, shape):
+    for argument in CALLS[function]():
+        if argument not in ("input", "weight"):
+            assert str(tuple(shape)) in refused(function, argument, torch.ones(shape))
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_dtypes_that_no_kernel_has(function, dtype):
+    for argument, tensor in CALLS[function]().items():
+        message = refused(function, argument, tensor.to(dtype))
+        assert str(dtype).removeprefix("torch.") in message
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_mixed_dtypes(function, dtype):
+    for argument, tensor in CALLS[function]().items():
+        if argument == "input":
+            continue  # the others are then the odd ones out
+        refused(function, argument, tensor.to(dtype))
+    with pytest.raises(TypeError, match="weight: got"):
+        arguments = CALLS[function]()
+        getattr(mx.functional, function)(**arguments | {"input": arguments["input"].to(dtype)})
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vectors_beside_16_bits(backend, function, dtype):
+    """Of the activations' dtype or of float32, and all the same."""
+    given = CALLS[function]()
+    low = {name: t.to(dtype) for name, t in given.items()}
+    vectors = [name for name in given if name not in ("input", "weight", "bias")]
+    call = getattr(mx.functional, function)
+    assert call(**low).dtype == dtype
+    assert call(**low | {name: given[name] for name in vectors}).dtype == dtype
+    for name in vectors[1:]:
+        with pytest.raises(TypeError, match=f"^{name}: got "):
+            call(**low | {name: given[name]})
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_devices(function):
+    for argument, tensor in CALLS[function]().items():
+        if argument != "input":
+            assert "meta" in refused(function, argument, tensor.to("meta"))
+    arguments = {name: tensor.to("meta") for name, tensor in CALLS[function]().items()}
+    assert getattr(mx.functional, function)(**arguments).device.type == "meta"
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_layouts(function):
+    for argument, tensor in CALLS[function]().items():
+        assert "sparse_coo" in refused(function, argument, tensor.to_sparse())
+    refused(function, "input", torch.randn(6, 6).to_sparse_csr())
+
+
+@pytest.mark.parametrize("function", DEPTHWISE)
+@pytest.mark.parametrize("stride", [0, -1, 3, 1.0, "1", None, (1, 1), True, torch.tensor(1)])
+def test_stride(function, stride):
+    assert "accepted are 1 and 2" in refused(function, "stride", stride)
+
+
+@pytest.mark.parametrize("padding", [-1, 2, 1.0, "same", None, (1, 1), True])
+def test_padding(padding):
+    assert "accepted are 0 and 1" in refused("depthwise_conv2d", "padding", padding)
+
+
+@pytest.mark.parametrize("size", [(2, 5), (5, 2), (1, 1)])
+def test_image_smaller_than_the_kernel(size):
+    refused("depthwise_conv2d", "input", torch.randn(2, 8, *size), padding=0)
+    assert mx.functional.depthwise_conv2d(torch.randn(2, 8, *size), torch.randn(8, 1, 3, 3)).shape == (2, 8, *size)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("value", [None, "0.1", True, (0.1,), torch.tensor(0.1)])
+@pytest.mark.parametrize("argument", ["momentum", "eps"])
+def test_numbers(function, argument, value):
+    refused(function, argument, value, training=True)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("value", [-1e-5, -1.0, float("nan"), float("inf")])
+def test_eps(function, value):
+    refused(function, "eps", value, training=True)
+    refused(function, "eps", value)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_eps_of_zero_is_refused_in_training_alone(backend, function):
+    refused(function, "eps", 0.0, training=True)
+    getattr(mx.functional, function)(**CALLS[function](), eps=0.0)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_momentum(function, value):
+    refused(function, "momentum", value, training=True)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("argument", ["training", "relu"])
+@pytest.mark.parametrize("value", [None, 1, "no", torch.tensor(True)])
+def test_switches(function, argument, value):
+    refused(function, argument, value)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_running_statistics_come_together(function):
+    for training in (True, False):
+        for argument in ("running_mean", "running_var"):
+            refused(function, argument, None, training=training)
+    refused(function, "running_mean", None, running_var=None)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_one_value_per_channel(backend, function):
+    arguments = CALLS[function]() | {"input": torch.randn(1, 8, 1, 1)}
+    before = arguments["running_mean"].clone()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        getattr(mx.functional, function)(**arguments, training=True)
+    assert torch.equal(arguments["running_mean"], before)
+    assert getattr(mx.functional, function)(**arguments).shape[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_settings_are_keywords(function):
+    with pytest.raises(TypeError):
+        getattr(mx.functional, function)(*CALLS[function]().values(), 1)
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_unknown_and_missing_arguments(function):
+    with pytest.raises(TypeError, match="dilation"):
+        getattr(mx.functional, function)(**CALLS[function](), dilation=1)
+    with pytest.raises(TypeError, match="weight"):
+        getattr(mx.functional, function)(torch.randn(1, 8, 6, 6))

@@ -1,0 +1,89 @@
+"""DistributedDataParallel on two gloo processes: the gradients, buffers and weights of the plain network."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mobilenet_ext as mx
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the spawned processes
+
+from plain import Network, is_conv_bias, randomise_  # noqa: E402
+
+WORLD = 2
+
+
+def batches(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(WORLD, 3, 3, 64, 64, dtype=torch.float64, generator=generator)
+
+
+def networks() -> tuple[mx.MobileNetV1, Network]:
+    torch.manual_seed(21)
+    plain = randomise_(Network(10, 0.25)).double()
+    model = mx.MobileNetV1(10, 0.25).double()
+    model.load_state_dict(plain.state_dict())
+    return model, plain
+
+
+def compare(fused: torch.nn.Module, plain: torch.nn.Module) -> None:
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None, name
+        if is_conv_bias(name):
+            assert not a.grad.any(), name
+        else:
+            error = ((a.grad - b.grad).norm() / b.grad.norm()).item()
+            assert error < 1e-6, f"{name}: {error:.1e}"
+    for (name, a), b in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def work(rank: int, folder: str, backend: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    mx.backends.set(backend)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
+    )
+    for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
+        model, plain = networks()
+        parallel = DistributedDataParallel(model, **options)
+        reference = DistributedDataParallel(copy.deepcopy(plain), **options)
+        for step in range(2):
+            parallel.zero_grad()
+            reference.zero_grad()
+            x = batches(step)[rank]
+            parallel(x).square().sum().backward()
+            reference(x).square().sum().backward()
+            compare(parallel.module, reference.module)
+            # The processes average: their gradients are those of every other process, and of the whole by hand.
+            grads = [None] * WORLD
+            dist.all_gather_object(grads, model.feature[5][0].weight.grad)
+            assert torch.equal(grads[0], grads[1])
+            before = copy.deepcopy(plain)
+            parts = []
+            for other in range(WORLD):
+                twin = copy.deepcopy(before)
+                twin(batches(step)[other]).square().sum().backward()
+                parts.append(twin.feature[5][0].weight.grad)
+            if step == 0:
+                torch.testing.assert_close(model.feature[5][0].weight.grad, sum(parts) / WORLD)
+        with parallel.no_sync():  # gradients pile up here until the next step outside
+            parallel(batches(5)[rank]).sum().backward()
+        parallel(batches(6)[rank]).sum().backward()
+        assert all(p.grad is not None for p in parallel.parameters())
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path, backend64):
+    multiprocessing.spawn(work, args=(str(tmp_path), backend64), nprocs=WORLD, join=True)

@@ -1,0 +1,247 @@
+"""``freeze``: the outputs of ``eval()``, nothing shared, inference only."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from behaviour import KernelOps, Plain, fused_units
+from plain import assert_close, batch_norms, randomise_
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import mobilenet_ext as mx
+from mobilenet_ext.freezing import FrozenChain
+
+
+@pytest.fixture
+def model(backend64) -> nn.Module:
+    torch.manual_seed(11)
+    return randomise_(mx.MobileNetV1(10, 0.25, dropout=0.3)).double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(12)
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+
+def storages(module: nn.Module) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
+
+
+def test_outputs_are_those_of_eval(model, x):
+    frozen = mx.freeze(model)
+    expected = Plain(model.feature).eval()(x)
+    assert_close(frozen.feature(x), expected, 1e-12)
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+    with KernelOps() as ops:
+        frozen(x)
+    assert ops.names.count("block_inference") == 13 and ops.units == 27
+    assert [type(m) for m in frozen.feature] == [FrozenChain]
+
+
+def test_the_model_is_left_as_it_was(model, x):
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    frozen = mx.freeze(model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    frozen(x)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert fused_units(model, x) == 27
+
+
+def test_nothing_is_shared(model, x):
+    frozen = mx.freeze(model)
+    assert not storages(model) & storages(frozen)
+    expected = frozen(x)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(frozen(x), expected)
+    for tensor in frozen.state_dict().values():
+        tensor.fill_(1)
+    assert not any(t.any() for t in model.state_dict().values())
+
+
+def test_inference_only(model, x):
+    frozen = mx.freeze(model)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen(x).requires_grad
+    assert not any(m.training for m in frozen.modules())
+    assert frozen.eval() is frozen and frozen.train(False) is frozen
+
+
+def test_train_is_refused_and_changes_nothing(model, x):
+    frozen = mx.freeze(model)
+    expected = frozen(x)
+    for part in (frozen, frozen.feature, frozen.feature[0]):
+        with pytest.raises(RuntimeError, match="inference only"):
+            part.train()
+    assert not any(m.training for m in frozen.modules())
+    assert torch.equal(frozen(x), expected)  # dropout stays off
+
+
+def test_train_is_refused_where_nothing_could_be_folded(backend64):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5))
+    with pytest.raises(RuntimeError, match="inference only"):
+        mx.freeze(model).train()
+
+
+def test_copies_and_pickles(model, x):
+    frozen = mx.freeze(model)
+    expected = frozen(x)
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), mx.freeze(frozen)):
+        assert torch.equal(twin(x), expected)
+        assert not storages(twin) & storages(frozen)
+        with pytest.raises(RuntimeError, match="inference only"):
+            twin.train()
+        assert not twin.training and not frozen.training
+
+
+def test_state_dict(model, x):
+    frozen = mx.freeze(model)
+    state = copy.deepcopy(frozen.state_dict())
+    other = mx.freeze(randomise_(mx.MobileNetV1(10, 0.25)).double())
+    assert not torch.allclose(other(x), frozen(x))
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other(x), frozen(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_conversion(model, x, dtype):
+    """Afterwards and before give outputs in that dtype; the folded BatchNorms keep the accumulation dtype."""
+    expected = model.eval()(x)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    for frozen in (mx.freeze(model).to(dtype), mx.freeze(copy.deepcopy(model).to(dtype))):
+        chain = frozen.feature[0]
+        assert chain.weight3.dtype == dtype and chain.bn3.dtype == torch.float32
+        out = frozen(x.to(dtype))
+        assert out.dtype == dtype
+        assert_close(out, expected, tolerance)
+    half = mx.freeze(model).half()
+    assert half.feature[0].weight0.dtype == torch.float16
+    assert half.double().feature[0].bn0.dtype == torch.float64
+
+
+def test_to_device_and_back(model):
+    frozen = mx.freeze(model).to("meta")
+    assert frozen(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.float64)).shape == (2, 10)
+
+
+def test_hooks_are_kept(model, x):
+    calls = []
+    model.feature[3].register_forward_hook(lambda m, i, o: calls.append(tuple(o.shape)))
+    model.feature[8][0].register_forward_hook(lambda m, i, o: calls.append(tuple(o.shape)))
+    model.feature.register_forward_hook(lambda m, i, o: calls.append(tuple(o.shape)))
+    model.register_forward_pre_hook(lambda m, i: calls.append("model"))
+    frozen = mx.freeze(model)
+    out = frozen(x)
+    shapes = [(2, 16, 16, 16), (2, 64, 8, 8), (2, 256, 1, 1)]
+    assert len(calls) == 4 and calls[0] == "model" and calls[-1] == shapes[-1]
+    assert calls[1][1] == 16 and calls[2][0] == 2
+    assert fused_units(frozen, x) == 26
+    assert_close(out, model.eval()(x), 1e-12)
+
+
+def test_hooks_that_change_what_passes_are_kept(model, x):
+    model.feature[5][2].register_forward_hook(lambda m, i, o: 2 * o)
+    frozen = mx.freeze(model)
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+
+
+def test_pruned_and_swapped_units_stay(model, x):
+    prune.l1_unstructured(model.feature[4][0], "weight", amount=0.5)
+    model.feature[9][2] = nn.ReLU6()
+    with torch.no_grad():
+        model.eval()(x)  # a pruned weight with a history cannot be copied, in plain models neither
+    frozen = mx.freeze(model)
+    assert fused_units(frozen, x) == 25
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+
+
+def test_units_without_running_statistics_stay(model, x):
+    channels = model.feature[6][1].num_features
+    model.feature[6][1] = nn.BatchNorm2d(channels, track_running_stats=False).double()
+    frozen = mx.freeze(model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mx.nn.DepthwiseConvBNReLU(3),
+        lambda: mx.nn.PointwiseConvBNReLU(3, 5, bias=False),
+        lambda: mx.nn.DepthwiseSeparableConv(3, 5, stride=2),
+        lambda: nn.Sequential(nn.Upsample(scale_factor=2), mx.nn.DepthwiseSeparableConv(3, 5), nn.Flatten()),
+        lambda: nn.ModuleDict({"a": mx.nn.StemConvBNReLU(3, 4)})["a"],
+    ],
+)
+def test_modules_and_models_that_contain_some(backend64, make, x):
+    module = randomise_(make()).double()
+    frozen = mx.freeze(module)
+    assert not batch_norms(frozen)
+    assert_close(frozen(x), module.eval()(x), 1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"affine": False}, {"eps": 0.1}])
+def test_batch_norm_settings(model, x, settings):
+    for unit in model.feature[:-1]:
+        unit[1] = randomise_(nn.BatchNorm2d(unit[1].num_features, **settings)).double()
+    assert_close(mx.freeze(model)(x), model.eval()(x), 1e-12)
+
+
+@pytest.mark.parametrize("wrong", [None, "model", torch.ones(1), mx.MobileNetV1, lambda x: x])
+def test_not_a_module(wrong):
+    with pytest.raises(TypeError, match="^model: got "):
+        mx.freeze(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        "image",
+        [[1.0]],
+        torch.ones(3, 64, 64).double(),
+        torch.ones(2, 4, 64, 64).double(),
+        torch.ones(2, 3, 64, 64),
+        torch.ones(2, 3, 64, 64, dtype=torch.int64),
+        torch.ones(2, 3, 64, 64, dtype=torch.complex128),
+        torch.ones(2, 3, 64, 64, device="meta", dtype=torch.float64),
+        torch.ones(2, 3, 64, 64).double().to_sparse(),
+    ],
+)
+def test_wrong_inputs_are_refused(model, wrong):
+    frozen = mx.freeze(model)
+    with KernelOps() as ops, pytest.raises((ValueError, TypeError), match="^input: "):
+        frozen(wrong)
+    assert not ops.names
+
+
+def test_empty_image_is_refused(model):
+    with pytest.raises((ValueError, RuntimeError)):
+        mx.freeze(model)(torch.ones(2, 3, 0, 64, dtype=torch.float64))
+
+
+def test_image_smaller_than_an_unpadded_kernel_is_refused(backend64):
+    module = mx.nn.FusedSequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.raises((ValueError, RuntimeError)):
+        mx.freeze(module)(torch.ones(2, 4, 2, 2))
+
+
+def test_autocast(model, x):
+    frozen = mx.freeze(model.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen.feature(x.float()).dtype == torch.bfloat16
+        assert frozen.feature(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_compiles(model, x):
+    frozen = mx.freeze(model)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), frozen(x), 1e-12)

@@ -1,0 +1,95 @@
+"""Bit for bit the same: from run to run, and on the ``cpu`` backend from thread count to thread count.
+
+The ``reference`` backend calls PyTorch's own operators, whose sums may be cut by the number of threads, so it is held
+to the first only.
+"""
+
+from __future__ import annotations
+
+import plain
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mobilenet_ext as mx
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPE_IDS = ["fp32", "bf16", "fp16", "fp64"]
+UNITS = {
+    "stem": lambda: mx.nn.StemConvBNReLU(3, 24, stride=2),
+    "depthwise": lambda: mx.nn.DepthwiseConvBNReLU(40),
+    "depthwise-s2": lambda: mx.nn.DepthwiseConvBNReLU(24, stride=2),
+    "pointwise": lambda: mx.nn.PointwiseConvBNReLU(24, 48),
+    "pointwise-wide": lambda: mx.nn.PointwiseConvBNReLU(512, 256),
+    "block": lambda: mx.nn.DepthwiseSeparableConv(16, 32),
+}
+SIZES = {"pointwise-wide": (2, 7), "depthwise": (3, 57)}
+
+
+def results(module: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+    """Everything a step leaves: output, gradients and running statistics; in eval the path without gradients too."""
+    module.zero_grad()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    x = plain.leaf(x)
+    out = module.train(training)(x)
+    out.backward(out.detach().cos())
+    kept = [out, x.grad, *(p.grad.clone() for p in module.parameters()), *(b.clone() for b in module.buffers())]
+    if not training:
+        with torch.no_grad():
+            kept += [module(x), mx.freeze(module)(x)]
+    module.load_state_dict(state)
+    return kept
+
+
+def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    different = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not torch.equal(x, y)]
+    assert not different, f"results {different} of {len(a)} differ"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.skipif(mx.backends.available()["cpu"] is not None, reason="the cpu backend is not built")
+def test_thread_counts(kind: str, dtype: torch.dtype, training: bool) -> None:
+    with mx.backends.use("cpu"):
+        unit = plain.randomise_(UNITS[kind]()).to(dtype)
+        batch, size = SIZES.get(kind, (3, 23))
+        x = torch.randn(batch, unit.get_parameter(next(iter(unit.state_dict()))).shape[1], size, size).to(dtype)
+        if kind.startswith(("depthwise", "block")):
+            x = torch.randn(batch, next(unit.parameters()).shape[0], size, size).to(dtype)
+        runs = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            runs.append(results(unit, x, training))
+        for other in runs[1:]:
+            assert_same_bits(runs[0], other)
+
+
+def test_thread_counts_of_the_network() -> None:
+    with mx.backends.use("cpu"):
+        features = plain.randomise_(mx.MobileNetV1(10, 0.25)).feature
+        x = torch.randn(3, 3, 96, 96)
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(results(features, x, True))
+        for other in runs[1:]:
+            assert_same_bits(runs[0], other)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_runs(backend: str, device: str, training: bool) -> None:
+    torch.set_num_threads(2)
+    network = plain.randomise_(mx.MobileNetV1(10, 0.25)).to(device)
+    x = torch.randn(3, 3, 96, 96, device=device)
+    first = results(network, x, training)
+    for _ in range(2):
+        assert_same_bits(first, results(network, x, training))
+
+
+def test_an_image_does_not_depend_on_its_batch_size_in_eval(backend: str, device: str) -> None:
+    """The same network of two processes, one of which sees the images one by one, agrees to rounding."""
+    network = plain.randomise_(mx.MobileNetV1(10, 0.25)).to(device).eval()
+    x = torch.randn(3, 3, 64, 64, device=device)
+    with torch.no_grad():
+        plain.assert_close(torch.cat([network(image[None]) for image in x]), network(x), plain.FORWARD)
