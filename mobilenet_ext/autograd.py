@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Refused(torch.autograd.Function):
-    """``apply(message, count, *tensors)`` gives the first ``count`` tensors back. The others are what they were computed
+    """``apply(message, count, *tensors)`` gives the first ``count`` tensors back. The others are what they were made
     from: through them a derivative finds its way to this node, where it would otherwise be a silent zero."""
 
     @staticmethod

@@ -169,7 +169,7 @@ def _values_per_channel(x: Tensor, units: list[Unit]) -> list[int]:
 
 
 def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if vector is None else vector.to(ops.acc_dtype(dtype))
+    return None if vector is None else vector.to(ops.acc_dtype(dtype)).contiguous()
 
 
 def _running_bn(unit: Unit) -> Tensor:
@@ -179,15 +179,12 @@ def _running_bn(unit: Unit) -> Tensor:
         return ops.bn_from_running(mean, *rest, unit.eps)
 
 
-def _absorb_non_finite(beta: Tensor | None, conv_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``beta``, or NaN where the convolution's bias is not finite.
+def _absorb_non_finite(bn: Tensor, conv_bias: Tensor | None) -> Tensor:
+    """``bn``, with the channels made NaN whose convolution's bias is not finite.
 
     Batch statistics cancel any other bias, so the chain leaves it out.
     """
-    if conv_bias is None:
-        return _acc(beta, dtype)
-    zero = _acc(conv_bias, dtype) * 0
-    return zero if beta is None else zero + beta
+    return bn if conv_bias is None else bn + conv_bias.to(bn.dtype) * 0
 
 
 class _Chain(torch.autograd.Function):
@@ -202,14 +199,14 @@ class _Chain(torch.autograd.Function):
         for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
             weight = weight.to(dtype).contiguous()
-            vectors = (_acc(gamma, dtype), _absorb_non_finite(beta, conv_bias, dtype), eps, batch_stats)
+            vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
             if kind == "stem":
                 u, batch_bn = ops.stem_forward(u, weight, stride, padding, *vectors)
             elif kind == "depthwise":
                 u, batch_bn = ops.depthwise_forward(u, bn, weight, stride, padding, *vectors)
             else:
                 u, batch_bn = ops.pointwise_forward(u, bn, weight, *vectors)
-            bn = batch_bn if batch_stats else running_bn
+            bn = _absorb_non_finite(batch_bn, conv_bias) if batch_stats else running_bn
             bns.append(bn)
             if save:
                 activations.append(u)

@@ -152,7 +152,7 @@ def test_no_warning_otherwise():
 SHOW = "import mobilenet_ext as mx; print(mx.backends.current('cpu'))"
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "auto"])
+@pytest.mark.parametrize("name", ["reference", "auto"])
 def test_environment_variable(name):
     done = run_python(SHOW, MOBILENET_EXT_BACKEND=name)
     assert done.returncode == 0, done.stderr

@@ -243,8 +243,8 @@ def test_pointwise_nan_and_inf(dtype: torch.dtype, where: str, value: float) -> 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stem_nan_and_inf(where: str, value: float) -> None:
     x, weight, h, y, grad_bn_y = stem_inputs((2, 3, 9, 8, 17, 2, 1), torch.float32)
-    # Corners: what lies outside the image is multiplied as 0, forward and in the gradient of the weight, as PyTorch does in
-    # float64. In float32, whether it does depends on the shape.
+    # Corners: what lies outside the image is multiplied as 0, forward and in the gradient of the weight, as in PyTorch
+    # with float64. In float32, whether PyTorch does so depends on the shape.
     {"x": x[1, 2, 0], "h": h[0, 5, 0], "weight": weight[7, 1, 0]}[where][0] = value
     args = (x, weight, 2, 1, None, None, 1e-5, True)
     assert_same_specials(ops.stem_forward(*args)[0], in_float64(reference.stem_forward, args)[0])

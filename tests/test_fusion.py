@@ -103,12 +103,13 @@ def test_hook_on_a_unit_leaves_it_fused(model, x, kind):
     with KernelOps() as ops:
         model(x).sum().backward()
     assert ops.units == UNITS
-    assert calls == {
+    expected = {
         "forward": [[OUTSIDE, INSIDE]],
         "forward_pre": [[OUTSIDE]],
         "full_backward": [[OUTSIDE, INSIDE]],
         "full_backward_pre": [[INSIDE]],
-    }[kind]
+    }
+    assert calls == expected[kind]
 
 
 def test_hook_on_the_container_and_the_pooling(model, x):
@@ -143,7 +144,10 @@ GLOBAL_HOOKS = {
     "forward": (nn_module.register_module_forward_hook, lambda calls: lambda m, i, o: calls.append(type(m))),
     "forward_pre": (nn_module.register_module_forward_pre_hook, lambda calls: lambda m, i: calls.append(type(m))),
     "backward": (nn_module.register_module_full_backward_hook, lambda calls: lambda m, i, o: calls.append(type(m))),
-    "backward_pre": (nn_module.register_module_full_backward_pre_hook, lambda calls: lambda m, o: calls.append(type(m))),
+    "backward_pre": (
+        nn_module.register_module_full_backward_pre_hook,
+        lambda calls: lambda m, o: calls.append(type(m)),
+    ),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from plain import FORWARD
+from plain import FORWARD, GRADIENT
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
@@ -135,7 +135,7 @@ def test_outputs_and_gradients_survive_a_large_mean(backend: str, device: str, k
     out.backward(upstream.to(device))
     wanted = expected(x64)
     wanted.backward(upstream.double())
-    # The kernels hold the mean in float32, to 5e-4 of a standard deviation at best; so does nn.BatchNorm2d.
+    # Float32 has the mean itself to 5e-4 of a standard deviation; where that shows, nn.BatchNorm2d is the measure.
     own = nn.BatchNorm2d(3).to(device)
     own.load_state_dict(fused[1].state_dict())
     x_own = plain.leaf(x.detach())
@@ -147,7 +147,8 @@ def test_outputs_and_gradients_survive_a_large_mean(backend: str, device: str, k
         ("gamma", fused[1].weight.grad, own.weight.grad, expected[1].weight.grad),
         ("beta", fused[1].bias.grad, own.bias.grad, expected[1].bias.grad),
     ):
-        plain.check_errors(plain.relative_error(ours, exact), plain.relative_error(theirs, exact), name)
+        limit = max(FORWARD if name == "output" else GRADIENT, plain.relative_error(theirs, exact))
+        plain.assert_close(ours, exact, limit, name)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

@@ -219,8 +219,8 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   }
   if (streaming) finish_streaming();
   if (partials) {
-    A* mean = partials + t.place * 2 * channels + t.channel_begin;
-    finish_tile_moments<A>(t.pixels(), t.channels, shift, sum, sum_squares, mean, mean + channels);
+    A* tile = partials + t.place * kMoments * channels + t.channel_begin;
+    finish_tile_moments<A>(t.pixels(), t.channels, shift, sum, sum_squares, channels, tile);
   }
 }
 
@@ -231,7 +231,7 @@ inline void depthwise_forward_typed(const ForwardArgs& args) {
   const int64_t channels = g.c_in;
   const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
   const bool stats = args.bn_y != nullptr;
-  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? 2 * grid.places() : 0))));
+  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? kMoments * grid.places() : 0))));
   A* const partials = stats ? weight + channels * kTaps : nullptr;
   transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {

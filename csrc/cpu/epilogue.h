@@ -84,13 +84,14 @@ struct StoreWithMoments {
     }
   }
 
-  // The tile's mean and M2 of the panel's columns.
-  void finish(int64_t rows, A* mean, A* m2) const {
+  // The tile's numbers of the panel's columns, `apart` elements apart (statistics.h).
+  void finish(int64_t rows, int64_t apart, A* tile) const {
     for (int v = 0; v < kPanelVectors; ++v) {
       const int count = lanes_in<true, A>(columns, v);
       const Vec<A> offset = sum[v] / A(rows), m = squares[v] - sum[v] * offset;
-      store_partial<A>(mean + v * kLanes<A>, shift[v] + offset, count);
-      store_partial<A>(m2 + v * kLanes<A>, m < zero<A>() ? zero<A>() : m, count);
+      store_partial<A>(tile + v * kLanes<A>, shift[v], count);
+      store_partial<A>(tile + apart + v * kLanes<A>, offset, count);
+      store_partial<A>(tile + 2 * apart + v * kLanes<A>, m < zero<A>() ? zero<A>() : m, count);
     }
   }
 };

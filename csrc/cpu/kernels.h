@@ -20,13 +20,13 @@ struct ForwardArgs {
   Dtype dtype;
   Geometry g;
   const void* u;
-  const void* bn_u;      // null: u is a plain input
+  const void* bn_u;  // null: u is a plain input
   const void* weight;
   void* y;
   // Training: batch statistics of y as stored, and the normalisation made of them.
-  void* bn_y;            // null: no statistics wanted
-  const void* gamma;     // null: 1
-  const void* beta;      // null: 0
+  void* bn_y;         // null: no statistics wanted
+  const void* gamma;  // null: 1
+  const void* beta;   // null: 0
   double eps;
   // Inference: y = relu?(normalise(conv)) with epilogue_bn, in the same pass.
   const void* epilogue_bn;  // null: none
@@ -40,8 +40,8 @@ struct BackwardArgs {
   const void* y;          // null: dy = P*h (or h)
   const void* grad_bn_y;  // null: dy = h
   const void* u;
-  const void* bn_u;       // null: u is a plain input and h_u its gradient
-  bool batch_stats_u;     // false: bn_u holds running statistics, so Q = O = 0
+  const void* bn_u;    // null: u is a plain input and h_u its gradient
+  bool batch_stats_u;  // false: bn_u holds running statistics, so Q = O = 0
   const void* weight;
   void* h_u;          // null: not wanted
   void* grad_weight;  // null: not wanted
@@ -55,8 +55,8 @@ struct NormaliseArgs {
   const void* y;
   const void* bn_y;
   bool relu, pool, batch_stats;
-  void* out;          // forward
-  const void* grad;   // backward
+  void* out;         // forward
+  const void* grad;  // backward
   void* h;
   void* grad_bn_y;
 };

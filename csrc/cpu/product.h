@@ -61,7 +61,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
   const RowTiles tiles = row_tiles(p.rows, pitch * sizeof(A));
   const int64_t groups = min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
   const bool training = p.bn_y != nullptr;
-  const int64_t moments_size = training ? tiles.count * 2 * p.columns : 0;
+  const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(panels * panel_size) + Workspace::bytes<A>(moments_size)));
   A* const packed = shared.take<A>(panels * panel_size);
   A* const moments = shared.take<A>(moments_size);
@@ -96,8 +96,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
           StoreWithMoments<T> epilogue(y, p.columns, columns, training);
           multiply_tile<false>(tile, pitch, rows, b, columns, p.depth, epilogue);
           if (training) {
-            A* const mean = moments + t * 2 * p.columns + column;
-            epilogue.finish(rows, mean, mean + p.columns);
+            epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
           }
         }
       }

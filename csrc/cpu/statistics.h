@@ -3,7 +3,9 @@
 // Every kernel cuts its work into tiles by a grid that depends on the shape alone, writes one partial result per tile,
 // and the partials are merged here in tile order: the same bits on every run and for every number of threads.
 //
-// Forward, per tile: (mean, M2 = sum of squared distances from that mean). M2 comes from sums of y - shift, where shift
+// Forward, per tile: (shift, offset, M2); the tile's mean is shift + offset, M2 the sum of squared distances from it. The
+// mean stays in two parts until the merge adds them up in double: rounded to float32, the means of tiles around 1e4 are
+// off by up to 5e-4, which the merge would take for distances between the tiles. M2 comes from sums of y - shift, where shift
 // is the mean of some of the tile's own rows: whatever those rows are, sum((y - shift)^2) exceeds M2 by at most the
 // factor (rows in the tile) / (rows in the shift), so the cancellation in M2 is bounded, at any mean of the channel.
 #pragma once
@@ -71,19 +73,23 @@ inline void add_moments(const T* y, int64_t rows, int64_t row_stride, int64_t ch
   }
 }
 
-// From the moments about `shift` of `rows` rows to the tile's mean and M2.
+// Numbers per tile and channel: shift, offset, M2.
+constexpr int kMoments = 3;
+
+// From the moments about `shift` of `rows` rows to the tile's numbers, `pitch` elements apart.
 template <class A>
 inline void finish_tile_moments(int64_t rows, int64_t channels, const A* shift, const A* sum, const A* sum_squares,
-                                A* mean, A* m2) {
+                                int64_t pitch, A* tile) {
   for (int64_t c = 0; c < channels; ++c) {
     const A offset = sum[c] / A(rows);
     const A squares = sum_squares[c] - sum[c] * offset;
-    mean[c] = shift[c] + offset;
-    m2[c] = squares < 0 ? A(0) : squares;  // a NaN stays
+    tile[c] = shift[c];
+    tile[pitch + c] = offset;
+    tile[2 * pitch + c] = squares < 0 ? A(0) : squares;  // a NaN stays
   }
 }
 
-// partials: [tiles][2][channels] (mean, M2); tile t has count(t) elements per channel. Writes bn [BN_ROWS][channels].
+// partials: [tiles][kMoments][channels]; tile t has count(t) elements per channel. Writes bn [BN_ROWS][channels].
 template <class A, class Count>
 inline void merge_statistics(int64_t tiles, int64_t channels, const A* partials, const Count& count, const A* gamma,
                              const A* beta, double eps, A* bn) {
@@ -95,17 +101,17 @@ inline void merge_statistics(int64_t tiles, int64_t channels, const A* partials,
       double total = 0;
       for (int64_t t = 0; t < tiles; ++t) {
         const double n = double(count(t));
-        const A* tile = partials + t * 2 * channels + c0;
-        for (int i = 0; i < size; ++i) mean[i] += n * double(tile[i]);
+        const A* tile = partials + t * kMoments * channels + c0;
+        for (int i = 0; i < size; ++i) mean[i] += n * (double(tile[i]) + double(tile[channels + i]));
         total += n;
       }
       for (int i = 0; i < size; ++i) mean[i] = total > 0 ? mean[i] / total : 0;
       for (int64_t t = 0; t < tiles; ++t) {
         const double n = double(count(t));
-        const A* tile = partials + t * 2 * channels + c0;
+        const A* tile = partials + t * kMoments * channels + c0;
         for (int i = 0; i < size; ++i) {
-          const double distance = double(tile[i]) - mean[i];
-          m2[i] += double(tile[channels + i]) + n * distance * distance;
+          const double distance = double(tile[i]) + double(tile[channels + i]) - mean[i];
+          m2[i] += double(tile[2 * channels + i]) + n * distance * distance;
         }
       }
       for (int i = 0; i < size; ++i) {

@@ -75,8 +75,10 @@ def open_source(
         return Source(digits, "digits", digits.classes, [])
     require("PIL.Image", "reading image files", "pillow")  # here, not in a worker process in the middle of an epoch
     if recipe.data == "imagenette":
-        size = find_imagenette(data_dir) or IMAGENETTE_DOWNLOAD
-        note(f"reading Imagenette ({split}) into memory from {Path(data_dir) / IMAGENETTE_FOLDERS[size]}")
+        found = find_imagenette(data_dir)
+        size = found or IMAGENETTE_DOWNLOAD
+        if found:
+            note(f"reading Imagenette ({split}) into memory from {Path(data_dir) / IMAGENETTE_FOLDERS[size]}")
         images = InMemoryImagenette(data_dir, split, size, download=True)
         source = Source(images, IMAGENETTE_FOLDERS[size], images.classes, images.unreadable)
         if classes is not None and images.classes != classes:
