@@ -64,7 +64,7 @@ def make_step(model: nn.Module, args: argparse.Namespace) -> Callable[[], torch.
 
 
 def check_agreement(args: argparse.Namespace) -> None:
-    """Both networks, from the same weights, give the same loss; the linear layer's gradient follows the whole forward."""
+    """From the same weights both networks must give the same loss, and the same gradient behind the whole forward."""
     losses, grads = [], []
     for name in ("eager", "fused"):
         model = build(name, args.width)
@@ -112,8 +112,9 @@ def main() -> None:
         return
 
     print(
-        f"MobileNetV1 {args.width}, {args.resolution}x{args.resolution}, batch {args.batch}, {args.dtype}, channels_last, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+        f"MobileNetV1 {args.width}, {args.resolution}x{args.resolution}, batch {args.batch}, {args.dtype}, "
+        f"channels_last, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
     )
     check_agreement(args)
     steps = {name: make_step(build(name, args.width), args) for name in ("eager", "fused")}

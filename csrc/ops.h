@@ -63,5 +63,5 @@ enum GradBnRow { GRAD_P, GRAD_Q, GRAD_MEAN, GRAD_O, GRAD_GAMMA, GRAD_BETA, GRAD_
   X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor")                  \
   X("pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor")                                           \
   X("update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] mean, Tensor[] var, "         \
-    "Tensor?[] conv_bias, int[] count, float[] momentum) -> ()")
+    "Tensor?[] conv_bias, SymInt[] count, float[] momentum) -> ()")
 // clang-format on

@@ -68,8 +68,8 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
     Args:
         x: activation ``[N, C, H, W]``, any memory format, not empty.
         units: at least one; a stem only in front.
-        end: ``"relu"``: the last unit's activation; ``"linear"``: the same before the ReLU; ``"pool"``: the activation's
-            mean over each image, ``[N, C, 1, 1]``.
+        end: ``"relu"``: the last unit's activation; ``"linear"``: the same before the ReLU; ``"pool"``: the
+            activation's mean over each image, ``[N, C, 1, 1]``.
 
     Returns:
         A channels_last tensor in the dtype of ``x``, or autocast's where that is on.
@@ -111,7 +111,8 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast casts ``x`` for a convolution; it leaves float64 alone."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    # Dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available; meta is the device that has no autocast.
+    return device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

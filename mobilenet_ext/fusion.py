@@ -75,7 +75,7 @@ def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
 
 
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
-    """The longest chain of units that ``modules`` begin with (may be empty), and whether a global pooling follows it."""
+    """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
     batch_norms: set[int] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
@@ -96,7 +96,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
         return False
     if type(x) not in _TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False  # torch.func and forward-mode differentiation
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
@@ -104,7 +104,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape
-    for kind, conv, bn in units:
+    for _, conv, bn in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
         if any(t.device != x.device or type(t) not in _TENSORS for t in (*conv_tensors, *vectors)):
@@ -164,7 +164,7 @@ def _tracks(bn: nn.BatchNorm2d) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does what its class's ``forward`` does and nothing else: no hooks, nothing replaced."""
+    """Whether calling ``module`` does what its class's ``forward`` does and nothing else."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -141,7 +141,8 @@ def _conv2d_backward(conv_backward, ctx, grad):
     grad_input = grad_weight = grad_bias = None
     if need_input or need_weight:
         grad_input, grad_weight, _ = conv_backward(
-            _dense(grad), None, None, _dense(input), None, False, weight.contiguous(), *ctx.geometry, need_input, need_weight
+            _dense(grad), None, None, _dense(input), None, False, weight.contiguous(), *ctx.geometry,
+            need_input, need_weight,
         )  # fmt: skip
     if need_bias:
         grad_bias = grad.sum((0, 2, 3), dtype=ops.acc_dtype(grad.dtype)).to(ctx.bias_dtype)

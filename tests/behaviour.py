@@ -94,7 +94,7 @@ def assert_same_step(module: nn.Module, x: Tensor, *, tolerance: float = 1e-9, u
         b, scale = parameters[name].grad, 1.0
         beta = parameters.get(f"{name.removesuffix('0.bias')}1.bias")
         if is_conv_bias(name) and beta is not None and beta.grad is not None:
-            # In front of batch statistics this is a rounding error of nothing: measured beside the BatchNorm's gradient.
+            # A rounding error of nothing in front of batch statistics: measured beside the BatchNorm's gradient.
             scale += beta.grad.norm().item()
         _assert_same(f"gradient of {name}", a.grad, b, tolerance, scale)
     for (name, a), b in zip(module.named_buffers(), plain.buffers(), strict=True):

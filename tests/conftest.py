@@ -36,7 +36,7 @@ def device(backend: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from one seed, with float32 products in full precision, and leaves the settings as they were."""
+    """Every test starts from one seed, float32 products in full precision, and leaves the settings as they were."""
     precision = torch.backends.cudnn.conv.fp32_precision
     threads = torch.get_num_threads()
     torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -169,7 +169,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
 
 
 def assert_no_worse(actual: Tensor, own: Tensor, expected: Tensor, what: str = "") -> None:
-    """16 bits: ``actual`` is at most 1.5 times as far from ``expected`` as ``own``, the result of PyTorch's own path."""
+    """16 bits: ``actual`` is at most 1.5 times as far from ``expected`` as ``own``, PyTorch's own result."""
     assert actual.dtype == own.dtype, (what, actual.dtype, own.dtype)
     check_errors(relative_error(actual, expected), relative_error(own, expected), what)
 

@@ -136,7 +136,7 @@ def test_accepted_combinations(backend, autocast, activation, training):
         def run(module: nn.Module):
             x = image(activation)
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                return module(x), (x, *module.parameters())  # noqa: B023  # called at once
+                return module(x), (x, *module.parameters())  # called at once
 
         what = f"convolution {conv_dtype}, parameters {parameter}, buffers {buffer}"
         assert outcome(lambda: run(model)) == outcome(lambda: run(plain)), what  # noqa: B023

@@ -18,7 +18,7 @@ import mobilenet_ext as mx
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the spawned processes
 
-from plain import Network, is_conv_bias, randomise_  # noqa: E402
+from plain import Network, is_conv_bias, randomise_
 
 WORLD = 2
 

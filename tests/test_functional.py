@@ -94,9 +94,7 @@ def fused_bn_relu(kind, x, weight, bias, mean, var, gamma, beta, stride, trainin
     return function(x, weight, bias, mean, var, gamma, beta, training=training, relu=relu, **more)
 
 
-def gradients(
-    out: Tensor, inputs: list[Tensor | None], upstream: Tensor, keep: bool = False
-) -> list[Tensor | None]:
+def gradients(out: Tensor, inputs: list[Tensor | None], upstream: Tensor, keep: bool = False) -> list[Tensor | None]:
     leaves = [x for x in inputs if x is not None]
     upstream = upstream.to(device=out.device, dtype=out.dtype)
     grads = iter(torch.autograd.grad(out, leaves, upstream, retain_graph=keep))

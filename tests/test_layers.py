@@ -1,6 +1,6 @@
 """The layer ops in float64: ``gradcheck``, and ``opcheck`` of every op of ``csrc/ops.h`` in every dtype of its kernels.
 
-What the kernel ops compute is tested in ``test_kernel_ops.py``.
+What the kernel ops compute is tested through the layers here, and through ``mx.functional`` and the network.
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ def test_gradcheck_of_each_input_alone(backend64: str, op: str) -> None:
     for args in LAYER_CASES[op](torch.float64):
         for i, arg in enumerate(args):
             if isinstance(arg, Tensor):
-                alone = tuple(a.clone().requires_grad_(i == j) if isinstance(a, Tensor) else a for j, a in enumerate(args))
+                alone = tuple(
+                    a.clone().requires_grad_(i == j) if isinstance(a, Tensor) else a for j, a in enumerate(args)
+                )
                 assert torch.autograd.gradcheck(getattr(OPS, op).default, alone)
 
 
@@ -231,7 +233,9 @@ def test_gradcheck_of_a_chain(backend64: str, training: bool) -> None:
     """Stem, depthwise, pointwise and pooling as one autograd node."""
     torch.manual_seed(1)
     module = torch.nn.Sequential(
-        mx.nn.StemConvBNReLU(3, 2, stride=2), mx.nn.DepthwiseSeparableConv(2, 3, stride=1), torch.nn.AdaptiveAvgPool2d(1)
+        mx.nn.StemConvBNReLU(3, 2, stride=2),
+        mx.nn.DepthwiseSeparableConv(2, 3, stride=1),
+        torch.nn.AdaptiveAvgPool2d(1),
     )
     module = mx.nn.FusedSequential(*module).double().train(training)
     names = [name for name, _ in module.named_parameters()]

@@ -14,7 +14,6 @@ from plain import Network, batch_norms, randomise_
 from torch import nn
 
 import mobilenet_ext as mx
-from mobilenet_ext import fusion
 
 
 def block(bias: bool = True) -> nn.Module:

@@ -54,9 +54,7 @@ def run(unit: nn.Sequential, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     return {"output": out, "input": x.grad, **gradients, **dict(unit.named_buffers())}
 
 
-def compare(
-    kind: str, device: str, training: bool, poison: Callable[[nn.Sequential, Tensor, Tensor], None]
-) -> None:
+def compare(kind: str, device: str, training: bool, poison: Callable[[nn.Sequential, Tensor, Tensor], None]) -> None:
     """``poison`` puts a value into the unit, the input or the upstream gradient; both paths must spread it alike."""
     fused = plain.randomise_(UNITS[kind]()).train(training)
     x = torch.randn(2, 3, 6, 7)
@@ -135,10 +133,19 @@ def test_conv_bias(backend: str, device: str, kind: str, training: bool, value: 
 
 
 def test_relu_passes_the_gradient_of_nan(backend: str, device: str) -> None:
-    u = torch.tensor([NAN, -1.0, 0.0, 2.0], device=device).view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last)
+    u = (
+        torch.tensor([NAN, -1.0, 0.0, 2.0], device=device)
+        .view(1, 1, 2, 2)
+        .contiguous(memory_format=torch.channels_last)
+    )
     grad = torch.ones_like(u)
     bn = torch.tensor([[0.0], [1.0], [0.0], [1.0], [1.0]], device=device)
-    assert torch.ops.mobilenet_ext.bn_relu_forward(u, bn, True).isnan().flatten().tolist() == [True, False, False, False]
+    assert torch.ops.mobilenet_ext.bn_relu_forward(u, bn, True).isnan().flatten().tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
     h, _ = torch.ops.mobilenet_ext.bn_relu_backward(grad, u, bn, False, True)
     assert h.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
 

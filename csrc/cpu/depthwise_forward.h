@@ -213,7 +213,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       // The first row was taken about 0; its mean is the shift from here on.
       const T* row = y + (oy * g.out_w + t.column_begin) * channels;
       for (int c = 0; c < block; ++c) sum[c] = sum_squares[c] = 0;
-      mean_of_rows<T>(row, width, channels, t.channels, shift);
+      shift_from_rows<T>(row, width, channels, t.channels, shift);
       add_moments<T>(row, width, channels, t.channels, shift, sum, sum_squares);
     }
   }
@@ -231,7 +231,8 @@ inline void depthwise_forward_typed(const ForwardArgs& args) {
   const int64_t channels = g.c_in;
   const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
   const bool stats = args.bn_y != nullptr;
-  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? kMoments * grid.places() : 0))));
+  A* const weight =
+      static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? kMoments * grid.places() : 0))));
   A* const partials = stats ? weight + channels * kTaps : nullptr;
   transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {

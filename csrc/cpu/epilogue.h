@@ -68,7 +68,7 @@ struct StoreWithMoments {
 #pragma GCC unroll 12
         for (int i = 0; i < rows; ++i)
           if (i < count) total += sums[i][v];
-        shift[v] = total / A(count);
+        shift[v] = finite_or_zero(total / A(count));
       }
       // A block's few rows are added up apart first, which keeps long float32 sums accurate.
       Vec<A> block_sum = zero<A>(), block_squares = zero<A>();

@@ -3,11 +3,12 @@
 // Every kernel cuts its work into tiles by a grid that depends on the shape alone, writes one partial result per tile,
 // and the partials are merged here in tile order: the same bits on every run and for every number of threads.
 //
-// Forward, per tile: (shift, offset, M2); the tile's mean is shift + offset, M2 the sum of squared distances from it. The
-// mean stays in two parts until the merge adds them up in double: rounded to float32, the means of tiles around 1e4 are
-// off by up to 5e-4, which the merge would take for distances between the tiles. M2 comes from sums of y - shift, where shift
-// is the mean of some of the tile's own rows: whatever those rows are, sum((y - shift)^2) exceeds M2 by at most the
-// factor (rows in the tile) / (rows in the shift), so the cancellation in M2 is bounded, at any mean of the channel.
+// Forward, per tile: (shift, offset, M2); the tile's mean is shift + offset, M2 the sum of squared distances from it.
+// The mean stays in two parts until the merge adds them up in double: rounded to float32, the means of tiles around 1e4
+// are off by up to 5e-4, which the merge would take for distances between the tiles. M2 comes from sums of y - shift,
+// where shift is the mean of some of the tile's own rows: whatever those rows are, sum((y - shift)^2) exceeds M2 by at
+// most the factor (rows in the tile) / (rows in the shift), so the cancellation in M2 is bounded, at any mean of the
+// channel.
 #pragma once
 
 #include "../ops.h"
@@ -18,9 +19,10 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 // Channels handled together by a merge: the double accumulators live on the stack.
 constexpr int kMergeChannels = 128;
 
-// mean[c] of `rows` rows of `channels` values, `row_stride` elements apart.
+// What to shift a tile by: shift[c] = the mean of `rows` rows of `channels` values, `row_stride` elements apart. 0
+// where that is not finite: an infinite shift would turn a mean that is infinite into a NaN.
 template <class T>
-inline void mean_of_rows(const T* y, int64_t rows, int64_t row_stride, int64_t channels, Acc<T>* mean) {
+inline void shift_from_rows(const T* y, int64_t rows, int64_t row_stride, int64_t channels, Acc<T>* shift) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   for (int64_t c = 0; c < channels; c += L) {
@@ -31,7 +33,7 @@ inline void mean_of_rows(const T* y, int64_t rows, int64_t row_stride, int64_t c
     } else {
       for (int64_t i = 0; i < rows; ++i) sum += load_partial<T>(y + i * row_stride + c, count);
     }
-    store_partial<A>(mean + c, sum / A(rows), count);
+    store_partial<A>(shift + c, finite_or_zero(sum / A(rows)), count);
   }
 }
 

@@ -79,6 +79,12 @@ MX_INLINE V relu(V z) {
   return z <= V{} ? V{} : z;
 }
 
+// v, or 0 where it is infinite or NaN.
+template <class V>
+MX_INLINE V finite_or_zero(V v) {
+  return v - v == V{} ? v : V{};
+}
+
 MX_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(MX_ISA_AVX512)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

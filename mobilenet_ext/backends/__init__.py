@@ -21,8 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 from mobilenet_ext.backends import cpu, reference
 
 __all__ = ["available", "current", "kernel", "set", "use"]
@@ -112,7 +110,7 @@ def _pick(device_type: str) -> str:
     if device_type != "meta":
         reasons = "; ".join(f"{name}: {why}" for name, why in available().items() if why)
         warnings.warn(
-            f"mobilenet_ext has no kernels for {device_type} tensors here and uses its slow reference backend ({reasons})",
+            f"mobilenet_ext has no kernels for {device_type} tensors here: its slow reference backend runs ({reasons})",
             stacklevel=2,
         )
     return "reference"

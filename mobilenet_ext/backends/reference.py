@@ -124,8 +124,8 @@ def _backward(
         dy, a, _acc(weight), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
         [need_input, need_weight, False],
     )  # fmt: skip
-    if not need_weight:
-        grad_weight = a.new_empty(0)
+    grad_weight = grad_weight.contiguous() if need_weight else a.new_empty(0)
+    grad_weight = grad_weight.contiguous()
     no_bn = a.new_empty(0)  # a tensor of its own: the outputs of an op must not share memory
     if not need_input:
         return u.new_empty(0), grad_weight, no_bn
