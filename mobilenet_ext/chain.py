@@ -53,6 +53,8 @@ class InferenceUnit(NamedTuple):
     weight: Tensor
     bn: Tensor
 
+    output_size = Unit.output_size
+
 
 class _Settings(NamedTuple):
     kind: Kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
@@ -29,6 +30,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
+
+    Warns:
+        UserWarning: nothing in ``model`` could be folded, so the copy is no faster.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, an nn.Module is accepted")
@@ -36,6 +40,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in list(frozen.modules()):
         if isinstance(module, fusion.FusedSequential):
             _fold_units(module)
+    if not any(isinstance(module, FrozenChain) for module in frozen.modules()):
+        warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
     for module in frozen.modules():
         module.train = partial(_refuse_training, module)  # on each: dropout in a parent must not come back either
     return frozen
@@ -66,7 +72,7 @@ class FrozenChain(nn.Module):
             for i, geometry in enumerate(self.geometry)
         ]
         out = chain.infer(x, units, self.end, dtype)
-        return fusion.match_memory_format(out, x, *(unit.weight for unit in units), batch_norm=self.end == "relu")
+        return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
 
     def extra_repr(self) -> str:
         return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mobilenet_ext import chain, layers
-from mobilenet_ext.fusion import DTYPES, match_memory_format
+from mobilenet_ext.fusion import DTYPES, gives_channels_last, is_channels_last, match_memory_format
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
 
@@ -39,7 +39,7 @@ def depthwise_conv2d(
     """
     _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
     out = layers.depthwise_conv2d(input, weight, bias, stride, padding)
-    return match_memory_format(out, input, weight, batch_norm=False)
+    return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
 
 
 def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +54,8 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
     _check_conv(input, weight, bias, depthwise=False)
-    return match_memory_format(layers.pointwise_conv2d(input, weight, bias), input, weight, batch_norm=False)
+    out = layers.pointwise_conv2d(input, weight, bias)
+    return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
 
 
 def depthwise_bn_relu(
@@ -135,7 +136,7 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     padding = 1 if kind == "depthwise" else 0
     unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
     out = chain.run(input, [unit], "relu" if relu else "linear")
-    return match_memory_format(out, input, weight, batch_norm=True)
+    return match_memory_format(out, gives_channels_last(input, [unit]))
 
 
 def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):

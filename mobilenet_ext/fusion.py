@@ -17,7 +17,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
-from mobilenet_ext.chain import Kind, Unit
+from mobilenet_ext.chain import InferenceUnit, Kind, Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
@@ -77,13 +77,14 @@ def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
-    batch_norms: set[int] = set()
+    tracked: set[int] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        if id(unit.bn) in batch_norms:
+        buffers = {id(buffer) for buffer in unit.bn._buffers.values() if buffer is not None}
+        if not tracked.isdisjoint(buffers):
             break  # a chain updates the running statistics of all its units at once, and these twice
-        batch_norms.add(id(unit.bn))
+        tracked |= buffers
         units.append(unit)
     behind = modules[3 * len(units) :][:1]
     pool = bool(units and behind) and _is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
@@ -123,36 +124,53 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
 
 def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format."""
+    tensors = [as_tensors(unit) for unit in units]
+    out = chain.run(x, tensors, "pool" if pool else "relu")
+    # Counted behind the run, like the statistics: a recomputation that stops early leaves out both or neither.
     batches = [bn.num_batches_tracked for _, _, bn in units if _tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
         torch._foreach_add_(batches, 1)
-    out = chain.run(x, [as_tensors(unit) for unit in units], "pool" if pool else "relu")
-    return match_memory_format(out, x, *(unit.conv.weight for unit in units), batch_norm=not pool)
+    return match_memory_format(out, gives_channels_last(x, tensors))
 
 
-def match_memory_format(out: Tensor, *sources: Tensor, batch_norm: bool) -> Tensor:
-    """``out``, which is channels_last, with the strides PyTorch chooses: channels_last if a source is.
+def gives_channels_last(x: Tensor, units: Iterable[Unit | InferenceUnit]) -> bool:
+    """Whether the plain modules' output is channels_last: a convolution's is if its input or weight is.
 
-    A tensor of one channel or one pixel is contiguous in both formats, and later layers go by its strides: those of
-    channels_last come out of a convolution or a pooling, the other ones out of BatchNorm (``batch_norm``).
+    A tensor of one channel or one pixel is contiguous in both formats, and PyTorch goes by its strides: those that
+    BatchNorm writes are not channels_last.
     """
-    shape = out.shape
-    both = 1 in (shape[1], shape[2] * shape[3])
-    if any(suggest_memory_format(t) == torch.channels_last for t in sources) and not (batch_norm and both):
+    _, _, h, w = x.shape
+    channels_last = is_channels_last(x)
+    for unit in units:
+        _, c, h, w = unit.output_size(1, h, w)
+        channels_last = (channels_last or is_channels_last(unit.weight)) and 1 not in (c, h * w)
+    return channels_last
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch takes ``x`` for a channels_last tensor, which it tells from the strides."""
+    return suggest_memory_format(x) == torch.channels_last
+
+
+def match_memory_format(out: Tensor, channels_last: bool) -> Tensor:
+    """``out``, which is channels_last, with the strides of that format or of the contiguous one."""
+    if channels_last:
         return out
+    shape = out.shape
     out = out.contiguous()
-    return out.view(-1).view(shape) if both else out
+    # One channel or one pixel is contiguous in both formats; the views settle the strides.
+    return out.view(-1).view(shape) if 1 in (shape[1], shape[2] * shape[3]) else out
 
 
 def as_tensors(unit: UnitModules) -> Unit:
-    """The unit's tensors and settings at this moment, its batch already counted in ``num_batches_tracked``."""
+    """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
     kind, conv, bn = unit
     batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = None
     if _tracks(bn):
         momentum = bn.momentum
         if momentum is None:  # a cumulative average
-            momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / float(bn.num_batches_tracked)
+            momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
     return Unit(
         kind, conv.stride[0], conv.padding[0], conv.weight, conv.bias, bn.weight, bn.bias,
         bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps,
@@ -196,13 +214,26 @@ def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) 
         return None
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
-    if "_conv_forward" in conv.__dict__:
+    if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     kind = conv_kind(conv)
-    return None if kind is None or bn.num_features != conv.out_channels else UnitModules(kind, conv, bn)
+    return UnitModules(kind, conv, bn) if kind is not None and _is_consistent(conv, bn) else None
+
+
+def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
+    """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
+    vectors = (conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return (
+        conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
+        and bn.num_features == conv.out_channels
+        and (bn.running_mean is None) == (bn.running_var is None)
+        and bn.eps > 0
+    )
 
 
 # As they are at import: tools that quantise or trace replace them on the class.
+_CONV_FORWARD = nn.Conv2d._conv_forward
 _FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d)}
 
 

@@ -135,6 +135,12 @@ def _save_conv2d(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _channel_sums(x: Tensor) -> Tensor:
+    ones = torch.ones(x.shape[1], dtype=ops.acc_dtype(x.dtype), device=x.device)
+    identity = _pack(torch.zeros_like(ones), ones, torch.zeros_like(ones))
+    return ops.bn_relu_backward(x, x, identity, False, False)[1][GRAD_BETA].clone()
+
+
 def _conv2d_backward(conv_backward, ctx, grad):
     input, weight = ctx.saved_tensors
     need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -145,7 +151,8 @@ def _conv2d_backward(conv_backward, ctx, grad):
             need_input, need_weight,
         )  # fmt: skip
     if need_bias:
-        grad_bias = grad.sum((0, 2, 3), dtype=ops.acc_dtype(grad.dtype)).to(ctx.bias_dtype)
+        # Not Tensor.sum, which cuts a sum by the number of threads: the same bits for every number of them.
+        grad_bias = _channel_sums(_dense(grad)).to(ctx.bias_dtype)
     return (
         grad_input if need_input else None,
         grad_weight.to(weight.dtype) if need_weight else None,

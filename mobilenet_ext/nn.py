@@ -33,6 +33,7 @@ class StemConvBNReLU(FusedSequential):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
+        _check_bool(bias=bias)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, _stride(stride), padding=1, bias=bias),
             nn.BatchNorm2d(out_channels),
@@ -53,6 +54,7 @@ class DepthwiseConvBNReLU(FusedSequential):
 
     def __init__(self, channels: int, *, stride: int = 1, bias: bool = True) -> None:
         _check_positive(channels=channels)
+        _check_bool(bias=bias)
         super().__init__(
             nn.Conv2d(channels, channels, 3, _stride(stride), padding=1, groups=channels, bias=bias),
             nn.BatchNorm2d(channels),
@@ -72,6 +74,7 @@ class PointwiseConvBNReLU(FusedSequential):
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
+        _check_bool(bias=bias)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 1, bias=bias),
             nn.BatchNorm2d(out_channels),
@@ -92,6 +95,7 @@ class DepthwiseSeparableConv(FusedSequential):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
+        _check_bool(bias=bias)
         super().__init__(
             DepthwiseConvBNReLU(in_channels, stride=stride, bias=bias),
             PointwiseConvBNReLU(in_channels, out_channels, bias=bias),
@@ -110,3 +114,9 @@ def _check_positive(**counts: int) -> None:
             raise TypeError(f"{name}: got {count!r}, an int is accepted")
         if count < 1:
             raise ValueError(f"{name}: got {count}, at least 1 is accepted")
+
+
+def _check_bool(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: got {flag!r}, a bool is accepted")

@@ -470,3 +470,43 @@ def test_tensor_subclasses_as_parameters(model, x):
     model[3][0].weight = nn.Parameter(model[3][0].weight.detach().as_subclass(Tagged))
     torch.testing.assert_close(torch.Tensor(model(x).detach()), expected.detach())
     assert any("conv2d" in name for name in Tagged.seen)
+
+
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var", "num_batches_tracked"])
+def test_batch_norms_that_share_a_buffer(model, x, buffer):
+    first, second = model[0][1], model[1][1]
+    setattr(second, buffer, getattr(first, buffer))
+    if buffer == "num_batches_tracked":
+        first.momentum = second.momentum = None
+    plain = Plain(model)
+    for _ in range(2):
+        model(x)
+        plain(x)
+    for (name, actual), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+MALFORMED = {
+    "bias of another length": lambda unit: setattr(unit[0], "bias", nn.Parameter(torch.zeros(1).double())),
+    "eps": lambda unit: setattr(unit[1], "eps", -1e-5),
+    "only a running variance": lambda unit: setattr(unit[1], "running_mean", None),
+    "only a running mean": lambda unit: setattr(unit[1], "running_var", None),
+    "running statistics of another length": lambda unit: setattr(unit[1], "running_mean", torch.zeros(3).double()),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_unit_says_what_the_plain_modules_say(model, x, name):
+    MALFORMED[name](model[1])
+    plain = Plain(model)
+    with pytest.raises(Exception) as expected:
+        plain(x)
+    with pytest.raises(type(expected.value)) as actual:
+        model(x)
+    assert str(actual.value) == str(expected.value)
+
+
+def test_weight_of_another_kernel_size(model, x):
+    conv = model[1][0]
+    conv.weight.data = torch.randn(conv.out_channels, 1, 5, 5, dtype=torch.float64)
+    assert_same_step(model, x, units=UNITS - 1)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from behaviour import assert_same_step, fused_units
+from behaviour import assert_same_step, fused_units, plain_forward
 from plain import Network, batch_norms, unit
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -204,3 +204,19 @@ def test_input_is_left_alone(backend):
         mx.freeze(model)(x)
         assert torch.equal(x, before)
         assert batch_norms(model.train())
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("inputs", FORMATS)
+@pytest.mark.parametrize("pool", [True, False])
+def test_strides_behind_one_channel_and_one_pixel(backend, inputs, weights, pool):
+    narrow = (unit("depthwise", 7, 7, 2), unit("stem", 7, 1, 2), unit("pointwise", 1, 24, 1))
+    small = (unit("pointwise", 7, 2, 1), unit("depthwise", 2, 2, 2), unit("pointwise", 2, 31, 1))
+    for units, size in ((narrow, (33, 7)), (small, (2, 1))):
+        modules = [*units, nn.AdaptiveAvgPool2d(1)] if pool else units
+        fused = mx.nn.FusedSequential(*modules).to(memory_format=FORMATS[weights])
+        x = image(2, 7, *size, memory_format=FORMATS[inputs])
+        for training in (True, False):
+            expected = plain_forward(fused.train(training), x)
+            assert fused(x).stride() == expected.stride()
+        assert mx.freeze(fused)(x).stride() == expected.stride()

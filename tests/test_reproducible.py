@@ -74,6 +74,26 @@ def test_thread_counts_of_the_network() -> None:
             assert_same_bits(runs[0], other)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_thread_counts_of_convolutions(channels: int) -> None:
+    """One channel and many pixels: where PyTorch's own sum, for the bias, would go by the number of threads."""
+    runs = []
+    with mx.backends.use("cpu"):
+        x = torch.randn(2, channels, 300, 301)
+        weights = [torch.randn(channels, 1, 3, 3), torch.randn(1, channels, 1, 1)]
+        biases = [torch.randn(channels), torch.randn(1)]
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            leaves = [plain.leaf(t) for t in (x, *weights, *biases)]
+            image, depthwise, pointwise, depthwise_bias, pointwise_bias = leaves
+            out = mx.functional.depthwise_conv2d(image, depthwise, depthwise_bias)
+            out = mx.functional.pointwise_conv2d(out, pointwise, pointwise_bias)
+            out.backward(out.detach().cos())
+            runs.append([out, *(leaf.grad for leaf in leaves)])
+    for other in runs[1:]:
+        assert_same_bits(runs[0], other)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_runs(backend: str, device: str, training: bool) -> None:
     torch.set_num_threads(2)

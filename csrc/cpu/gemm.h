@@ -111,6 +111,18 @@ struct SwapBlocks {
   }
 };
 
+// Lane i is lane index[i] of a and b laid end to end.
+template <class A>
+MX_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, Mask<A> index) {
+#if defined(__clang__)  // has only a built-in that takes the indices as arguments, and recognises this loop
+  Vec<A> out;
+  for (int i = 0; i < kLanes<A>; ++i) out[i] = index[i] < kLanes<A> ? a[index[i]] : b[index[i] - kLanes<A>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Swaps rows and columns of kLanes vectors.
 template <class A, int step = 1>
 MX_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
@@ -121,8 +133,8 @@ MX_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
     for (int i = 0; i < kLanes<A>; ++i) {
       if (i & step) continue;
       const Vec<A> a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, first);
-      rows[i + step] = __builtin_shuffle(a, b, second);
+      rows[i] = shuffle<A>(a, b, first);
+      rows[i + step] = shuffle<A>(a, b, second);
     }
     transpose<A, 2 * step>(rows);
   }

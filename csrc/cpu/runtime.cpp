@@ -59,8 +59,9 @@ int supported_kernels(const Kernels* (&tables)[3]) {
   tables[count++] = &baseline_kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers. F16C, which Clang 14
+  // cannot ask for, came before AVX2.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     tables[count++] = &avx2_kernels;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))

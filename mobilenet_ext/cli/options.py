@@ -55,7 +55,7 @@ def given_settings(args: argparse.Namespace, *more: str) -> dict[str, Any]:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that ``run_options`` reads."""
-    group = parser.add_argument_group("where and how (the numbers do not depend on it)")
+    group = parser.add_argument_group("where and how (not part of the recipe)")
     add_device_options(group)
     group.add_argument("--workers", type=int, metavar="N", help="processes that load images [a core each; digits: 0]")
     group.add_argument("--data-dir", default="data", metavar="DIR", help="where Imagenette lies or is put [data]")

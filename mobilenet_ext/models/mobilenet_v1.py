@@ -50,6 +50,8 @@ class MobileNetV1(nn.Module):
         for name, number in (("width_multiplier", width_multiplier), ("dropout", dropout)):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise TypeError(f"{name}: got {number!r}, a float is accepted")
+        if not isinstance(conv_bias, bool):
+            raise TypeError(f"conv_bias: got {conv_bias!r}, a bool is accepted")
         if not 1 / STEM_CHANNELS <= width_multiplier < float("inf"):
             raise ValueError(
                 f"width_multiplier: got {width_multiplier}, accepted are finite values of at least 1/{STEM_CHANNELS}, "

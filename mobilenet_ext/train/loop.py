@@ -230,6 +230,8 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             without = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
