@@ -108,7 +108,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     for _, conv, bn in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
-        if any(t.device != x.device or type(t) not in _TENSORS for t in (*conv_tensors, *vectors)):
+        if any(t.device != x.device for t in (*conv_tensors, *vectors)):
             return False
         if any(t.dtype not in conv_dtypes for t in conv_tensors):
             return False
@@ -224,7 +224,8 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
     """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
     vectors = (conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return (
-        conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        all(tensor is None or type(tensor) in _TENSORS for tensor in (conv.weight, *vectors))
+        and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
         and bn.num_features == conv.out_channels
         and (bn.running_mean is None) == (bn.running_var is None)
