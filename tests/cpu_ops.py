@@ -107,3 +107,30 @@ def run_with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
+    """A convolution's backward against the reference in float64, whole and each half of it alone.
+
+    ``output``: (h, y, grad_bn_y); ``source``: (u, bn_u, batch_stats_u, weight, ...), as the op takes them.
+    """
+    args = (*output, *source)
+    u, bn_u, batch_stats, *_ = source
+    backward = getattr(ops, op)
+    h_u, grad_weight, grad_bn_u = backward(*args, True, True)
+    expected_h, expected_weight, _ = in_float64(getattr(reference, op), (*args, True, True))
+    assert h_u.dtype == u.dtype and is_channels_last_dense(h_u)
+    assert_close(h_u, expected_h, TOLERANCE[u.dtype], "h_u")
+    assert_close(grad_weight, expected_weight, ACC_TOLERANCE[u.dtype], "grad_weight")
+    if bn_u is None:
+        assert grad_bn_u.shape == (0,)
+    else:
+        of_stored = reference._make_grad_bn(h_u.double(), u.double(), bn_u.double(), batch_stats)
+        for row, name in enumerate(["P", "Q", "MEAN", "O", "GAMMA", "BETA"]):
+            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[u.dtype], name)
+
+    only_weight = backward(*args, False, True)
+    assert only_weight[0].shape == (0,) and only_weight[0].dtype == u.dtype and only_weight[2].shape == (0,)
+    assert same_bits(only_weight[1], grad_weight)
+    only_input = backward(*args, True, False)
+    assert same_bits(only_input[0], h_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)

@@ -13,6 +13,7 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_conv_backward,
     in_float64,
     is_channels_last_dense,
     ops,
@@ -124,32 +125,9 @@ def test_pointwise_backward(
     batch_stats: bool,
 ) -> None:
     u, bn_u, weight, h, y, grad_bn_y = pointwise_inputs(shape, dtype)
-    args = (
-        h,
-        y if with_y else None,
-        grad_bn_y if with_grad_bn else None,
-        u,
-        bn_u if normalised else None,
-        batch_stats,
-        weight,
-    )
-    h_u, grad_weight, grad_bn_u = ops.pointwise_backward(*args, True, True)
-    expected_h, expected_weight, _ = in_float64(reference.pointwise_backward, (*args, True, True))
-    assert h_u.dtype == dtype and is_channels_last_dense(h_u)
-    assert_close(h_u, expected_h, TOLERANCE[dtype], "h_u")
-    assert_close(grad_weight, expected_weight, ACC_TOLERANCE[dtype], "grad_weight")
-    if normalised:
-        of_stored = reference._make_grad_bn(h_u.double(), u.double(), bn_u.double(), batch_stats)
-        for row, name in enumerate(["P", "Q", "MEAN", "O", "GAMMA", "BETA"]):
-            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[dtype], name)
-    else:
-        assert grad_bn_u.shape == (0,)
-
-    only_weight = ops.pointwise_backward(*args, False, True)
-    assert only_weight[0].shape == (0,) and only_weight[0].dtype == dtype and only_weight[2].shape == (0,)
-    assert same_bits(only_weight[1], grad_weight)
-    only_input = ops.pointwise_backward(*args, True, False)
-    assert same_bits(only_input[0], h_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)
+    output = (h, y if with_y else None, grad_bn_y if with_grad_bn else None)
+    source = (u, bn_u if normalised else None, batch_stats, weight)
+    check_conv_backward("pointwise_backward", output, source)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
