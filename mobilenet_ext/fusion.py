@@ -102,6 +102,8 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return False
+    if dtype == torch.float64 and x.device.type == "cuda":
+        return False  # the GPU kernels have no float64
     conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape

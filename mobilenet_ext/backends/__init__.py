@@ -6,6 +6,7 @@ Every backend implements the op set of ``csrc/ops.h``:
 name       runs on                      written in
 ========== ============================ ==========================================
 cpu        any CPU                      C++ (``csrc/cpu``), vectorised at run time
+triton     NVIDIA GPUs, 8.0 and newer   Triton (``mobilenet_ext/triton``)
 reference  anything PyTorch runs on     plain PyTorch (``backends/reference.py``)
 ========== ============================ ==========================================
 
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mobilenet_ext.backends import cpu, reference
+from mobilenet_ext.backends import cpu, reference, triton
 
 __all__ = ["available", "current", "kernel", "set", "use"]
 
@@ -34,17 +35,18 @@ class Backend(NamedTuple):
     why_not: Callable[[], str | None]
 
 
-_BACKENDS = {
+_BACKENDS = {  # where several run on a device, `auto` picks the first
     "cpu": Backend(cpu.kernels, "cpu", cpu.why_not),
+    "triton": Backend(triton.kernels, triton.device_type, triton.why_not),
     "reference": Backend(reference, None, lambda: None),
 }
-# Part of the contract, with kernels to come: `available` says so, `set` refuses them with the same words.
-_ABSENT = dict.fromkeys(("triton", "cuda"), "this version of mobilenet_ext has no GPU kernels")
+# Part of the contract, with kernels to come: `available` says so, `set` refuses it with the same words.
+_ABSENT = {"cuda": "this version of mobilenet_ext has no CUDA C++ kernels"}
 
 
 def available() -> dict[str, str | None]:
     """Every backend's name, with None where it is usable here, else one line that says why it is not."""
-    return {**_ABSENT, **{name: backend.why_not() for name, backend in _BACKENDS.items()}}
+    return {**{name: backend.why_not() for name, backend in _BACKENDS.items()}, **_ABSENT}
 
 
 def set(name: str) -> None:

@@ -1,0 +1,184 @@
+"""The small kernels behind the large ones: they merge partial results, in a fixed order, into per-channel vectors.
+
+A large kernel leaves one row of partial results a program. Merging is a kernel of its own because programs of one
+launch cannot wait for each other; the order of the rows, and so every bit of the result, is that of the program ids.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton.formulas import (
+    BN_MEAN,
+    BN_RSTD,
+    BN_SCALE,
+    BN_SHIFT,
+    BN_VAR,
+    GRAD_BETA,
+    GRAD_GAMMA,
+    GRAD_MEAN,
+    GRAD_O,
+    GRAD_P,
+    GRAD_Q,
+    where_also,
+)
+
+BN_ROWS, GRAD_ROWS = 5, 6
+
+
+def statistics(partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """``bn`` [5, C] from the programs' (count, mean, M2), float32 [programs, 3, C]; no program: mean 0, variance 0."""
+    programs, _, channels = partial.shape
+    bn = partial.new_empty(BN_ROWS, channels)
+    config = heuristics.finish(channels, programs)
+    _statistics[(triton.cdiv(channels, config["BLOCK_C"]),)](
+        partial, gamma, beta, bn, programs, channels, eps, **config
+    )  # fmt: skip
+    return bn
+
+
+def bn_from_running(
+    running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, conv_bias: Tensor | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """``bn`` [5, C] from running statistics ; a convolution's bias comes off the mean, because the kernels leave it out."""
+    channels = running_mean.shape[0]
+    bn = running_mean.new_empty(BN_ROWS, channels)
+    _from_running[(triton.cdiv(channels, 256),)](
+        running_mean, running_var, gamma, beta, conv_bias, bn, channels, eps, BLOCK_C=256, num_warps=4
+    )
+    return bn
+
+
+def gradients(
+    sums: Tensor | None, bn: Tensor | None, batch_stats: bool, count: int, weight_partial: Tensor | None,
+    grad_weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """``grad_bn`` [6, C] from the programs' sums, and the sum over the programs of ``grad_weight``, in one launch.
+
+    Args:
+        sums: float32 [programs, 2, C], the sums of h and of h*(u - mean); None: no ``grad_bn`` is wanted.
+        bn: that BatchNorm's ``bn``, with ``sums``.
+        batch_stats: whether it normalised by the batch's statistics, over ``count`` values a channel.
+        weight_partial: float32 [programs, ...] of the elements of ``grad_weight`` in order; None: nothing to sum.
+        grad_weight: float32, written.
+
+    Returns:
+        ``grad_bn``, or an empty tensor.
+    """
+    programs, channels = (sums.shape[0], sums.shape[2]) if sums is not None else (0, 0)
+    grad_bn = grad_weight.new_empty((GRAD_ROWS, channels) if sums is not None else 0)
+    weight_programs, elements = (weight_partial.shape[0], grad_weight.numel()) if weight_partial is not None else (0, 0)
+    config = heuristics.finish(max(channels, elements), max(programs, weight_programs))
+    blocks = [triton.cdiv(size, config["BLOCK_C"]) for size in (channels, elements)]
+    if sum(blocks):
+        _gradients[(sum(blocks),)](
+            sums, bn, grad_bn, programs, channels, 1.0 / max(count, 1) if batch_stats else 0.0,
+            weight_partial, grad_weight, weight_programs, elements, blocks[0], **config,
+        )  # fmt: skip
+    return grad_bn
+
+
+@triton.jit
+def _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps):
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = rstd * tl.load(gamma_ptr + c, mask=mask, other=0.0)
+    shift = tl.zeros_like(mean)
+    if beta_ptr is not None:
+        shift = tl.load(beta_ptr + c, mask=mask, other=0.0)
+    tl.store(bn_ptr + BN_MEAN * channels + c, mean, mask=mask)
+    tl.store(bn_ptr + BN_SCALE * channels + c, scale, mask=mask)
+    tl.store(bn_ptr + BN_SHIFT * channels + c, shift, mask=mask)
+    tl.store(bn_ptr + BN_RSTD * channels + c, rstd, mask=mask)
+    tl.store(bn_ptr + BN_VAR * channels + c, var, mask=mask)
+
+
+@triton.jit(do_not_specialize=["programs", "channels"])
+def _statistics(
+    partial_ptr, gamma_ptr, beta_ptr, bn_ptr, programs, channels, eps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < channels
+    # Means are added up as differences from the first one: a large mean costs no precision.
+    origin = tl.load(partial_ptr + channels + c, mask=where_also(mask, programs > 0), other=0.0)
+    count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)[:, None]
+        inside = (rows < programs) & mask[None, :]
+        row_ptr = partial_ptr + rows * (3 * channels) + c[None, :]
+        n = tl.load(row_ptr, mask=inside, other=0.0)
+        count += n
+        total += tl.where(inside, n * (tl.load(row_ptr + channels, mask=inside, other=0.0) - origin[None, :]), 0.0)
+    counts = tl.sum(count, 0)
+    counts = tl.where(counts > 0, counts, 1.0)
+    offset = tl.sum(total, 0) / counts
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)[:, None]
+        inside = (rows < programs) & mask[None, :]
+        row_ptr = partial_ptr + rows * (3 * channels) + c[None, :]
+        n = tl.load(row_ptr, mask=inside, other=0.0)
+        difference = tl.load(row_ptr + channels, mask=inside, other=0.0) - origin[None, :] - offset[None, :]
+        m2 += tl.where(inside, tl.load(row_ptr + 2 * channels, mask=inside, other=0.0) + n * difference * difference, 0)
+    var = tl.sum(m2, 0) / counts
+    _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, origin + offset, var, eps)
+
+
+@triton.jit(do_not_specialize=["channels"])
+def _from_running(
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, conv_bias_ptr, bn_ptr, channels, eps, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < channels
+    mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    if conv_bias_ptr is not None:  # the convolution leaves its bias out, so it comes off the mean here
+        mean -= tl.load(conv_bias_ptr + c, mask=mask, other=0.0)
+    var = tl.load(var_ptr + c, mask=mask, other=1.0)
+    _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps)
+
+
+@triton.jit
+def _sum_rows(ptr, programs, stride, offsets, mask, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)[:, None]
+        row_ptr = ptr + rows.to(tl.int64) * stride + offsets[None, :]
+        acc += tl.load(row_ptr, mask=(rows < programs) & mask[None, :], other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["programs", "channels", "weight_programs", "elements", "channel_blocks"])
+def _gradients(
+    sums_ptr, bn_ptr, grad_bn_ptr, programs, channels, inverse_count,
+    weight_ptr, grad_weight_ptr, weight_programs, elements, channel_blocks,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    if block < channel_blocks:
+        if sums_ptr is not None:
+            c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask = c < channels
+            scale = tl.load(bn_ptr + BN_SCALE * channels + c, mask=mask, other=0.0)
+            rstd = tl.load(bn_ptr + BN_RSTD * channels + c, mask=mask, other=0.0)
+            grad_beta = _sum_rows(sums_ptr, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
+            grad_gamma = rstd * _sum_rows(sums_ptr + channels, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
+            tl.store(grad_bn_ptr + GRAD_P * channels + c, scale, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_Q * channels + c, -scale * rstd * grad_gamma * inverse_count, mask=mask)
+            mean = tl.load(bn_ptr + BN_MEAN * channels + c, mask=mask, other=0.0)
+            tl.store(grad_bn_ptr + GRAD_MEAN * channels + c, mean, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_O * channels + c, -scale * grad_beta * inverse_count, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_GAMMA * channels + c, grad_gamma, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_BETA * channels + c, grad_beta, mask=mask)
+    else:
+        if weight_ptr is not None:
+            e = (block - channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask = e < elements
+            total = _sum_rows(weight_ptr, weight_programs, elements, e, mask, BLOCK_P, BLOCK_C)
+            tl.store(grad_weight_ptr + e, total, mask=mask)

@@ -1,0 +1,286 @@
+"""Launch parameters, in one place: from a problem's shape to the blocks, warps and pipeline stages of a kernel.
+
+Each function returns the keyword arguments of a launch: the kernel's block sizes (``BLOCK_*`` and other compile-time
+constants) and Triton's own options. Blocks are powers of two.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from triton import cdiv, next_power_of_2
+
+Config = dict[str, Any]
+
+
+def config(num_warps: int, num_stages: int = 1, **constants: int | bool | str) -> Config:
+    # Multiply-adds are fused whatever the default of this Triton: the rounding does not depend on its version.
+    return {**constants, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+@cache
+def finish(columns: int, programs: int) -> Config:
+    """For merging ``programs`` rows of partial results of ``columns`` columns: few columns a program, so that there are
+    many programs, and all rows in flight at once."""
+    block_c = min(32, next_power_of_2(max(columns, 1)))
+    block_p = min(next_power_of_2(max(programs, 1)), 4096 // block_c)
+    return config(num_warps=8 if block_c * block_p >= 2048 else 4, BLOCK_P=block_p, BLOCK_C=block_c)
+
+
+def programs(tiles: int, columns: int, multiprocessors: int, waves: int) -> int:
+    """How many programs share ``tiles`` in each of ``columns`` columns of the grid: about ``waves`` a multiprocessor in
+    all, each with as many tiles as the others where that can be."""
+    most = max(1, waves * multiprocessors // columns)
+    return cdiv(tiles, cdiv(tiles, most)) if tiles else 0
+
+
+@cache
+def bn_relu(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tuple[Config, ...]:
+    """For BatchNorm + ReLU over a [rows, channels] matrix, forward and backward: 16 elements a thread."""
+    candidates = []
+    for columns, elements in ((64, 4096), (64, 2048), (128, 4096)):
+        block_c = min(columns, next_power_of_2(channels))
+        block_m = elements // block_c
+        kernel = config(num_warps=elements // 512, BLOCK_M=block_m, BLOCK_C=block_c)
+        count = programs(cdiv(rows, block_m), cdiv(channels, block_c), multiprocessors, 16384 // elements)
+        candidates.append({"PROGRAMS": count, "kernel": kernel})
+    return tuple(candidates)
+
+
+@cache
+def bn_relu_pool(
+    images: int, pixels: int, channels: int, itemsize: int, multiprocessors: int
+) -> tuple[Config, ...]:  # fmt: skip
+    """For the pooling's [images, pixels, channels]: up to 64 pixels of an image at once."""
+    candidates = []
+    for columns, rows in ((64, 64), (32, 64), (128, 32)):
+        block_c = min(columns, next_power_of_2(channels))
+        block_m = min(rows, next_power_of_2(pixels))
+        kernel = config(num_warps=max(1, min(8, block_m * block_c // 512)), BLOCK_M=block_m, BLOCK_C=block_c)
+        count = programs(images * cdiv(pixels, block_m), cdiv(channels, block_c), multiprocessors, 4)
+        candidates.append({"PROGRAMS": count, "kernel": kernel})
+    return tuple(candidates)
+
+
+@cache
+def depthwise_forward(channels: int, itemsize: int) -> tuple[Config, ...]:
+    """Tiles in which every thread has one 128-bit access a column; the second candidate has half of that, and needs
+    half as many registers."""
+    return (_depthwise(channels, 16 // itemsize), _depthwise(channels, 8 // itemsize))
+
+
+def _depthwise(channels: int, elements: int, num_warps: int = 4) -> Config:
+    """A tile of ``elements`` a thread; its channels fill up to 128 bytes, without a rest where 16 divide them."""
+    block_c = min(64, next_power_of_2(channels))
+    while block_c > 16 and channels % block_c and channels % 16 == 0:
+        block_c //= 2
+    return config(num_warps, BLOCK_P=num_warps * 32 * elements // block_c, BLOCK_C=block_c)
+
+
+@cache
+def depthwise_grid(
+    images: int, channels: int, height: int, lanes: int, multiprocessors: int, tile: tuple[int, int], bounded: bool
+) -> tuple[int, int]:
+    """(rows, programs): the rows a tile walks down at a time, and the programs for a block of channels, where an image
+    has ``height`` rows of ``lanes``.
+
+    Chunks of rows give the programs work of even size, at the price of two more rows to load in each. ``bounded``: as
+    few programs as fill the GPU some times over, because each leaves a row of partial results.
+    """
+    block_p, block_c = tile
+    blocks, strips = -(-channels // block_c), -(-images * lanes // block_p)
+    rows = height
+    while rows > 1 and blocks * strips * -(-height // rows) < (12 if rows > 8 else 2) * multiprocessors:
+        rows = (rows + 1) // 2
+    tasks = strips * -(-height // rows)
+    return rows, min(tasks, max(1, 4 * multiprocessors // blocks)) if bounded else tasks
+
+
+@cache
+def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """The rectangle of ``pixels`` pixels, a power of two, of which the fewest cover an image; of equals, the widest."""
+    shapes = [(pixels >> bits, 1 << bits) for bits in reversed(range(pixels.bit_length()))]
+    return min(shapes, key=lambda shape: cdiv(height, shape[0]) * cdiv(width, shape[1]))
+
+
+@cache
+def stem(
+    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
+) -> tuple[Config, ...]:  # fmt: skip
+    """For the stem, forward: ``height`` x ``width`` output pixels, 9*``channels`` products for each of the filters.
+
+    float32 products take their operands from registers, where they need smaller blocks.
+    """
+    block_n = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(filters)))
+    block_k = 16 if itemsize == 4 or 9 * channels <= 16 else 32 if 9 * channels <= 32 else 64
+    candidates = []
+    # 168 registers a thread leave room for three programs of four warps on a multiprocessor.
+    for pixels, warps, registers in ((64, 4, 168), (32, 4, 128)) if itemsize == 2 else ((64, 4, 255), (64, 8, 255)):
+        block_h, block_w = rectangle(pixels, height, width)
+        tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
+        kernel = config(
+            num_warps=warps, maxnreg=registers, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k
+        )
+        count = programs(tiles, cdiv(filters, block_n), multiprocessors, 12 // warps)
+        candidates.append({"PROGRAMS": count, "kernel": kernel})
+    return tuple(candidates)
+
+
+@cache
+def stem_weight_gradient(
+    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
+) -> tuple[Config, ...]:  # fmt: skip
+    """For the gradient of the stem's weight: as ``stem``, with the pixels as the products' inner dimension."""
+    block_n = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(filters)))
+    block_k = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(9 * channels)))
+    candidates = []
+    for pixels, warps in ((64, 4), (32, 4), (32, 2)) if itemsize == 2 else ((32, 4), (16, 2)):
+        block_h, block_w = rectangle(pixels, height, width)
+        tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
+        kernel = config(num_warps=warps, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k)
+        blocks = cdiv(filters, block_n) * cdiv(9 * channels, block_k)
+        candidates.append({"PROGRAMS": programs(tiles, blocks, multiprocessors, 16 // warps), "kernel": kernel})
+    return tuple(candidates)
+
+
+@cache
+def stem_input_gradient(height: int, width: int, channels: int, filters: int, itemsize: int) -> Config:
+    """For the gradient of the stem's input, of ``height`` x ``width`` pixels."""
+    block_h, block_w = rectangle(64, height, width)
+    block_c = max(16, min(32, next_power_of_2(channels)))
+    block_n = max(16, min(64 if itemsize == 2 else 16, next_power_of_2(filters)))
+    return config(num_warps=4, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_C=block_c, BLOCK_N=block_n)
+
+
+TWO_KERNELS: Config = {}  # a choice of block_inference: the depthwise kernel, then the pointwise one
+
+
+@cache
+def block_inference(
+    images: int, height: int, width: int, channels: int, filters: int, stride: int, itemsize: int,
+    multiprocessors: int, shared_memory: int,
+) -> tuple[Config, ...]:  # fmt: skip
+    """For a block of ``height`` x ``width`` output pixels in one kernel.
+
+    That pays where one program computes all outputs of its pixels: each further one repeats the depthwise convolution.
+    With many channels the arithmetic of a kernel that does both is no longer hidden behind the memory's.
+    """
+    if itemsize == 4:
+        # pixels, outputs, channels, warps, registers
+        shapes = [(64, 64, 16, 4, 255), (32, 64, 16, 4, 168), (32, 32, 16, 4, 128)]
+    elif filters > 128:
+        shapes = [(128, 256, 32, 8, 255), (64, 128, 32, 4, 168), (32, 64, 64, 4, 128)]
+    elif filters > 64:
+        shapes = [(64, 128, 32, 4, 168), (64, 64, 32, 4, 168), (32, 64, 64, 4, 128)]
+    else:
+        shapes = [(64, 64, 32, 4, 168), (32, 64, 64, 4, 128)]
+    pixels = images * height * width
+    while len(shapes) > 1 and pixels // shapes[0][0] * cdiv(filters, shapes[0][1]) < multiprocessors:
+        shapes.append(shapes.pop(0))  # a small problem: more programs, each with less to do
+        if shapes[0][0] == 32:
+            break
+    candidates = []
+    for tile, block_n, block_c, warps, registers in shapes:
+        block_h, block_w = rectangle(tile, height, width)
+        block_n = max(16, min(block_n, next_power_of_2(filters)))
+        block_c = max(16, min(block_c, next_power_of_2(channels)))
+        candidates.append(
+            config(
+                num_warps=warps, maxnreg=registers,
+                BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_C=block_c,
+            )  # fmt: skip
+        )
+    fused = channels <= 256 and filters <= 256
+    return (*candidates, TWO_KERNELS) if fused else (TWO_KERNELS, *candidates)
+
+
+@cache
+def depthwise_backward(channels: int, itemsize: int) -> tuple[Config, ...]:
+    """Tiles of four channels a thread: with eight the registers do not suffice."""
+    return (_depthwise(channels, 4), _depthwise(channels, 4, num_warps=8), _depthwise(channels, 2))
+
+
+@cache
+def pointwise_forward(
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, multiprocessors: int, shared_memory: int
+) -> tuple[Config, ...]:
+    """For the product of [rows, channels] with [channels, outputs], where there are many more rows than columns.
+
+    ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks.
+    """
+    # rows, outputs, channels of a block; warps, stages
+    if itemsize == 4:
+        shapes = [(32, 64, 32, 8, 2)] if ieee else [(64, 64, 32, 8, 2), (64, 128, 32, 8, 3)]
+    elif channels > 64:
+        shapes = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
+    elif outputs > 64:
+        shapes = [(64, 128, 64, 8, 1), (64, 64, 64, 8, 1)]
+    else:
+        shapes = [(64, 64, 64, 4 if channels <= 32 else 8, 1)]
+    if len(shapes) > 1 and cdiv(rows, shapes[0][0]) * cdiv(outputs, shapes[0][1]) < multiprocessors:
+        shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
+    # Without this ptxas would rather spill a few registers than have fewer programs a multiprocessor.
+    registers = {"maxnreg": 255} if ieee else {}
+    candidates = []
+    for block_m, block_n, block_k, warps, stages in shapes:
+        block_n = max(16, min(block_n, next_power_of_2(outputs)))
+        block_k = max(16, min(block_k, next_power_of_2(channels)))
+        whole = channels <= block_k and not ieee
+        kernel = config(
+            num_warps=warps, num_stages=1 if whole else stages,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WHOLE_K=whole, FOLD=whole,
+            **registers,
+        )  # fmt: skip
+        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, 16 // warps)
+        candidates.append({"PROGRAMS": count, "kernel": kernel})
+    return tuple(candidates)
+
+
+@cache
+def pointwise_backward(
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool,
+    multiprocessors: int, shared_memory: int,
+) -> tuple[Config, ...]:  # fmt: skip
+    """For the gradients of input and weight: in one pass over the data where a program can hold all of dW, else apart.
+
+    Before sm_90 (with less shared memory than that has) tensor cores take both operands from registers, and the weight
+    in them leaves less room.
+    """
+    # rows, outputs, channels of a block; warps, stages
+    if itemsize == 4:
+        by_input = (32, 16, 64, 8, 2) if ieee else (64, 32, 64, 8, 3)
+        by_weight = (32, 64, 64, 8, 2)
+        one_pass = [] if ieee else [(32, 64, 32, 8, 2)]
+    else:
+        by_input = (64, 32, 128, 8, 3)
+        by_weight = (32, 128, 128, 8, 3)
+        one_pass = [(64, 32, 32, 8, 2), (64, 64, 32, 4, 2)]
+        if shared_memory > 200 * 1024:
+            one_pass += [(64, 128, 64, 8, 2), (32, 128, 128, 8, 2)]
+
+    def kernel(shape: tuple[int, ...], waves: int, **constants: int | bool | str) -> Config:
+        block_m, block_n, block_k, warps, stages = shape
+        block_n = max(16, min(block_n, next_power_of_2(outputs)))
+        block_k = max(16, min(block_k, next_power_of_2(channels)))
+        columns = cdiv(channels, block_k) * (1 if "WHOLE_N" in constants else cdiv(outputs, block_n))
+        return {
+            "PROGRAMS": programs(cdiv(rows, block_m), columns, multiprocessors, waves),
+            "kernel": config(
+                num_warps=warps, num_stages=stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **constants,
+                **({"maxnreg": 255} if ieee else {}),
+            ),
+        }  # fmt: skip
+
+    candidates = []
+    if need_input and need_weight:
+        for shape in one_pass:
+            if outputs <= shape[1] and channels <= shape[2]:
+                both = kernel(shape, 8 // shape[3], WHOLE_N=True, FOLD=False)
+                candidates.append({"input": both, "weight": None})
+                break
+    candidates.append({
+        "input": kernel(by_input, 16 // by_input[3], WHOLE_N=False, FOLD=False) if need_input else None,
+        "weight": kernel(by_weight, 16 // by_weight[3]) if need_weight else None,
+    })  # fmt: skip
+    return tuple(candidates)

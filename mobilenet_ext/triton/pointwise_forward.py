@@ -1,0 +1,143 @@
+"""Pointwise convolution, forward and inference: a product of tall thin matrices, y[M, N] = act(u[M, K]) W[N, K]^T.
+
+``u`` is read raw and normalised between load and product, ``y`` is written once, and its statistics come from the tile
+in registers. A program owns a block of output channels and walks over tiles of rows, so that there are only a few rows
+of partial statistics a multiprocessor. Where one block holds all input channels the weight stays on chip for the whole
+walk; otherwise it is read, like ``u``, block by block: from the L2, as the programs side by side share both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mobilenet_ext.triton import autotune, finish, gpu, heuristics
+from mobilenet_ext.triton.formulas import (
+    as_int64,
+    dot,
+    finite,
+    fold_rows,
+    load_normalisation,
+    load_tile,
+    normalise,
+    relu,
+    rounded,
+    store_statistics,
+    store_tile,
+)
+
+
+def pointwise_forward(
+    u: Tensor, bn_u: Tensor | None, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: bool
+) -> tuple[Tensor, Tensor]:
+    y, partial = _run("pointwise_forward", u, bn_u, weight, None, False, stats)
+    return y, finish.statistics(partial, gamma, beta, eps) if stats else partial
+
+
+def pointwise_inference(x: Tensor, bn_y: Tensor | None, weight: Tensor, relu: bool) -> Tensor:
+    return _run("pointwise_inference", x, None, weight, bn_y, relu, False)[0]
+
+
+def _run(
+    op: str, u: Tensor, bn_u: Tensor | None, weight: Tensor, bn_y: Tensor | None, relu: bool, stats: bool
+) -> tuple[Tensor, Tensor]:
+    n, k, height, width = u.shape
+    rows, outputs = n * height * width, weight.shape[0]
+    precision = gpu.product_precision(u.dtype)
+    processors, shared_memory = gpu.of(u)
+    candidates = heuristics.pointwise_forward(
+        rows, k, outputs, u.element_size(), precision == "ieee", processors, shared_memory
+    )
+
+    def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
+        y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
+        programs, kernel = config["PROGRAMS"], config["kernel"]
+        partial = torch.empty((programs, 3, outputs) if stats else 0, dtype=torch.float32, device=u.device)
+        if rows:
+            unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
+            _kernel[(programs * triton.cdiv(outputs, kernel["BLOCK_N"]),)](
+                u, bn_u, weight, bn_y, y, partial if stats else None, rows, k // unit, outputs // out_unit,
+                UNIT=unit, OUT_UNIT=out_unit, RELU=relu, PRECISION=precision, **kernel,
+            )  # fmt: skip
+        return y, partial
+
+    problem = (rows, k, outputs, str(u.dtype), precision, bn_u is None, stats)
+    return autotune.run(op, problem, candidates, launch)
+
+
+@triton.jit(do_not_specialize=["rows", "units", "out_units"])
+def _kernel(
+    u_ptr, bn_u_ptr, weight_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    channels = units * UNIT
+    outputs = out_units * OUT_UNIT
+    blocks = tl.cdiv(outputs, BLOCK_N)
+    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0) // blocks
+    programs = tl.num_programs(0) // blocks
+    k = tl.arange(0, BLOCK_K)
+    column_inside = n < outputs
+
+    # Channels past the last one are 0 in u, weight and all rows of bn_u: they add 0 to the product.
+    weight_ptrs = weight_ptr + n[None, :] * channels + k[:, None]
+    if WHOLE_K:
+        weight = tl.load(weight_ptrs, mask=(k < channels)[:, None] & column_inside[None, :], other=0.0)
+        mean, scale, shift = load_normalisation(bn_u_ptr, channels, k, k < channels)
+    mean_y, scale_y, shift_y = load_normalisation(bn_y_ptr, outputs, n, column_inside)
+    count = 0.0
+    # Statistics are sums of differences from the mean of the program's first tile: a large mean costs no precision.
+    # FOLD: a thread adds up its own rows of all tiles before it meets the others.
+    origin = tl.zeros([BLOCK_N], tl.float32)
+    total = fold_rows(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), FOLD)
+    squares = total
+
+    tiles = tl.cdiv(rows, BLOCK_M)
+    if WHOLE_K:
+        next_u = load_tile(u_ptr, program, rows, channels, k, BLOCK_M)
+    for tile in range(program, tiles, programs):
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if WHOLE_K:
+            a = next_u
+            # The next tile is on its way while this one is worked on.
+            next_u = load_tile(u_ptr, tile + programs, rows, channels, k, BLOCK_M)
+            if bn_u_ptr is not None:
+                a = rounded(relu(normalise(a, mean, scale, shift)), a.dtype)
+            acc = dot(a, weight, acc, PRECISION)
+        else:
+            for k0 in range(0, channels, BLOCK_K):
+                inside = k < channels - k0
+                weight = tl.load(weight_ptrs + k0, mask=inside[:, None] & column_inside[None, :], other=0.0)
+                a = load_tile(u_ptr, tile, rows, channels, k0 + k, BLOCK_M)
+                if bn_u_ptr is not None:
+                    mean, scale, shift = load_normalisation(bn_u_ptr, channels, k0 + k, inside)
+                    a = rounded(relu(normalise(a, mean, scale, shift)), a.dtype)
+                acc = dot(a, weight, acc, PRECISION)
+
+        if bn_y_ptr is not None:
+            acc = normalise(acc, mean_y, scale_y, shift_y)
+        if RELU:
+            acc = relu(acc)
+        y = rounded(acc, y_ptr.dtype.element_ty)
+        store_tile(y_ptr, tile, rows, outputs, n, y, BLOCK_M)
+        if partial_ptr is not None:
+            left = tl.minimum(rows - as_int64(tile) * BLOCK_M, BLOCK_M).to(tl.int32)
+            row_inside = (tl.arange(0, BLOCK_M) < left)[:, None]
+            count += left.to(tl.float32)
+            stored = y.to(tl.float32)
+            if tile == program:
+                origin = finite(tl.sum(tl.where(row_inside, stored, 0.0), 0) / left.to(tl.float32))
+            difference = tl.where(row_inside, stored - origin[None, :], 0.0)
+            total += fold_rows(difference, FOLD)
+            squares += fold_rows(difference * difference, FOLD)
+    if partial_ptr is not None:
+        offset = tl.sum(tl.sum(total, 0), 0) / count
+        m2 = tl.sum(tl.sum(squares, 0), 0) - offset * offset * count
+        m2 = tl.where(m2 < 0, 0.0, m2)  # by rounding, where all values are the same
+        store_statistics(partial_ptr + program * 3 * outputs, outputs, n, column_inside, count, origin + offset, m2)

@@ -1,0 +1,134 @@
+"""Tensors of more than 2^31 elements on a GPU. All but the end of each is zero, and so is what comes of it."""
+
+from __future__ import annotations
+
+import plain
+import pytest
+import torch
+from torch import Tensor
+
+from mobilenet_ext import ops
+from mobilenet_ext.backends import reference
+
+# One image of more than 2^31 elements, and a batch of small ones.
+SHAPES = {"image": (1, 8, 16_400, 16_400), "batch": (170_000, 64, 14, 15)}
+TAIL = 6  # rows of the last image that are not zero; even, and the height too, so that stride 2 meets them alike
+NEEDED = 30 * 2**30
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest, backend: str) -> tuple[int, ...]:
+    if torch.cuda.mem_get_info()[0] < NEEDED:
+        pytest.skip(f"needs {NEEDED >> 30} GiB of free GPU memory")
+    return SHAPES[request.param]
+
+
+def with_tail(shape: tuple[int, ...], device: str) -> Tensor:
+    n, c, h, w = shape
+    x = torch.zeros(n, h, w, c, dtype=torch.bfloat16, device=device).permute(0, 3, 1, 2)
+    x[-1, :, -TAIL:] = torch.randn(c, TAIL, w)
+    return x
+
+
+def tail(x: Tensor, rows: int = TAIL) -> Tensor:
+    """The rows that are not zero, in float64 on the CPU."""
+    return x[-1:, :, -rows:].cpu().double()
+
+
+def zero_keeping_bn(channels: int, device: str) -> Tensor:
+    """A normalisation that leaves zero where it is."""
+    bn = torch.zeros(5, channels)
+    bn[[1, 3, 4]] = torch.rand(3, channels) + 0.5
+    return bn.to(device)
+
+
+def check(actual: Tensor, expected: Tensor, what: str) -> None:
+    plain.assert_close(actual, expected, 1e-2, what)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise(shape: tuple[int, ...], device: str, stride: int) -> None:
+    x, channels = with_tail(shape, device), shape[1]
+    assert x.numel() > 2**31
+    weight = torch.randn(channels, 1, 3, 3).to(device, torch.bfloat16)
+    bn = zero_keeping_bn(channels, device)
+    y, bn_y = ops.depthwise_forward(x, bn, weight, stride, 1, None, None, 1e-5, True)
+    part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
+    expected, _ = reference.depthwise_forward(part, bn64, weight64, stride, 1, None, None, 1e-5, False)
+    check(tail(y, TAIL // stride), expected, "y")
+    assert not y[:-1].any() and not y[-1, :, : -TAIL // stride - 1].any()
+    check(bn_y[0], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
+
+    h = with_tail(tuple(y.shape), device)
+    h[-1, :, : -TAIL // stride] = 0  # with stride 2 the same rows of the input
+    h_u, grad_weight, grad_bn = ops.depthwise_backward(h, None, None, x, bn, True, weight, stride, 1, True, True)
+    expected, wanted_weight, wanted_bn = reference.depthwise_backward(
+        tail(h, TAIL // stride), None, None, part, bn64, True, weight64, stride, 1, True, True
+    )
+    check(tail(h_u), expected, "h_u")
+    check(grad_weight, wanted_weight, "grad_weight")
+    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
+    del h, y
+    assert not h_u[:-1].any()
+
+
+def test_pointwise(shape: tuple[int, ...], device: str) -> None:
+    x, channels = with_tail(shape, device), shape[1]
+    weight = torch.randn(channels, channels, 1, 1).to(device, torch.bfloat16)
+    bn = zero_keeping_bn(channels, device)
+    y, bn_y = ops.pointwise_forward(x, bn, weight, None, None, 1e-5, True)
+    part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
+    expected, _ = reference.pointwise_forward(part, bn64, weight64, None, None, 1e-5, False)
+    check(tail(y), expected, "y")
+    assert not y[:-1].any() and not y[-1, :, :-TAIL].any()
+    check(bn_y[0], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
+    del y
+
+    h = with_tail(shape, device)
+    h_u, grad_weight, grad_bn = ops.pointwise_backward(h, None, None, x, bn, True, weight, True, True)
+    expected, wanted_weight, wanted_bn = reference.pointwise_backward(
+        tail(h), None, None, part, bn64, True, weight64, True, True
+    )
+    check(tail(h_u), expected, "h_u")
+    check(grad_weight, wanted_weight, "grad_weight")
+    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
+
+
+def test_bn_relu(shape: tuple[int, ...], device: str) -> None:
+    x = with_tail(shape, device)
+    bn = zero_keeping_bn(shape[1], device)
+    part, bn64 = tail(x), bn.cpu().double()
+    check(tail(ops.bn_relu_forward(x, bn, True)), reference.bn_relu_forward(part, bn64, True), "output")
+    grad = with_tail(shape, device)
+    h, grad_bn = ops.bn_relu_backward(grad, x, bn, True, True)
+    expected, wanted_bn = reference.bn_relu_backward(tail(grad), part, bn64, True, True)
+    check(tail(h), expected, "h")
+    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
+
+
+def test_inference(shape: tuple[int, ...], device: str) -> None:
+    x, channels = with_tail(shape, device), shape[1]
+    depthwise, pointwise = (
+        torch.randn(channels, *inner).to(device, torch.bfloat16) for inner in ((1, 3, 3), (channels, 1, 1))
+    )
+    bn = zero_keeping_bn(channels, device)
+    part = tail(x)
+    others = [t.cpu().double() for t in (bn, depthwise, bn, pointwise)]
+    expected = reference.block_inference(part, others[0], others[1], 2, *others[2:])
+    check(tail(ops.block_inference(x, bn, depthwise, 2, bn, pointwise), TAIL // 2), expected, "block")
+    expected = reference.pointwise_inference(part, others[0], others[3], True)
+    check(tail(ops.pointwise_inference(x, bn, pointwise, True)), expected, "pointwise")
+
+
+def test_stem(shape: tuple[int, ...], device: str) -> None:
+    x, channels = with_tail(shape, device), shape[1]
+    weight = torch.randn(16, channels, 3, 3).to(device, torch.bfloat16)
+    y, _ = ops.stem_forward(x, weight, 2, 1, None, None, 1e-5, True)
+    weight64 = weight.cpu().double()
+    expected, _ = reference.stem_forward(tail(x), weight64, 2, 1, None, None, 1e-5, False)
+    check(tail(y, TAIL // 2), expected, "y")
+    h = with_tail(tuple(y.shape), device)
+    h[-1, :, : -TAIL // 2] = 0
+    _, grad_weight = ops.stem_backward(h, None, None, x, weight, 2, 1, False, True)
+    _, expected = reference.stem_backward(tail(h, TAIL // 2), None, None, tail(x), weight64, 2, 1, False, True)
+    check(grad_weight, expected, "grad_weight")

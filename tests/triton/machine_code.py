@@ -1,0 +1,165 @@
+"""Every kernel launch of the network, recorded without a GPU and compiled ahead of time, and a reader of machine code.
+
+Launches are not listed but recorded, from networks of meta tensors whose kernel ops go to the Triton backend: what the
+heuristics choose is what is compiled. Triton's own binder makes the specialisation, as it does for a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import mobilenet_ext.triton
+from mobilenet_ext.triton import gpu
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Architecture(NamedTuple):
+    """What to compile for, and the GPU that the heuristics see."""
+
+    name: str
+    capability: int
+    gpu: gpu.Gpu
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+ARCHITECTURES = (
+    Architecture("sm_80", 80, gpu.Gpu(108, 163 * 1024)),
+    Architecture("sm_90", 90, gpu.Gpu(132, 227 * 1024)),
+    Architecture("sm_100", 100, gpu.Gpu(148, 227 * 1024)),
+    # Consumer GPUs have the shared memory of sm_86, and what is compiled for sm_80 runs on them.
+    Architecture("sm_86", 80, gpu.Gpu(84, 99 * 1024)),
+)
+
+
+class Launch(NamedTuple):
+    """One specialisation of a kernel: what a compilation takes, in a form that can be sent to another process."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, Any]
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The compile-time constants by name, pointers that were None left out."""
+        values = {list(self.signature)[i]: value for (i,), value in self.constants.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        pointers = [kind for kind in self.signature.values() if kind.startswith("*")]
+        constants = " ".join(f"{name}={value}" for name, value in {**self.names, **self.options}.items())
+        return f"{self.module.rpartition('.')[2]}.{self.kernel}({', '.join(dict.fromkeys(pointers))}; {constants})"
+
+
+class TritonOps(TorchDispatchMode):
+    """Hands the kernel ops of meta tensors to the Triton backend."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        op = mobilenet_ext.triton.ops.get(name) if namespace == "mobilenet_ext" else None
+        return (op or func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def recording(architecture: Architecture, launches: dict[str, Launch]) -> Iterator[None]:
+    """Adds each different launch that would run on a GPU of ``architecture`` to ``launches``; nothing runs."""
+    backend = make_backend(architecture.target)
+    binders: dict[JITFunction, Any] = {}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if self not in binders:
+            binders[self] = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = binders[self](*args, **kwargs)
+        key = f"{self.__module__}.{self.__name__} {specialization} {options}"
+        if key not in launches:
+            _, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
+            launches[key] = Launch(self.__module__, self.__name__, signature, constants, attributes, options)
+
+    run, JITFunction.run = JITFunction.run, record
+    h100, gpu.H100 = gpu.H100, architecture.gpu  # what gpu.of() gives for meta tensors
+    try:
+        with TritonOps():
+            yield
+    finally:
+        JITFunction.run, gpu.H100 = run, h100
+
+
+class MachineCode(NamedTuple):
+    """What the assembler made of a launch."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: list[str]  # opcodes with their suffixes
+    in_loops: list[str]  # those of them inside a loop
+    dots: list[tuple[str, int, int, int]]  # matrix products in the source: operands' type, M, N, K
+
+    def matching(self, pattern: str) -> list[str]:
+        return [op for op in self.instructions if re.fullmatch(pattern, op)]
+
+
+def compile_launch(launch: Launch, architecture: Architecture) -> MachineCode:
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+    compiled = triton.compile(source, target=architecture.target, options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
+    instructions, in_loops = _instructions(listing)
+    return MachineCode(
+        registers, stack, local, compiled.metadata.shared, instructions, in_loops, _dots(compiled.asm["ttir"])
+    )
+
+
+def use_cache(folder: str) -> None:
+    """For a worker process: compile into ``folder``, so that nothing compiled before is taken for this run's."""
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(listing: str) -> tuple[list[str], list[str]]:
+    """Opcodes, and those between a label and a branch back to it."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    looping: set[int] = set()
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
+            labels[label[1]] = len(opcodes)
+        elif opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            opcodes.append(opcode[1])
+            target = re.search(r"`\((\.L_x?_?\d+)\)", line)
+            if opcode[1].startswith("BRA") and target and target[1] in labels:
+                looping.update(range(labels[target[1]], len(opcodes)))
+    return opcodes, [opcodes[i] for i in sorted(looping)]
+
+
+def _dots(ttir: str) -> list[tuple[str, int, int, int]]:
+    found = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", ttir)
+    return [(kind, int(m), int(n), int(k)) for m, k, kind, n in found]

@@ -1,0 +1,92 @@
+"""The Triton backend as a whole, under the interpreter: the library's own path to the kernels, and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import plain
+import pytest
+import torch
+from plain import FORWARD, TRAINING_FORWARD
+from test_network import backward, check_gradients, check_running_statistics, forward_with_masks, pair
+
+import mobilenet_ext as mx
+from mobilenet_ext import ops
+from mobilenet_ext.backends import reference
+from mobilenet_ext.triton import gpu
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Few multiprocessors make few programs, each with several tiles; the interpreter runs them one after the other.
+    monkeypatch.setattr(gpu, "H100", gpu.Gpu(4, 227 * 1024))
+    with mx.backends.use("triton"):
+        yield
+
+
+def test_is_usable() -> None:
+    assert mx.backends.available()["triton"] is None
+    assert mx.backends.current("cpu") == "triton"
+
+
+def test_every_op_is_there() -> None:
+    kernel_ops = [n for n in vars(reference) if not n.startswith("_") and hasattr(torch.ops.mobilenet_ext_cpu, n)]
+    assert len(kernel_ops) == 15
+    for name in kernel_ops:
+        assert callable(mx.backends.kernel(name, "cpu")), name
+
+
+def test_training_step_of_the_network() -> None:
+    fused, expected = pair(0.25, "cpu")
+    out, wanted = forward_with_masks(fused, expected, torch.randn(4, 3, 64, 64), "cpu")
+    plain.assert_close(out, wanted, TRAINING_FORWARD, "output")
+    check_running_statistics(fused, expected)
+    backward(out, wanted, torch.randn(out.shape))
+    check_gradients(fused, expected)
+
+
+def test_eval_and_frozen_network() -> None:
+    fused, expected = (module.eval() for module in pair(0.25, "cpu"))
+    x = torch.randn(1, 3, 40, 33)
+    with torch.no_grad():
+        wanted = expected(x.double())
+        plain.assert_close(fused(x), wanted, FORWARD, "output")
+        plain.assert_close(mx.freeze(fused)(x), wanted, FORWARD, "output of the frozen network")
+
+
+def test_float64_is_refused() -> None:
+    x = torch.randn(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="float64"):
+        ops.depthwise_inference(x, None, torch.randn(8, 1, 3, 3).double(), 1, 1, False)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_empty_batch(training: bool) -> None:
+    unit = mx.nn.DepthwiseSeparableConv(8, 16).train(training)
+    x = torch.randn(0, 8, 6, 6, requires_grad=True)
+    out = unit(x)
+    out.sum().backward()
+    assert out.shape == (0, 16, 6, 6) and x.grad.shape == x.shape
+    assert not any(bn.running_mean.any() for bn in plain.batch_norms(unit))
+
+
+@pytest.mark.parametrize("op", ["depthwise", "pointwise", "stem"])
+def test_empty_tensors_launch_nothing(op: str) -> None:
+    """Outputs and statistics of the raw ops are those of the reference."""
+    u = torch.randn(0, 6, 5, 7).contiguous(memory_format=torch.channels_last)
+    weight = {
+        "depthwise": torch.randn(6, 1, 3, 3),
+        "pointwise": torch.randn(4, 6, 1, 1),
+        "stem": torch.randn(4, 6, 3, 3),
+    }
+    geometry = () if op == "pointwise" else (2, 1)
+    bn_u = () if op == "stem" else (torch.rand(5, 6),)
+    args = (u, *bn_u, weight[op], *geometry, None, None, 1e-5, True)
+    actual, expected = getattr(ops, f"{op}_forward")(*args), getattr(reference, f"{op}_forward")(*args)
+    h = torch.empty_like(expected[0])
+    args = (h, None, None, u, *(() if op == "stem" else (*bn_u, True)), weight[op], *geometry, True, True)
+    actual += getattr(ops, f"{op}_backward")(*args)
+    expected += getattr(reference, f"{op}_backward")(*args)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b)

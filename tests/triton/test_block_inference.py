@@ -1,0 +1,103 @@
+"""The fused depthwise-separable block in Triton, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_ops import (
+    activation,
+    assert_close,
+    assert_same_specials,
+    in_float64,
+    is_channels_last_dense,
+    random_bn,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton.block_inference import block_inference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# (n, channels, filters, h, w, stride)
+SHAPES = [
+    (1, 8, 16, 9, 7, 1),
+    (2, 32, 24, 8, 10, 2),
+    (1, 3, 1, 7, 7, 2),
+    (2, 24, 40, 5, 6, 1),
+    (3, 1, 3, 4, 4, 1),
+    (2, 40, 8, 1, 1, 2),
+    (1, 16, 72, 2, 11, 1),
+    (1, 72, 136, 4, 4, 1),
+]
+TILED = (2, 40, 40, 3, 11, 1)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | int, ...]:
+    n, c, filters, h, w, stride = shape
+    return (
+        activation(n, c, h, w, dtype=dtype),
+        random_bn(c, dtype),
+        torch.randn(c, 1, 3, 3, dtype=torch.float64).div(3).to(dtype),
+        stride,
+        random_bn(filters, dtype),
+        (torch.randn(filters, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype),
+    )
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, *candidates: heuristics.Config) -> None:
+    monkeypatch.setattr(heuristics, "block_inference", lambda *_: candidates)
+
+
+def check(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = inputs(shape, dtype)
+    y = block_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_several_tiles(dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16))
+    check((*TILED[:5], stride), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, filters in ((1, 72), (500, 136)):
+        problem = (n, 5, 9, 24, filters, 1, dtype.itemsize, 132, 227 * 1024)
+        for config in heuristics.block_inference(*problem):
+            choose(monkeypatch, config)
+            check((1, 24, filters, 5, 9, 1), dtype)
+
+
+def test_many_channels_take_two_kernels() -> None:
+    for channels, filters in ((512, 512), (1024, 1024)):
+        assert heuristics.block_inference(256, 14, 14, channels, filters, 1, 2, 132, 227 * 1024)[0] == {}
+    assert heuristics.block_inference(256, 56, 56, 128, 128, 1, 2, 132, 227 * 1024)[0] != {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_and_inf(dtype: torch.dtype, stride: int) -> None:
+    args = inputs((1, 8, 16, 9, 9, stride), dtype)
+    x = args[0]
+    x[0, 0, 0, 0], x[0, 1, 8, 8] = float("nan"), float("nan")
+    x[0, 2, 0, 8] = float("inf")
+    assert_same_specials(block_inference(*args), reference.block_inference(*args).double())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_empty_batch(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16)
+    choose(monkeypatch, config if fused else heuristics.TWO_KERNELS)
+    assert block_inference(*inputs((0, 8, 16, 9, 9, 2), torch.float32)).shape == (0, 16, 5, 5)

@@ -1,0 +1,219 @@
+"""The machine code of every kernel launch of the network, for three generations of GPUs; no GPU is needed.
+
+Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
+and backward, eval with gradients, and frozen inference. Launches are recorded, so a new kernel or a new choice needs no
+entry here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import product
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import machine_code
+import planted_kernels
+import torch
+from machine_code import ARCHITECTURES, Architecture, Launch, MachineCode
+from plain import WIDTHS
+from triton import knobs
+
+import mobilenet_ext as mx
+
+if knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+BATCHES = (256, 128, 32, 1)
+# dtype and float32 precision setting. bfloat16 stands for both 16-bit types, whose launch parameters are the same; on
+# one architecture float16 is compiled as well.
+NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+FLOAT16 = (torch.float16, "ieee")
+TENSOR_CORES = {80: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
+Compiled = dict[Architecture, list[tuple[Launch, MachineCode]]]
+
+
+def record(architecture: Architecture) -> dict[str, Launch]:
+    """The different launches of the network on a GPU of this architecture."""
+    launches: dict[str, Launch] = {}
+    numbers = (*NUMBERS, FLOAT16) if architecture.name == "sm_90" else NUMBERS
+    with torch.device("meta"), machine_code.recording(architecture, launches):
+        for (dtype, precision), width in product(numbers, WIDTHS):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            network = mx.MobileNetV1(1000, width).to(dtype)
+            frozen = mx.freeze(network)
+            for batch in BATCHES:
+                images = torch.empty(batch, 3, 224, 224, dtype=dtype)
+                network.train()(images).sum().backward()
+                with torch.no_grad():
+                    frozen(images)
+            network.eval()(images).sum().backward()
+            network.train().feature[:3](images).sum().backward()  # a chain that ends without pooling
+    return launches
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    with ProcessPoolExecutor(2, context, machine_code.use_cache, (cache,)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Compiled:
+    start = time.perf_counter()
+    precision = torch.backends.cudnn.conv.fp32_precision
+    recorded = {architecture: record(architecture) for architecture in ARCHITECTURES}
+    torch.backends.cudnn.conv.fp32_precision = precision
+    # Two GPUs of one instruction set share what is compiled for it.
+    futures: dict[tuple[int, str], Future[MachineCode]] = {}
+    for architecture, launches in recorded.items():
+        for key, launch in launches.items():
+            if (architecture.capability, key) not in futures:
+                futures[architecture.capability, key] = workers.submit(
+                    machine_code.compile_launch, launch, architecture
+                )
+    results = {
+        architecture: [(launch, futures[architecture.capability, key].result()) for key, launch in launches.items()]
+        for architecture, launches in recorded.items()
+    }
+    counts = ", ".join(f"{len(launches)} for {a.name}" for a, launches in recorded.items())
+    capsys_disabled(f"\n{counts}: {len(futures)} kernels compiled in {time.perf_counter() - start:.0f} s")
+    return results
+
+
+@pytest.fixture(scope="module")
+def capsys_disabled(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print past pytest's capture: how long compiling takes is worth a line."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def show(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(line, flush=True)
+
+    return show
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param
+
+
+@pytest.fixture
+def kernels(compiled: Compiled, architecture: Architecture) -> list[tuple[Launch, MachineCode]]:
+    return compiled[architecture]
+
+
+def spilled(code: MachineCode) -> str | None:
+    if code.stack or code.local or code.matching(r"(LDL|STL)\b.*"):
+        return f"{code.registers} registers, {code.stack} bytes of stack, {code.local} bytes of local memory"
+    return None
+
+
+def loses_nan(code: MachineCode) -> str | None:
+    lossy = [op for op in code.matching(r"(FMNMX|HMNMX|VHMNMX).*") if ".NAN" not in op]
+    return ", ".join(dict.fromkeys(lossy)) or None
+
+
+def narrow(code: MachineCode) -> str | None:
+    """Activations are what is loaded and stored in loops; vectors of channels are read and written around them."""
+    accesses = [op for op in code.in_loops if re.match("LDG|STG", op)]
+    narrower = [op for op in accesses if not re.search(r"\.(128|ENL2\.256)", op)]
+    if narrower:
+        return ", ".join(dict.fromkeys(narrower))
+    kinds = {op[:3] for op in accesses}
+    return None if kinds == {"LDG", "STG"} else f"loads and stores wanted in the loop: {sorted(kinds)}"
+
+
+def no_tensor_cores(launch: Launch, code: MachineCode, capability: int) -> str | None:
+    """What is wrong with the products of a kernel: each wants the best instruction that its tile allows."""
+    for kind, m, n, k in code.dots:
+        if kind == "f32" and launch.names.get("PRECISION") == "ieee":
+            continue
+        # Hopper's and Blackwell's instructions are for a group of four warps and 64 rows.
+        whole = m >= 64 and launch.options.get("num_warps", 4) % 4 == 0
+        wanted = TENSOR_CORES[capability] if whole else "HMMA.*|" + TENSOR_CORES[capability]
+        if not code.matching(wanted):
+            return f"no {wanted} for {m}x{n}x{k} in {kind}"
+    return None
+
+
+def check(kernels: list[tuple[Launch, MachineCode]], find: Callable[[Launch, MachineCode], str | None]) -> None:
+    assert kernels
+    wrong = [f"{launch}: {what}" for launch, code in kernels if (what := find(launch, code))]
+    assert not wrong, f"{len(wrong)} of {len(kernels)} kernels:\n" + "\n".join(wrong)
+
+
+def named(kernels: list[tuple[Launch, MachineCode]], part: str) -> list[tuple[Launch, MachineCode]]:
+    return [(launch, code) for launch, code in kernels if part in launch.module]
+
+
+def test_nothing_is_kept_in_local_memory(kernels) -> None:
+    check(kernels, lambda launch, code: spilled(code))
+
+
+def test_shared_memory_is_enough(kernels, architecture: Architecture) -> None:
+    limit = architecture.gpu.shared_memory
+    check(kernels, lambda launch, code: f"{code.shared} bytes of {limit}" if code.shared > limit else None)
+
+
+def test_no_maximum_loses_a_nan(kernels) -> None:
+    check(kernels, lambda launch, code: loses_nan(code))
+    assert any(code.matching(r"FMNMX.*\.NAN.*") for _, code in kernels)
+
+
+def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
+    for part in ("depthwise_forward", "depthwise_backward"):
+        wide = [(launch, code) for launch, code in named(kernels, part) if launch.names["UNIT"] == 8]
+        check(wide, lambda launch, code: narrow(code))
+
+
+def test_products_run_on_tensor_cores(kernels, architecture: Architecture) -> None:
+    for part in ("pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward", "block_inference"):
+        assert any(code.dots for _, code in named(kernels, part)), f"no product in {part}"
+    check(kernels, lambda launch, code: no_tensor_cores(launch, code, architecture.capability))
+
+
+def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, architecture: Architecture) -> None:
+    """Not only where the tile allows it: of each kind of kernel, for each dtype, some tile does."""
+    wanted = TENSOR_CORES[architecture.capability]
+    kinds = ("bf16", "f16") if architecture.name == "sm_90" else ("bf16",)
+    for part, kind in product(("pointwise_forward", "pointwise_backward"), kinds):
+        mine = [code for _, code in named(kernels, part) if any(dot[0] == kind for dot in code.dots)]
+        assert any(code.matching(wanted) for code in mine), (part, kind)
+
+
+# The checks themselves: each must see a kernel with that very fault.
+
+
+@pytest.fixture(scope="module")
+def planted(workers: ProcessPoolExecutor) -> dict[str, tuple[Launch, MachineCode]]:
+    launches = planted_kernels.record(ARCHITECTURES[1])
+    codes = workers.map(machine_code.compile_launch, launches, [ARCHITECTURES[1]] * len(launches))
+    return {launch.kernel: (launch, code) for launch, code in zip(launches, codes, strict=True)}
+
+
+def test_a_spill_is_seen(planted) -> None:
+    assert spilled(planted["spills"][1]) and not spilled(planted["keeps_nan"][1])
+
+
+def test_a_maximum_that_loses_nan_is_seen(planted) -> None:
+    assert loses_nan(planted["loses_nan"][1]) and not loses_nan(planted["keeps_nan"][1])
+
+
+def test_narrow_accesses_are_seen(planted) -> None:
+    assert narrow(planted["narrow"][1]) and not narrow(planted["wide"][1])
+
+
+def test_a_product_without_tensor_cores_is_seen(planted) -> None:
+    launch, code = planted["multiplies"]
+    assert no_tensor_cores(launch, code, 90) is None
+    assert no_tensor_cores(launch, code._replace(instructions=["HMMA.16816.F32", "FFMA"]), 90)
+    assert no_tensor_cores(launch, code._replace(instructions=["FFMA"]), 80)
