@@ -1,4 +1,4 @@
-"""Fixtures: a test that takes ``backend`` runs once on every usable backend, with the tensors of its ``device``."""
+"""Fixtures: a test that takes ``backend`` runs once on every usable backend, with tensors on its ``device``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import mobilenet_ext as mx
 
 USABLE = [name for name, why_not in mx.backends.available().items() if why_not is None]
-DEVICES = {"triton": "cuda", "cuda": "cuda"}  # the other backends are tested on the CPU
-WITH_FLOAT64 = ("cpu", "reference")
+# Of the backends that run on the CPU, the quick ones: not interpreted Triton kernels.
+ON_CPU = ("cpu", "reference")
 
 
 @pytest.fixture(params=USABLE)
@@ -21,17 +21,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[name for name in USABLE if name in WITH_FLOAT64])
-def backend64(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As ``backend``, for the backends that have float64; all of them run on the CPU."""
+@pytest.fixture(params=[name for name in USABLE if name in ON_CPU])
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, for tests whose tensors are on the CPU."""
     with mx.backends.use(request.param):
         yield request.param
 
 
 @pytest.fixture
+def backend64(cpu_backend: str) -> str:
+    """As ``backend``, for the backends that have float64; all of them run on the CPU."""
+    return cpu_backend
+
+
+@pytest.fixture
 def device(backend: str) -> str:
     """Where the tensors of a test on ``backend`` live."""
-    return DEVICES.get(backend, "cpu")
+    return mx.backends.device_type(backend) or "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ def refused(function: str, argument: str, value: object, **others: object) -> st
 
 
 @pytest.mark.parametrize("function", CALLS)
-def test_the_calls_themselves_are_accepted(backend, function):
+def test_the_calls_themselves_are_accepted(cpu_backend, function):
     arguments = CALLS[function]()
     assert getattr(mx.functional, function)(**arguments).shape[0] == 2
     optional = [name for name in arguments if name not in ("input", "weight")]
@@ -139,7 +139,7 @@ def test_mixed_dtypes(function, dtype):
 
 @pytest.mark.parametrize("function", WITH_BATCH_NORM)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_vectors_beside_16_bits(backend, function, dtype):
+def test_vectors_beside_16_bits(cpu_backend, function, dtype):
     """Of the activations' dtype or of float32, and all the same."""
     given = CALLS[function]()
     low = {name: t.to(dtype) for name, t in given.items()}
@@ -201,7 +201,7 @@ def test_eps(function, value):
 
 
 @pytest.mark.parametrize("function", WITH_BATCH_NORM)
-def test_eps_of_zero_is_refused_in_training_alone(backend, function):
+def test_eps_of_zero_is_refused_in_training_alone(cpu_backend, function):
     refused(function, "eps", 0.0, training=True)
     getattr(mx.functional, function)(**CALLS[function](), eps=0.0)
 
@@ -228,7 +228,7 @@ def test_running_statistics_come_together(function):
 
 
 @pytest.mark.parametrize("function", WITH_BATCH_NORM)
-def test_one_value_per_channel(backend, function):
+def test_one_value_per_channel(cpu_backend, function):
     arguments = CALLS[function]() | {"input": torch.randn(1, 8, 1, 1)}
     before = arguments["running_mean"].clone()
     with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -29,7 +29,7 @@ def block() -> nn.Module:
 
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("training", [True, False])
-def test_block(backend, low, training):
+def test_block(cpu_backend, low, training):
     model = block().train(training)
     plain = Plain(model)
     x, other = image(), image()
@@ -54,7 +54,7 @@ def test_block(backend, low, training):
 
 
 @pytest.mark.parametrize("low", LOW)
-def test_running_statistics_are_updated(backend, low):
+def test_running_statistics_are_updated(cpu_backend, low):
     """Those of the model, not of a temporary copy."""
     model = mx.MobileNetV1(10, 0.25)
     buffers = [bn.running_mean for bn in batch_norms(model)]
@@ -69,7 +69,7 @@ def test_running_statistics_are_updated(backend, low):
 
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("training", [True, False])
-def test_network_dtypes(backend, low, training):
+def test_network_dtypes(cpu_backend, low, training):
     model = mx.MobileNetV1(10, 0.25).train(training)
     x = torch.randn(4, 3, 64, 64)
     with torch.autocast("cpu", low):
@@ -82,7 +82,7 @@ def test_network_dtypes(backend, low, training):
 
 
 @pytest.mark.parametrize("low", LOW)
-def test_functions(backend, low):
+def test_functions(cpu_backend, low):
     x, w, b = image(), torch.randn(8, 1, 3, 3), torch.randn(8)
     p, c = torch.randn(5, 8, 1, 1, requires_grad=True), torch.randn(5)
     mean, var, gamma, beta = torch.zeros(5), torch.ones(5), torch.ones(5, requires_grad=True), torch.zeros(5)
@@ -122,7 +122,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("autocast", [None, *LOW])
 @pytest.mark.parametrize("activation", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
-def test_accepted_combinations(backend, autocast, activation, training):
+def test_accepted_combinations(cpu_backend, autocast, activation, training):
     """(activation, convolution, BatchNorm parameters, buffers): accepted and refused where plain modules do, with the
     same dtypes of the output and the gradients."""
     for conv_dtype, parameter, buffer in itertools.product(DTYPES, DTYPES, DTYPES):
@@ -143,7 +143,7 @@ def test_accepted_combinations(backend, autocast, activation, training):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_low_precision_models(backend, dtype):
+def test_low_precision_models(cpu_backend, dtype):
     """``.half()`` and ``.bfloat16()``, with and without autocast, with BatchNorm in float32 or not."""
     for batch_norm_dtype in (dtype, torch.float32):
         model = block().to(dtype)

@@ -171,7 +171,7 @@ def test_a_swapped_child_is_seen(backend64):
     assert not torch.allclose(compiled(x), before)
 
 
-def test_autocast(backend):
+def test_autocast(cpu_backend):
     model = features(3).float()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):

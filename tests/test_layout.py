@@ -25,7 +25,7 @@ def image(*shape: int, memory_format: torch.memory_format = torch.contiguous_for
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("inputs", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3, 8, 24])
-def test_strides(backend, inputs, weights, channels):
+def test_strides(cpu_backend, inputs, weights, channels):
     for kind, stride in (("stem", 2), ("depthwise", 1), ("depthwise", 2), ("pointwise", 1)):
         out_channels = channels if kind == "depthwise" else 4
         plain = unit(kind, channels, out_channels, stride).to(memory_format=FORMATS[weights])
@@ -45,7 +45,7 @@ def test_strides(backend, inputs, weights, channels):
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("inputs", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3, 8, 24])
-def test_strides_of_functions(backend, inputs, weights, channels):
+def test_strides_of_functions(cpu_backend, inputs, weights, channels):
     weight = image(channels, 1, 3, 3, memory_format=FORMATS[weights])
     mixing = image(5, channels, 1, 1, memory_format=FORMATS[weights])
     for size in ((7, 5), (4, 1), (1, 1)):
@@ -61,7 +61,7 @@ def test_strides_of_functions(backend, inputs, weights, channels):
 
 @pytest.mark.parametrize("inputs", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
-def test_strides_of_the_network(backend, inputs, training):
+def test_strides_of_the_network(cpu_backend, inputs, training):
     model = mx.MobileNetV1(10, 0.25).train(training)
     plain = Network(10, 0.25).train(training)
     x = image(2, 3, 64, 64, memory_format=FORMATS[inputs])
@@ -75,7 +75,7 @@ def test_strides_of_the_network(backend, inputs, training):
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("inputs", FORMATS)
-def test_fake_kernels_give_the_strides_of_the_real_ones(backend, inputs, weights):
+def test_fake_kernels_give_the_strides_of_the_real_ones(cpu_backend, inputs, weights):
     functions = (
         lambda x, w, p: mx.functional.depthwise_conv2d(x, w, None, 2),
         lambda x, w, p: mx.functional.pointwise_conv2d(x, p),
@@ -160,7 +160,7 @@ def test_network_on_odd_sizes(backend64, size):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_empty_batch(backend, training):
+def test_empty_batch(cpu_backend, training):
     model, plain = mx.MobileNetV1(10, 0.25).train(training), Network(10, 0.25).train(training)
     plain.load_state_dict(model.state_dict())
     before = copy.deepcopy(model.state_dict())
@@ -176,7 +176,7 @@ def test_empty_batch(backend, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_empty_batch_of_functions(backend, training):
+def test_empty_batch_of_functions(cpu_backend, training):
     x = torch.randn(0, 8, 6, 6, requires_grad=True)
     weight = torch.randn(8, 1, 3, 3, requires_grad=True)
     mean, var = torch.ones(8), torch.ones(8)
@@ -189,12 +189,12 @@ def test_empty_batch_of_functions(backend, training):
     assert mx.functional.depthwise_conv2d(x, weight).shape == (0, 8, 6, 6)
 
 
-def test_empty_batch_of_a_frozen_model(backend):
+def test_empty_batch_of_a_frozen_model(cpu_backend):
     frozen = mx.freeze(mx.MobileNetV1(10, 0.25))
     assert frozen(torch.randn(0, 3, 32, 32)).shape == (0, 10)
 
 
-def test_input_is_left_alone(backend):
+def test_input_is_left_alone(cpu_backend):
     model = mx.nn.DepthwiseSeparableConv(8, 5)
     for memory_format in FORMATS.values():
         x = image(2, 8, 6, 6, memory_format=memory_format)
@@ -209,7 +209,7 @@ def test_input_is_left_alone(backend):
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("inputs", FORMATS)
 @pytest.mark.parametrize("pool", [True, False])
-def test_strides_behind_one_channel_and_one_pixel(backend, inputs, weights, pool):
+def test_strides_behind_one_channel_and_one_pixel(cpu_backend, inputs, weights, pool):
     narrow = (unit("depthwise", 7, 7, 2), unit("stem", 7, 1, 2), unit("pointwise", 1, 24, 1))
     small = (unit("pointwise", 7, 2, 1), unit("depthwise", 2, 2, 2), unit("pointwise", 2, 31, 1))
     for units, size in ((narrow, (33, 7)), (small, (2, 1))):

@@ -88,7 +88,7 @@ def test_same_seed_gives_the_plain_weights(bias):
         assert torch.equal(actual, expected), name
 
 
-def test_plain_checkpoint_loads_both_ways(backend):
+def test_plain_checkpoint_loads_both_ways(cpu_backend):
     plain, model = Network(10, 0.25), mx.MobileNetV1(10, 0.25)
     model.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32)
@@ -163,7 +163,7 @@ def test_refusals_say_which_kind(kind):
         mx.MobileNetV1(**arguments)
 
 
-def test_smallest_width(backend):
+def test_smallest_width(cpu_backend):
     model = mx.MobileNetV1(3, 1 / 32)
     assert model.feature[0][0].out_channels == 1
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)

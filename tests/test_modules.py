@@ -82,7 +82,7 @@ def test_pickling(backend64, way):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
-def test_conversion(backend, dtype, training):
+def test_conversion(cpu_backend, dtype, training):
     if dtype == torch.float64 and backend not in ("cpu", "reference"):
         return
     model = mx.nn.DepthwiseSeparableConv(8, 16).train(training)
@@ -100,14 +100,14 @@ def test_conversion(backend, dtype, training):
     assert_same_step(back, torch.randn(2, 8, 6, 6, requires_grad=True), tolerance=1e-4, units=2)
 
 
-def test_to_dtype_and_memory_format(backend):
+def test_to_dtype_and_memory_format(cpu_backend):
     model = mx.nn.DepthwiseSeparableConv(8, 16).to(torch.bfloat16).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 6, 6, dtype=torch.bfloat16)
     assert fused_units(model, x) == 2
     assert model(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_meta_device(backend):
+def test_meta_device(cpu_backend):
     model = mx.MobileNetV1(10, 0.25).to("meta")
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 10)
     assert model.to_empty(device="cpu").feature[0][0].weight.device.type == "cpu"
@@ -146,7 +146,7 @@ def test_requires_grad_off(backend64):
     assert_same_step(model, image(False), units=4)
 
 
-def test_conv_bias_gradient_is_zero_and_never_none(backend):
+def test_conv_bias_gradient_is_zero_and_never_none(cpu_backend):
     model = mx.MobileNetV1(10, 0.25)
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     for unit in model.feature[:-1]:
@@ -273,7 +273,7 @@ def test_tensors_of_another_shape_than_their_modules_say(backend64, which):
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 6), (2, 7, 6, 6), (2, 8, 6), (2, 8, 6, 6, 6)])
-def test_wrong_inputs_raise_what_plain_modules_raise(backend, shape):
+def test_wrong_inputs_raise_what_plain_modules_raise(cpu_backend, shape):
     model = mx.nn.DepthwiseSeparableConv(8, 16)
     with pytest.raises((RuntimeError, ValueError)) as expected:
         plain_forward(model, torch.randn(shape))
@@ -283,7 +283,7 @@ def test_wrong_inputs_raise_what_plain_modules_raise(backend, shape):
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 8, 6, 6, dtype=torch.int64), torch.ones(2, 8, 6, 6).half(), None, "image"])
-def test_wrong_types_raise_what_plain_modules_raise(backend, x):
+def test_wrong_types_raise_what_plain_modules_raise(cpu_backend, x):
     model = mx.nn.DepthwiseSeparableConv(8, 16)
     with pytest.raises((RuntimeError, TypeError)) as expected:
         plain_forward(model, x)
@@ -291,7 +291,7 @@ def test_wrong_types_raise_what_plain_modules_raise(backend, x):
         model(x)
 
 
-def test_one_value_per_channel_is_refused_as_by_plain_modules(backend):
+def test_one_value_per_channel_is_refused_as_by_plain_modules(cpu_backend):
     model, plain = mx.MobileNetV1(10, 0.25), Network(10, 0.25)
     x = torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="more than 1 value per channel") as expected:

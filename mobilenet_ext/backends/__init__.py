@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from mobilenet_ext.backends import cpu, reference, triton
 
-__all__ = ["available", "current", "kernel", "set", "use"]
+__all__ = ["available", "current", "device_type", "kernel", "set", "use"]
 
 AUTO = "auto"
 
@@ -89,6 +89,11 @@ def current(device_type: str) -> str:
     if name is None:
         name = _auto[device_type] = _pick(device_type)
     return name
+
+
+def device_type(name: str) -> str | None:
+    """The type of device that a backend's tensors live on (``"cpu"``, ``"cuda"``); None if any will do."""
+    return _BACKENDS[name].device_type
 
 
 def kernel(op: str, device_type: str) -> Callable[..., Any]:

@@ -23,7 +23,10 @@ class _Kernels:
         from mobilenet_ext.triton import ops
 
         self.__dict__.update(ops)
-        return ops[op]
+        try:
+            return ops[op]
+        except KeyError:
+            raise AttributeError(op) from None
 
 
 kernels = _Kernels()
@@ -45,7 +48,8 @@ def why_not() -> str | None:
         return "PyTorch finds no CUDA GPU"
     capability = torch.cuda.get_device_capability()
     if capability < CAPABILITY:
-        return f"the GPU's compute capability is {capability[0]}.{capability[1]}, {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
+        has, needed = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+        return f"the GPU's compute capability is {has}, {needed} is needed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "no C compiler is found, and Triton compiles its launchers with one"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import os
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
         if why_not is not None:
             print(f"  {name:<10} not usable: {why_not}")
             continue
-        print(f"  {name:<10} usable; float32 against float64, relative errors:")
+        device = backends.device_type(name) or "cpu"
+        print(f"  {name:<10} usable; float32 on {device} tensors against float64, relative errors:")
         for check in CHECKS:
-            result = _self_check(name, check)
+            result = _self_check(name, device, check)
             print(f"    {check.name:<20} {result.text}")
             if not result.passed:
                 failed.append(name)
@@ -76,7 +78,7 @@ def _environment() -> Iterator[tuple[str, str]]:
     yield from _host_module()
     yield "instruction set", _instruction_set()
     yield "threads", f"{torch.get_num_threads()}"
-    yield "GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    yield "GPU", _gpu()
 
 
 def _triton() -> str:
@@ -116,6 +118,13 @@ def _instruction_set() -> str:
     return chosen().decode()
 
 
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
 # --- The self-check ---------------------------------------------------------------------------------------------------
 
 
@@ -152,8 +161,8 @@ class Result(NamedTuple):
     text: str
 
 
-def _self_check(backend: str, check: Check) -> Result:
-    """One training step of a convolution unit, forward and backward."""
+def _self_check(backend: str, device: str, check: Check) -> Result:
+    """One training step of a convolution unit, forward and backward, on tensors on ``device``."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -166,8 +175,9 @@ def _self_check(backend: str, check: Check) -> Result:
     grad = random(*check.plain(*(t.clone() for t in tensors)).shape)
     forward_wanted, gradients_wanted = _step(check.plain, tensors, grad, torch.float64)
     try:
-        with backends.use(backend):
-            forward, gradients = _step(check.fused, tensors, grad, torch.float32)
+        with backends.use(backend), _full_precision():
+            there = [t.to(device) for t in tensors]
+            forward, gradients = _step(check.fused, there, grad.to(device), torch.float32)
         forward_error = max(map(_relative_error, forward, forward_wanted))
         gradient_error = max(map(_relative_error, gradients, gradients_wanted))
     except Exception as error:  # the report goes on with the next check
@@ -179,6 +189,17 @@ def _self_check(backend: str, check: Check) -> Result:
         f"forward {forward_error:.1e} (at most {FORWARD_TOLERANCE:.0e}), gradients {gradient_error:.1e} "
         f"(at most {GRADIENT_TOLERANCE:.0e}) {'ok' if passed else 'FAILED'}",
     )
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 products without TF32, which GPUs may use by default."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def _step(
@@ -195,4 +216,4 @@ def _step(
 def _relative_error(result: Tensor, wanted: Tensor) -> float:
     if result.shape != wanted.shape:
         raise ValueError(f"shape {tuple(result.shape)} where {tuple(wanted.shape)} was wanted")
-    return ((result.double() - wanted).norm() / wanted.norm()).item()
+    return ((result.cpu().double() - wanted).norm() / wanted.norm()).item()

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _op(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, with its first argument's dtype checked and its GPU as the current one, on which Triton launches."""
+    """``function``, with its first argument's dtype checked and its GPU made the current one: Triton launches there."""
 
     @wraps(function)
     def checked(first: Tensor, *rest: Any) -> Any:

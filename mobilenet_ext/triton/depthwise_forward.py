@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mobilenet_ext.triton import autotune, finish, gpu, heuristics
 from mobilenet_ext.triton.depthwise import load_filter
-from mobilenet_ext.triton.formulas import activation, load_normalisation, normalise, relu, rounded, store_statistics, where_also
+from mobilenet_ext.triton.formulas import (
+    activation,
+    load_normalisation,
+    normalise,
+    relu,
+    rounded,
+    store_statistics,
+    where_also,
+)
 
 
 def depthwise_forward(
@@ -46,7 +54,7 @@ def _run(
     out_h, out_w = (h + 2 * padding - 3) // stride + 1, (w + 2 * padding - 3) // stride + 1
     y = torch.empty((n, channels, out_h, out_w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     if y.numel() == 0:
-        return y, u.new_empty((0, 3, channels), dtype=torch.float32) if stats else None
+        return y, u.new_empty((0, 4, channels), dtype=torch.float32) if stats else None
     unit = math.gcd(channels, 8)
     lanes = (out_w + 1) // 2 if stride == 1 else out_w
     multiprocessors = gpu.of(u).multiprocessors
@@ -55,7 +63,7 @@ def _run(
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         tile = (config["BLOCK_P"], config["BLOCK_C"])
         rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, stats)
-        partial = u.new_empty((programs, 3, channels), dtype=torch.float32) if stats else None
+        partial = u.new_empty((programs, 4, channels), dtype=torch.float32) if stats else None
         _kernel[(triton.cdiv(channels, config["BLOCK_C"]), programs)](
             u, bn_u, weight, y, partial, bn_y, n, h, w, channels // unit, out_h, out_w, padding, rows,
             UNIT=unit, STRIDE=stride, RELU=relu, **config,
@@ -214,15 +222,16 @@ def _kernel(
             out_ptr += out_width * channels
 
     if partial_ptr is not None:
-        # Lanes are merged by their means and M2s; one without a value counts nothing.
+        # Lanes are merged by their means and M2s; one without a value counts nothing. Means are differences from the
+        # first lane's offset: rounded at the size of a large mean, they would cost the variance its last digits.
         count = count.to(tl.float32)[:, None]
+        origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, offset, 0.0), 0)
         lane_mean = total / tl.where(count > 0, count, 1.0)
-        m2 = tl.where(count > 0, squares - total * lane_mean, 0.0)
-        lane_mean = tl.where(count > 0, offset + lane_mean, 0.0)
+        m2 = squares - total * lane_mean
+        lane_mean = tl.where(count > 0, offset - origin[None, :] + lane_mean, 0.0)
         all_count = tl.sum(count, 0)
-        origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, lane_mean, 0.0), 0)
-        tile_mean = origin + tl.sum(tl.where(count > 0, count * (lane_mean - origin[None, :]), 0.0), 0) / all_count
+        tile_mean = tl.sum(count * lane_mean, 0) / all_count
         difference = lane_mean - tile_mean[None, :]
-        tile_m2 = tl.sum(tl.where(count > 0, m2 + count * difference * difference, 0.0), 0)
-        partial_ptr += tl.program_id(1) * 3 * channels
-        store_statistics(partial_ptr, channels, c, channel_inside, all_count, tile_mean, tile_m2)
+        tile_m2 = tl.sum(m2 + count * difference * difference, 0)
+        partial_ptr += tl.program_id(1) * 4 * channels
+        store_statistics(partial_ptr, channels, c, channel_inside, all_count, origin, tile_mean, tile_m2)

@@ -6,7 +6,6 @@ launch cannot wait for each other; the order of the rows, and so every bit of th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +30,11 @@ BN_ROWS, GRAD_ROWS = 5, 6
 
 
 def statistics(partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """``bn`` [5, C] from the programs' (count, mean, M2), float32 [programs, 3, C]; no program: mean 0, variance 0."""
+    """``bn`` [5, C] from the programs' rows of ``store_statistics``; no program: mean 0, variance 0.
+
+    Args:
+        partial: float32 [programs, 4, C].
+    """
     programs, _, channels = partial.shape
     bn = partial.new_empty(BN_ROWS, channels)
     config = heuristics.finish(channels, programs)
@@ -45,7 +48,7 @@ def bn_from_running(
     running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, conv_bias: Tensor | None,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """``bn`` [5, C] from running statistics ; a convolution's bias comes off the mean, because the kernels leave it out."""
+    """``bn`` [5, C] from running statistics; the kernels leave the convolution's bias out, so it comes off the mean."""
     channels = running_mean.shape[0]
     bn = running_mean.new_empty(BN_ROWS, channels)
     _from_running[(triton.cdiv(channels, 256),)](
@@ -99,6 +102,13 @@ def _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps):
     tl.store(bn_ptr + BN_VAR * channels + c, var, mask=mask)
 
 
+@triton.jit
+def _mean_from(row_ptr, channels, origin, mask):
+    """The programs' means, as differences from ``origin``."""
+    mean = tl.load(row_ptr + channels, mask=mask, other=0.0) - origin[None, :]
+    return mean + tl.load(row_ptr + 2 * channels, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["programs", "channels"])
 def _statistics(
     partial_ptr, gamma_ptr, beta_ptr, bn_ptr, programs, channels, eps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
@@ -112,10 +122,10 @@ def _statistics(
     for start in range(0, programs, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)[:, None]
         inside = (rows < programs) & mask[None, :]
-        row_ptr = partial_ptr + rows * (3 * channels) + c[None, :]
+        row_ptr = partial_ptr + rows * (4 * channels) + c[None, :]
         n = tl.load(row_ptr, mask=inside, other=0.0)
         count += n
-        total += tl.where(inside, n * (tl.load(row_ptr + channels, mask=inside, other=0.0) - origin[None, :]), 0.0)
+        total += tl.where(inside, n * _mean_from(row_ptr, channels, origin, inside), 0.0)
     counts = tl.sum(count, 0)
     counts = tl.where(counts > 0, counts, 1.0)
     offset = tl.sum(total, 0) / counts
@@ -123,11 +133,12 @@ def _statistics(
     for start in range(0, programs, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)[:, None]
         inside = (rows < programs) & mask[None, :]
-        row_ptr = partial_ptr + rows * (3 * channels) + c[None, :]
+        row_ptr = partial_ptr + rows * (4 * channels) + c[None, :]
         n = tl.load(row_ptr, mask=inside, other=0.0)
-        difference = tl.load(row_ptr + channels, mask=inside, other=0.0) - origin[None, :] - offset[None, :]
-        m2 += tl.where(inside, tl.load(row_ptr + 2 * channels, mask=inside, other=0.0) + n * difference * difference, 0)
+        difference = _mean_from(row_ptr, channels, origin, inside) - offset[None, :]
+        m2 += tl.where(inside, tl.load(row_ptr + 3 * channels, mask=inside, other=0.0) + n * difference * difference, 0)
     var = tl.sum(m2, 0) / counts
+    var = tl.where(var < 0, 0.0, var)  # by rounding, where all values are the same
     _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, origin + offset, var, eps)
 
 
@@ -170,10 +181,13 @@ def _gradients(
             grad_beta = _sum_rows(sums_ptr, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
             grad_gamma = rstd * _sum_rows(sums_ptr + channels, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
             tl.store(grad_bn_ptr + GRAD_P * channels + c, scale, mask=mask)
-            tl.store(grad_bn_ptr + GRAD_Q * channels + c, -scale * rstd * grad_gamma * inverse_count, mask=mask)
+            # Without batch statistics both are 0 even where the sums are not finite.
+            q = tl.where(inverse_count > 0, -scale * rstd * grad_gamma * inverse_count, 0.0)
+            o = tl.where(inverse_count > 0, -scale * grad_beta * inverse_count, 0.0)
+            tl.store(grad_bn_ptr + GRAD_Q * channels + c, q, mask=mask)
             mean = tl.load(bn_ptr + BN_MEAN * channels + c, mask=mask, other=0.0)
             tl.store(grad_bn_ptr + GRAD_MEAN * channels + c, mean, mask=mask)
-            tl.store(grad_bn_ptr + GRAD_O * channels + c, -scale * grad_beta * inverse_count, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_O * channels + c, o, mask=mask)
             tl.store(grad_bn_ptr + GRAD_GAMMA * channels + c, grad_gamma, mask=mask)
             tl.store(grad_bn_ptr + GRAD_BETA * channels + c, grad_beta, mask=mask)
     else:

@@ -130,29 +130,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_statistics(y, mask, count):
-    """(mean, M2) over the rows of a float32 tile, both ``[C]``; M2 is the sum of squared differences from the mean.
-
-    ``mask``: the rows that count, ``[rows, 1]``, of which there are ``count`` > 0. Two passes over registers, so that a
-    large mean costs no precision.
-    """
-    mean = tl.sum(tl.where(mask, y, 0.0), 0) / count
-    difference = tl.where(mask, y - mean[None, :], 0.0)
-    return mean, tl.sum(difference * difference, 0)
-
-
-@triton.jit
-def merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2):
-    """(count, mean, M2) of two groups together (Chan, Golub and LeVeque 1979, equation 2.1). ``tile_count`` > 0."""
-    total = count + tile_count
-    share = tile_count / total
-    difference = tile_mean - mean
-    mean = mean + difference * share
-    m2 = m2 + tile_m2 + difference * difference * (count * share)
-    return total, mean, m2
-
-
-@triton.jit
 def load_tile(ptr, tile, rows, channels, c, BLOCK_M: tl.constexpr):
     """Tile ``tile`` of a [rows, channels] matrix at the channels ``c``, [BLOCK_M, len(c)]; 0 outside."""
     row0 = as_int64(tile) * BLOCK_M
@@ -195,11 +172,15 @@ def finite(x):
 
 
 @triton.jit
-def store_statistics(ptr, channels, offsets, mask, count, mean, m2):
-    """One program's row ``[3, channels]`` of the partial statistics that ``finish.statistics`` merges."""
-    tl.store(ptr + offsets, tl.zeros_like(mean) + count, mask=mask)
+def store_statistics(ptr, channels, offsets, mask, count, mean, mean_rest, m2):
+    """One program's row ``[4, channels]`` of the partial statistics that ``finish.statistics`` merges.
+
+    The mean is ``mean + mean_rest``: in one float32 a large mean would round off what the variance needs.
+    """
+    tl.store(ptr + offsets, tl.zeros_like(m2) + count, mask=mask)
     tl.store(ptr + channels + offsets, mean, mask=mask)
-    tl.store(ptr + 2 * channels + offsets, m2, mask=mask)
+    tl.store(ptr + 2 * channels + offsets, tl.zeros_like(m2) + mean_rest, mask=mask)
+    tl.store(ptr + 3 * channels + offsets, m2, mask=mask)
 
 
 @triton.jit

@@ -187,8 +187,12 @@ def block_inference(
         block_c = max(16, min(block_c, next_power_of_2(channels)))
         candidates.append(
             config(
-                num_warps=warps, maxnreg=registers,
-                BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_C=block_c,
+                num_warps=warps,
+                maxnreg=registers,
+                BLOCK_H=block_h,
+                BLOCK_W=block_w,
+                BLOCK_N=block_n,
+                BLOCK_C=block_c,
             )  # fmt: skip
         )
     fused = channels <= 256 and filters <= 256
@@ -211,7 +215,7 @@ def pointwise_forward(
     """
     # rows, outputs, channels of a block; warps, stages
     if itemsize == 4:
-        shapes = [(32, 64, 32, 8, 2)] if ieee else [(64, 64, 32, 8, 2), (64, 128, 32, 8, 3)]
+        shapes = [(32, 64, 16, 8, 2)] if ieee else [(64, 128, 32, 8, 3), (64, 64, 32, 8, 2)][0 if outputs > 64 else 1 :]
     elif channels > 64:
         shapes = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
     elif outputs > 64:
@@ -257,7 +261,7 @@ def pointwise_backward(
         by_weight = (32, 128, 128, 8, 3)
         one_pass = [(64, 32, 32, 8, 2), (64, 64, 32, 4, 2)]
         if shared_memory > 200 * 1024:
-            one_pass += [(64, 128, 64, 8, 2), (32, 128, 128, 8, 2)]
+            one_pass += [(64, 128, 64, 8, 2), (32, 128, 128, 8, 3)]
 
     def kernel(shape: tuple[int, ...], waves: int, **constants: int | bool | str) -> Config:
         block_m, block_n, block_k, warps, stages = shape

@@ -56,7 +56,7 @@ def _run(
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
-        partial = torch.empty((programs, 3, outputs) if stats else 0, dtype=torch.float32, device=u.device)
+        partial = torch.empty((programs, 4, outputs) if stats else 0, dtype=torch.float32, device=u.device)
         if rows:
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
             _kernel[(programs * triton.cdiv(outputs, kernel["BLOCK_N"]),)](
@@ -139,5 +139,4 @@ def _kernel(
     if partial_ptr is not None:
         offset = tl.sum(tl.sum(total, 0), 0) / count
         m2 = tl.sum(tl.sum(squares, 0), 0) - offset * offset * count
-        m2 = tl.where(m2 < 0, 0.0, m2)  # by rounding, where all values are the same
-        store_statistics(partial_ptr + program * 3 * outputs, outputs, n, column_inside, count, origin + offset, m2)
+        store_statistics(partial_ptr + program * 4 * outputs, outputs, n, column_inside, count, origin, offset, m2)

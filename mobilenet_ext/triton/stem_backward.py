@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilenet_ext.triton import autotune, finish, formulas, gpu, heuristics
-from mobilenet_ext.triton.formulas import GRAD_MEAN, GRAD_O, GRAD_P, GRAD_Q, load_row, output_gradient, rounded
+from mobilenet_ext.triton.formulas import load_gradient_rows, output_gradient, rounded
 from mobilenet_ext.triton.stem_forward import load_patches, tile_origin, weight_offsets
 
 
@@ -75,19 +75,6 @@ def _input_gradient(
 
 
 @triton.jit
-def _load_grad_bn(grad_bn_ptr, filters, n, n_inside, BATCH_STATS: tl.constexpr):
-    p = load_row(grad_bn_ptr, GRAD_P, filters, n, n_inside)
-    q = p
-    mean = p
-    o = p
-    if BATCH_STATS:
-        q = load_row(grad_bn_ptr, GRAD_Q, filters, n, n_inside)
-        mean = load_row(grad_bn_ptr, GRAD_MEAN, filters, n, n_inside)
-        o = load_row(grad_bn_ptr, GRAD_O, filters, n, n_inside)
-    return p, q, mean, o
-
-
-@triton.jit
 def _load_dy(h_ptr, y_ptr, base, offsets, mask, p, q, mean, o, NORMALISED: tl.constexpr, BATCH_STATS: tl.constexpr):
     """dy in the activations' dtype, as a product's operand; 0 outside the mask."""
     dy = tl.load(h_ptr + base + offsets, mask=mask, other=0.0)
@@ -112,12 +99,7 @@ def _weight_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_inside = n < filters
     m = tl.arange(0, BLOCK_H * BLOCK_W)[:, None]
-    p = tl.zeros([1, BLOCK_N], tl.float32)
-    q = p
-    mean = p
-    o = p
-    if NORMALISED:
-        p, q, mean, o = _load_grad_bn(grad_bn_ptr, filters, n, n_inside, BATCH_STATS)
+    p, q, mean, o = load_gradient_rows(grad_bn_ptr, filters, n, n_inside, BATCH_STATS)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     tiles = images * tl.cdiv(out_height, BLOCK_H) * tl.cdiv(out_width, BLOCK_W)
     for tile in range(tl.program_id(2), tiles, tl.num_programs(2)):
@@ -157,12 +139,7 @@ def _input_kernel(
     for start in range(0, filters, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_inside = n < filters
-        p = tl.zeros([1, BLOCK_N], tl.float32)
-        q = p
-        mean = p
-        o = p
-        if NORMALISED:
-            p, q, mean, o = _load_grad_bn(grad_bn_ptr, filters, n, n_inside, BATCH_STATS)
+        p, q, mean, o = load_gradient_rows(grad_bn_ptr, filters, n, n_inside, BATCH_STATS)
         for tap in range(9):
             # The output pixel that sees this input pixel through the filter's tap, if there is one.
             out_row = tile_row + (padding - tap // 3)

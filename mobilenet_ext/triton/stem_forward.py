@@ -50,13 +50,13 @@ def _run(
     out_h, out_w = (height + 2 * padding - 3) // stride + 1, (width + 2 * padding - 3) // stride + 1
     y = torch.empty((n, filters, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
-        return y, x.new_empty((0, 3, filters), dtype=torch.float32) if stats else None
+        return y, x.new_empty((0, 4, filters), dtype=torch.float32) if stats else None
     unit = math.gcd(filters, 8)
     problem = (n, out_h, out_w, channels, filters, x.dtype.itemsize, gpu.of(x).multiprocessors)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         kernel, programs = config["kernel"], config["PROGRAMS"]
-        partial = x.new_empty((programs, 3, filters), dtype=torch.float32) if stats else None
+        partial = x.new_empty((programs, 4, filters), dtype=torch.float32) if stats else None
         _kernel[(triton.cdiv(filters, kernel["BLOCK_N"]), programs)](
             x, weight, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, padding,
             CHANNELS=channels, UNIT=unit, STRIDE=stride, RELU=relu, PRECISION=gpu.product_precision(x.dtype), **kernel,
@@ -170,6 +170,5 @@ def _kernel(
         pixels = tl.sum(tl.sum(count, 1), 0)
         offset = tl.sum(total, 0) / pixels
         m2 = tl.sum(squares, 0) - offset * offset * pixels
-        mean = tl.sum(origin, 0) + offset
-        partial_row = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * filters
-        store_statistics(partial_row, filters, n, n_inside, pixels, mean, m2)
+        partial_row = partial_ptr + tl.program_id(1).to(tl.int64) * 4 * filters
+        store_statistics(partial_row, filters, n, n_inside, pixels, tl.sum(origin, 0), offset, m2)

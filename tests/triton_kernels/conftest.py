@@ -2,8 +2,8 @@
 
 A process either interprets kernels or compiles them: Triton reads TRITON_INTERPRET where a kernel is defined. In an
 ordinary process a test file of this folder is therefore one test, which runs it in an interpreting process of its own;
-``TRITON_INTERPRET=1 pytest tests/triton/test_pointwise.py -k ...`` runs its tests one by one. ``test_machine_code.py``
-is the other way round: it compiles.
+``TRITON_INTERPRET=1 pytest tests/triton_kernels/test_pointwise.py -k ...`` runs its tests one by one.
+``test_machine_code.py`` is the other way round: it compiles.
 """
 
 from __future__ import annotations
