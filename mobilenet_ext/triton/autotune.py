@@ -56,6 +56,8 @@ def _choice(op: str, problem: tuple, candidates: Sequence[Config], launch: Calla
             return candidates[0]  # timing waits for the GPU, which a graph under capture cannot
         times = [_time(launch, candidate) for candidate in candidates]
         best = candidates[times.index(min(times))]
+        _choices.cache_clear()  # other processes may have added to the file meanwhile
+        choices = _choices(path)
         choices[key] = best
         _write(path, choices)
     return best
@@ -86,11 +88,8 @@ def _choices(path: Path) -> dict[str, Config]:
 
 
 def _write(path: Path, choices: dict[str, Config]) -> None:
-    """Replaces the file at once, with what other processes have added to it meanwhile."""
-    _choices.cache_clear()
-    merged = {**_choices(path), **choices}
-    choices.update(merged)
+    """Replaces the file at once: no process reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(merged, file, indent=1)
+        json.dump(choices, file, indent=1)
     os.replace(file.name, path)

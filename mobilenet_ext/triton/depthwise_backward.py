@@ -1,8 +1,8 @@
 """Depthwise 3x3 convolution, backward: the gradients of input and weight in one pass over the data.
 
 As in the forward kernel a tile is a row of lanes times a block of channels and walks down the image. What a lane owns
-are input pixels: it rebuilds the gradient dy of the outputs that see them, and each dy meets each of its inputs once, in
-a product for either gradient. A thread keeps nine taps of the filter, nine sums of the weight's gradient and seven
+are input pixels: it rebuilds the gradient dy of the outputs that see them, and each dy meets each of its inputs once,
+in a product for either gradient. A thread keeps nine taps of the filter, nine sums of the weight's gradient and seven
 vectors a channel in registers, so it has four channels, in 16 bits half a 128-bit access: with eight, ptxas spills 432
 bytes a thread with stride 1 and 264 with stride 2 (sm_90, bfloat16, Triton 3.6).
 

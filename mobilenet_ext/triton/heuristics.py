@@ -19,13 +19,16 @@ def config(num_warps: int, num_stages: int = 1, **constants: int | bool | str) -
     return {**constants, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
+def _at_most(block: int, size: int) -> int:
+    """``block``, smaller for few channels; not below 32, so that kernels for narrow networks do not multiply."""
+    return min(block, max(32, next_power_of_2(size)))
+
+
 @cache
 def finish(columns: int, programs: int) -> Config:
     """For merging ``programs`` rows of partial results of ``columns`` columns: few columns a program, so that there are
-    many programs, and all rows in flight at once."""
-    block_c = min(32, next_power_of_2(max(columns, 1)))
-    block_p = min(next_power_of_2(max(programs, 1)), 4096 // block_c)
-    return config(num_warps=8 if block_c * block_p >= 2048 else 4, BLOCK_P=block_p, BLOCK_C=block_c)
+    many programs, and many rows in flight at once. Two sizes, because a kernel is compiled for each."""
+    return config(num_warps=4, BLOCK_P=16, BLOCK_C=32) if programs <= 16 else config(8, BLOCK_P=128, BLOCK_C=32)
 
 
 def programs(tiles: int, columns: int, multiprocessors: int, waves: int) -> int:
@@ -40,7 +43,7 @@ def bn_relu(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tu
     """For BatchNorm + ReLU over a [rows, channels] matrix, forward and backward: 16 elements a thread."""
     candidates = []
     for columns, elements in ((64, 4096), (64, 2048), (128, 4096)):
-        block_c = min(columns, next_power_of_2(channels))
+        block_c = min(columns, max(32, next_power_of_2(channels)))
         block_m = elements // block_c
         kernel = config(num_warps=elements // 512, BLOCK_M=block_m, BLOCK_C=block_c)
         count = programs(cdiv(rows, block_m), cdiv(channels, block_c), multiprocessors, 16384 // elements)
@@ -72,7 +75,7 @@ def depthwise_forward(channels: int, itemsize: int) -> tuple[Config, ...]:
 
 def _depthwise(channels: int, elements: int, num_warps: int = 4) -> Config:
     """A tile of ``elements`` a thread; its channels fill up to 128 bytes, without a rest where 16 divide them."""
-    block_c = min(64, next_power_of_2(channels))
+    block_c = min(64, max(16, next_power_of_2(channels)))
     while block_c > 16 and channels % block_c and channels % 16 == 0:
         block_c //= 2
     return config(num_warps, BLOCK_P=num_warps * 32 * elements // block_c, BLOCK_C=block_c)
@@ -112,7 +115,7 @@ def stem(
 
     float32 products take their operands from registers, where they need smaller blocks.
     """
-    block_n = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(filters)))
+    block_n = _at_most(64 if itemsize == 2 else 32, filters)
     block_k = 16 if itemsize == 4 or 9 * channels <= 16 else 32 if 9 * channels <= 32 else 64
     candidates = []
     # 168 registers a thread leave room for three programs of four warps on a multiprocessor.
@@ -132,7 +135,7 @@ def stem_weight_gradient(
     images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
 ) -> tuple[Config, ...]:  # fmt: skip
     """For the gradient of the stem's weight: as ``stem``, with the pixels as the products' inner dimension."""
-    block_n = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(filters)))
+    block_n = _at_most(64 if itemsize == 2 else 32, filters)
     block_k = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(9 * channels)))
     candidates = []
     for pixels, warps in ((64, 4), (32, 4), (32, 2)) if itemsize == 2 else ((32, 4), (16, 2)):
@@ -166,35 +169,24 @@ def block_inference(
     That pays where one program computes all outputs of its pixels: each further one repeats the depthwise convolution.
     With many channels the arithmetic of a kernel that does both is no longer hidden behind the memory's.
     """
+    # rows and columns of pixels, outputs, channels; warps, registers. Nearly square: a tile shares its border of inputs
+    # with others. Few sizes, because a kernel is compiled for each; widths below 1 leave a part of them unused.
+    small = (4, 8, 64, 16 if itemsize == 4 else 32, 4, 168)
     if itemsize == 4:
-        # pixels, outputs, channels, warps, registers
-        shapes = [(64, 64, 16, 4, 255), (32, 64, 16, 4, 168), (32, 32, 16, 4, 128)]
+        shapes = [(8, 8, 64, 16, 4, 255), small]
     elif filters > 128:
-        shapes = [(128, 256, 32, 8, 255), (64, 128, 32, 4, 168), (32, 64, 64, 4, 128)]
+        shapes = [(8, 16, 256, 32, 8, 255), (8, 8, 128, 32, 4, 168), small]
     elif filters > 64:
-        shapes = [(64, 128, 32, 4, 168), (64, 64, 32, 4, 168), (32, 64, 64, 4, 128)]
+        shapes = [(8, 8, 128, 32, 4, 168), (8, 8, 64, 32, 4, 168), small]
     else:
-        shapes = [(64, 64, 32, 4, 168), (32, 64, 64, 4, 128)]
-    pixels = images * height * width
-    while len(shapes) > 1 and pixels // shapes[0][0] * cdiv(filters, shapes[0][1]) < multiprocessors:
-        shapes.append(shapes.pop(0))  # a small problem: more programs, each with less to do
-        if shapes[0][0] == 32:
-            break
-    candidates = []
-    for tile, block_n, block_c, warps, registers in shapes:
-        block_h, block_w = rectangle(tile, height, width)
-        block_n = max(16, min(block_n, next_power_of_2(filters)))
-        block_c = max(16, min(block_c, next_power_of_2(channels)))
-        candidates.append(
-            config(
-                num_warps=warps,
-                maxnreg=registers,
-                BLOCK_H=block_h,
-                BLOCK_W=block_w,
-                BLOCK_N=block_n,
-                BLOCK_C=block_c,
-            )  # fmt: skip
-        )
+        shapes = [(8, 8, 64, 32, 4, 168), small]
+    tiles = images * cdiv(height, shapes[0][0]) * cdiv(width, shapes[0][1])
+    if tiles * cdiv(filters, shapes[0][2]) < multiprocessors:
+        shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
+    candidates = [
+        config(num_warps=warps, maxnreg=registers, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_C=block_c)
+        for block_h, block_w, block_n, block_c, warps, registers in shapes
+    ]
     fused = channels <= 256 and filters <= 256
     return (*candidates, TWO_KERNELS) if fused else (TWO_KERNELS, *candidates)
 
@@ -228,8 +220,7 @@ def pointwise_forward(
     registers = {"maxnreg": 255} if ieee else {}
     candidates = []
     for block_m, block_n, block_k, warps, stages in shapes:
-        block_n = max(16, min(block_n, next_power_of_2(outputs)))
-        block_k = max(16, min(block_k, next_power_of_2(channels)))
+        block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         whole = channels <= block_k and not ieee
         kernel = config(
             num_warps=warps, num_stages=1 if whole else stages,
@@ -265,8 +256,7 @@ def pointwise_backward(
 
     def kernel(shape: tuple[int, ...], waves: int, **constants: int | bool | str) -> Config:
         block_m, block_n, block_k, warps, stages = shape
-        block_n = max(16, min(block_n, next_power_of_2(outputs)))
-        block_k = max(16, min(block_k, next_power_of_2(channels)))
+        block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         columns = cdiv(channels, block_k) * (1 if "WHOLE_N" in constants else cdiv(outputs, block_n))
         return {
             "PROGRAMS": programs(cdiv(rows, block_m), columns, multiprocessors, waves),

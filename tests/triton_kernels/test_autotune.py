@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mobilenet_ext.triton import autotune, heuristics
 
@@ -36,6 +37,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(autotune, "enabled", True)
     monkeypatch.setattr(autotune, "_time", time)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return calls
 
 
@@ -88,3 +90,9 @@ def test_a_damaged_or_outdated_file_is_tuned_anew(file, timed, content):
 def test_one_candidate_needs_no_timing(file, timed):
     assert run(candidates=CANDIDATES[:1]) is CANDIDATES[0]
     assert not timed
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(file, timed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert run() is CANDIDATES[0]
+    assert not timed and not file.exists()
