@@ -134,7 +134,7 @@ def _kernel(
     offset = zero
     total = zero
     squares = zero
-    count = tl.zeros([BLOCK_P], tl.int32)
+    count = tl.zeros([BLOCK_P, 1], tl.float32)
 
     COLUMNS: tl.constexpr = 2 if STRIDE == 1 else 1
     lanes = (out_width + COLUMNS - 1) // COLUMNS
@@ -148,9 +148,11 @@ def _kernel(
         row_end = tl.minimum(row + rows, out_height)
         first_inside = lane < images * lanes
         second_inside = first_inside & (column + 1 < out_width)
-        count += tl.where(first_inside, row_end - row, 0)
+        first_counts = tl.where(first_inside, 1.0, 0.0)[:, None]
+        second_counts = tl.where(second_inside, 1.0, 0.0)[:, None]
+        count += first_counts * (row_end - row)
         if COLUMNS == 2:
-            count += tl.where(second_inside, row_end - row, 0)
+            count += second_counts * (row_end - row)
 
         first_row = row * STRIDE - padding
         last_row = tl.minimum(row_end * STRIDE - padding + 2 - STRIDE, height - 1)  # the last to be loaded
@@ -190,12 +192,14 @@ def _kernel(
             in_row += 1
             in_ptr += width * channels
             row_inside = in_row <= last_row
-            x = _load_row(in_ptr, channels, m0, m1, m2, m3, row_inside, STRIDE)
             if STRIDE == 1:
                 y0, y1 = _add_row(this0, this1, a, bottom, STRIDE)
                 this0, this1 = _add_row(next0, next1, a, middle, STRIDE)
                 next0, next1 = _add_row(zero, zero, a, top, STRIDE)
+                # Loaded before the products, it would need more registers than there are.
+                x = _load_row(in_ptr, channels, m0, m1, m2, m3, row_inside, STRIDE)
             else:
+                x = _load_row(in_ptr, channels, m0, m1, m2, m3, row_inside, STRIDE)
                 this0, this1 = _add_row(this0, this1, a, middle, STRIDE)
                 a = _activate_row(x, m0, m1, m2, m3, row_inside, mean, scale, shift, NORMALISE)
                 in_row += 1
@@ -209,22 +213,23 @@ def _kernel(
             if partial_ptr is not None:
                 if (step == row) & (task == tl.program_id(1)):
                     offset = y0.to(tl.float32)
-                difference = tl.where(inside, y0.to(tl.float32) - offset, 0.0)
-                total += difference
-                squares += difference * difference
+                difference = y0.to(tl.float32) - offset
+                counted = difference * first_counts
+                total += counted
+                squares += counted * difference
             if COLUMNS == 2:
                 y1 = _finish_output(y1, mean_y, scale_y, shift_y, bn_y_ptr is not None, RELU, y_ptr.dtype.element_ty)
                 tl.store(out_ptr + channels, y1, mask=second_inside)
                 if partial_ptr is not None:
-                    difference = tl.where(second_inside, y1.to(tl.float32) - offset, 0.0)
-                    total += difference
-                    squares += difference * difference
+                    difference = y1.to(tl.float32) - offset
+                    counted = difference * second_counts
+                    total += counted
+                    squares += counted * difference
             out_ptr += out_width * channels
 
     if partial_ptr is not None:
         # Lanes are merged by their means and M2s; one without a value counts nothing. Means are differences from the
         # first lane's offset: rounded at the size of a large mean, they would cost the variance its last digits.
-        count = count.to(tl.float32)[:, None]
         origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, offset, 0.0), 0)
         lane_mean = total / tl.where(count > 0, count, 1.0)
         m2 = squares - total * lane_mean

@@ -45,7 +45,7 @@ def bn_relu(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tu
     for columns, elements in ((64, 4096), (64, 2048), (128, 4096)):
         block_c = min(columns, max(32, next_power_of_2(channels)))
         block_m = elements // block_c
-        kernel = config(num_warps=elements // 512, BLOCK_M=block_m, BLOCK_C=block_c)
+        kernel = config(num_warps=elements // 512, maxnreg=128, BLOCK_M=block_m, BLOCK_C=block_c)
         count = programs(cdiv(rows, block_m), cdiv(channels, block_c), multiprocessors, 16384 // elements)
         candidates.append({"PROGRAMS": count, "kernel": kernel})
     return tuple(candidates)
@@ -116,9 +116,10 @@ def stem(
     float32 products take their operands from registers, where they need smaller blocks.
     """
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
-    block_k = 16 if itemsize == 4 or 9 * channels <= 16 else 32 if 9 * channels <= 32 else 64
+    block_k = 16 if itemsize == 4 or 9 * channels <= 32 else 64
     candidates = []
-    # 168 registers a thread leave room for three programs of four warps on a multiprocessor.
+    # 168 registers a thread leave room for three programs of four warps on a multiprocessor; they do not suffice for
+    # all 27 products of an RGB image at once.
     for pixels, warps, registers in ((64, 4, 168), (32, 4, 128)) if itemsize == 2 else ((64, 4, 255), (64, 8, 255)):
         block_h, block_w = rectangle(pixels, height, width)
         tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
@@ -175,9 +176,9 @@ def block_inference(
     if itemsize == 4:
         shapes = [(8, 8, 64, 16, 4, 255), small]
     elif filters > 128:
-        shapes = [(8, 16, 256, 32, 8, 255), (8, 8, 128, 32, 4, 168), small]
+        shapes = [(8, 16, 256, 32, 8, 255), (8, 8, 128, 32, 8, 128), small]
     elif filters > 64:
-        shapes = [(8, 8, 128, 32, 4, 168), (8, 8, 64, 32, 4, 168), small]
+        shapes = [(8, 8, 128, 32, 8, 128), (8, 8, 64, 32, 4, 168), small]
     else:
         shapes = [(8, 8, 64, 32, 4, 168), small]
     tiles = images * cdiv(height, shapes[0][0]) * cdiv(width, shapes[0][1])
@@ -252,7 +253,7 @@ def pointwise_backward(
         by_weight = (32, 128, 128, 8, 3)
         one_pass = [(64, 32, 32, 8, 2), (64, 64, 32, 4, 2)]
         if shared_memory > 200 * 1024:
-            one_pass += [(64, 128, 64, 8, 2), (32, 128, 128, 8, 3)]
+            one_pass += [(64, 128, 64, 8, 2), (16, 128, 128, 8, 5)]
 
     def kernel(shape: tuple[int, ...], waves: int, **constants: int | bool | str) -> Config:
         block_m, block_n, block_k, warps, stages = shape

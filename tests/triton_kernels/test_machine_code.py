@@ -1,8 +1,8 @@
 """The machine code of every kernel launch of the network, for three generations of GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
-and backward, eval with gradients (on one GPU), and frozen inference. Launches are recorded, so a new kernel or a new choice needs no
-entry here.
+and backward, eval with gradients (on one GPU), and frozen inference. Launches are recorded, so a new kernel or a new
+choice needs no entry here.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def test_no_maximum_loses_a_nan(kernels) -> None:
 
 
 def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
-    """Backward in 16 bits it is 64: a thread has four channels there, as in float32. With the eight of 128 bits it would
-    need more than the 255 registers that there are, and spill 432 bytes."""
+    """Backward in 16 bits it is 64: a thread has four channels there, as in float32. With the eight of 128 bits it
+    would need more than the 255 registers that there are, and spill 432 bytes."""
     for part in ("depthwise_forward", "depthwise_backward"):
         wide = [(launch, code) for launch, code in named(kernels, part) if launch.names["UNIT"] == 8]
         check(wide, lambda launch, code, part=part: narrow(code, 64 if halves(launch, part) else 128))
