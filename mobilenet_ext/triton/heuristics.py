@@ -210,7 +210,7 @@ def pointwise_forward(
     if itemsize == 4:
         shapes = [(32, 64, 16, 8, 2)] if ieee else [(64, 128, 32, 8, 3), (64, 64, 32, 8, 2)][0 if outputs > 64 else 1 :]
     elif channels > 64:
-        shapes = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
+        shapes = [(64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
     elif outputs > 64:
         shapes = [(64, 128, 64, 8, 1), (64, 64, 64, 8, 1)]
     else:

@@ -50,7 +50,7 @@ def _run(
     precision = gpu.product_precision(u.dtype)
     processors, shared_memory = gpu.of(u)
     candidates = heuristics.pointwise_forward(
-        rows, k, outputs, u.element_size(), precision == "ieee", processors, shared_memory
+        rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", processors, shared_memory
     )
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
