@@ -114,6 +114,7 @@ class MachineCode(NamedTuple):
     instructions: list[str]  # opcodes with their suffixes
     in_loops: list[str]  # those of them inside a loop
     dots: list[tuple[str, int, int, int]]  # matrix products in the source: operands' type, M, N, K
+    unused: list[str]  # arguments that the compiled kernel never looks at
 
     def matching(self, pattern: str) -> list[str]:
         return [op for op in self.instructions if re.fullmatch(pattern, op)]
@@ -130,9 +131,8 @@ def compile_launch(launch: Launch, architecture: Architecture) -> MachineCode:
         listing = _tool("nvdisasm", "-c", file.name)
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
     instructions, in_loops = _instructions(listing)
-    return MachineCode(
-        registers, stack, local, compiled.metadata.shared, instructions, in_loops, _dots(compiled.asm["ttir"])
-    )
+    dots, unused = _dots(compiled.asm["ttir"]), _unused(launch, compiled.asm["ptx"])
+    return MachineCode(registers, stack, local, compiled.metadata.shared, instructions, in_loops, dots, unused)
 
 
 def use_cache(folder: str) -> None:
@@ -163,3 +163,8 @@ def _instructions(listing: str) -> tuple[list[str], list[str]]:
 def _dots(ttir: str) -> list[tuple[str, int, int, int]]:
     found = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", ttir)
     return [(kind, int(m), int(n), int(k)) for m, k, kind, n in found]
+
+
+def _unused(launch: Launch, ptx: str) -> list[str]:
+    arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
+    return [name for i, name in enumerate(arguments) if not re.search(rf"ld\.param\S*\s[^;]*_param_{i}\]", ptx)]

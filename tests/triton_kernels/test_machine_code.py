@@ -180,6 +180,13 @@ def test_no_maximum_loses_a_nan(kernels) -> None:
     assert any(code.matching(r"FMNMX.*\.NAN.*") for _, code in kernels)
 
 
+def test_kernels_use_all_that_they_are_given(kernels) -> None:
+    """Triton's compiler can drop a variable that a loop hands on, and what it was computed from; the interpreter
+    does not. (The kernel that merges gradients has two halves, and may be given work for one.)"""
+    unused = {str(launch): code.unused for launch, code in kernels if code.unused and launch.kernel != "_gradients"}
+    assert not unused
+
+
 def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
     """Backward in 16 bits it is 64: a thread has four channels there, as in float32. With the eight of 128 bits it
     would need more than the 255 registers that there are, and spill 432 bytes."""
