@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics
 from mobilenet_ext.triton.depthwise_forward import depthwise_inference
-from mobilenet_ext.triton.formulas import BN_MEAN, BN_SCALE, BN_SHIFT, load_row, normalise, rounded
+from mobilenet_ext.triton.formulas import load_normalisation, normalise, rounded
 from mobilenet_ext.triton.stem_forward import tile_origin
 
 
@@ -90,14 +90,10 @@ def _kernel(
                 x = tl.load(pixel + (x_offsets + c[None, :]), mask=mask, other=0.0)
                 tap = tl.load(depthwise_weight_ptr + c * 9 + (kernel_row * 3 + kernel_column), mask=c_inside, other=0.0)
                 a += x.to(tl.float32) * tap.to(tl.float32)[None, :]
-        mean = load_row(depthwise_bn_ptr, BN_MEAN, channels, c, c_inside)
-        scale = load_row(depthwise_bn_ptr, BN_SCALE, channels, c, c_inside)
-        shift = load_row(depthwise_bn_ptr, BN_SHIFT, channels, c, c_inside)
+        mean, scale, shift = load_normalisation(depthwise_bn_ptr, channels, c, c_inside)
         a = rounded(formulas.relu(normalise(a, mean, scale, shift)), x_ptr.dtype.element_ty)
         y = formulas.dot(weight, tl.trans(a), y, PRECISION)
-    mean = load_row(pointwise_bn_ptr, BN_MEAN, filters, n, n_inside)
-    scale = load_row(pointwise_bn_ptr, BN_SCALE, filters, n, n_inside)
-    shift = load_row(pointwise_bn_ptr, BN_SHIFT, filters, n, n_inside)
+    mean, scale, shift = load_normalisation(pointwise_bn_ptr, filters, n, n_inside)
     y = rounded(formulas.relu(normalise(tl.trans(y), mean, scale, shift)), y_ptr.dtype.element_ty)
     y_base = y_ptr + ((image * out_height + row) * out_width + column) * filters
     y_offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters + n[None, :]

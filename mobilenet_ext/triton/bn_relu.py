@@ -11,11 +11,8 @@ from torch import Tensor
 
 from mobilenet_ext.triton import autotune, finish, formulas, gpu, heuristics
 from mobilenet_ext.triton.formulas import (
-    BN_MEAN,
-    BN_SCALE,
-    BN_SHIFT,
     as_int64,
-    load_row,
+    load_normalisation,
     normalise,
     rounded,
     store_sums,
@@ -72,9 +69,7 @@ def _forward(
     base = first_row * channels
     offsets = m * channels + c[None, :]
     y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-    mean = load_row(bn_ptr, BN_MEAN, channels, c, channel_inside)
-    scale = load_row(bn_ptr, BN_SCALE, channels, c, channel_inside)
-    shift = load_row(bn_ptr, BN_SHIFT, channels, c, channel_inside)
+    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
     z = normalise(y, mean, scale, shift)
     if RELU:
         z = formulas.relu(z)
@@ -89,9 +84,7 @@ def _backward(
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    mean = load_row(bn_ptr, BN_MEAN, channels, c, channel_inside)
-    scale = load_row(bn_ptr, BN_SCALE, channels, c, channel_inside)
-    shift = load_row(bn_ptr, BN_SHIFT, channels, c, channel_inside)
+    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
     m = tl.arange(0, BLOCK_M)[:, None]
     offsets = m * channels + c[None, :]
     sum_h = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from mobilenet_ext.triton import autotune, finish, gpu, heuristics
 from mobilenet_ext.triton.formulas import (
-    BN_MEAN,
-    BN_SCALE,
-    BN_SHIFT,
     activation,
     as_int64,
-    load_row,
+    load_normalisation,
     normalise,
     rounded,
     store_sums,
@@ -66,9 +63,7 @@ def _forward(
     channels = C_units * UNIT
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    mean = load_row(bn_ptr, BN_MEAN, channels, c, channel_inside)
-    scale = load_row(bn_ptr, BN_SCALE, channels, c, channel_inside)
-    shift = load_row(bn_ptr, BN_SHIFT, channels, c, channel_inside)
+    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
     m = tl.arange(0, BLOCK_M)[:, None]
     offsets = m * channels + c[None, :]
     image = tl.program_id(0).to(tl.int64)
@@ -89,9 +84,7 @@ def _backward(
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    mean = load_row(bn_ptr, BN_MEAN, channels, c, channel_inside)
-    scale = load_row(bn_ptr, BN_SCALE, channels, c, channel_inside)
-    shift = load_row(bn_ptr, BN_SHIFT, channels, c, channel_inside)
+    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
     m = tl.arange(0, BLOCK_M)[:, None]
     offsets = m * channels + c[None, :]
     sum_h = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)

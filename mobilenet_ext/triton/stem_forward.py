@@ -16,11 +16,8 @@ from torch import Tensor
 
 from mobilenet_ext.triton import autotune, finish, formulas, gpu, heuristics
 from mobilenet_ext.triton.formulas import (
-    BN_MEAN,
-    BN_SCALE,
-    BN_SHIFT,
     as_int64,
-    load_row,
+    load_normalisation,
     normalise,
     rounded,
     store_statistics,
@@ -126,9 +123,7 @@ def _kernel(
     first_k = tl.arange(0, BLOCK_K)
     first_weight = _load_weight(weight_ptr, first_k, n, n_inside, CHANNELS)
     if bn_y_ptr is not None:
-        mean_y = load_row(bn_y_ptr, BN_MEAN, filters, n, n_inside)
-        scale_y = load_row(bn_y_ptr, BN_SCALE, filters, n, n_inside)
-        shift_y = load_row(bn_y_ptr, BN_SHIFT, filters, n, n_inside)
+        mean_y, scale_y, shift_y = load_normalisation(bn_y_ptr, filters, n, n_inside)
 
     # Statistics are sums of differences from the mean of the program's first tile. Being the mean of some of the
     # values, it is near enough to that of all for the difference of the sums below not to cancel.

@@ -163,8 +163,7 @@ def test_statistics_survive_a_large_mean(monkeypatch: pytest.MonkeyPatch) -> Non
     y, bn = stem_forward(x, weight, 1, 1, None, None, 1e-5, True)
     assert torch.equal(y, x)
     assert relative_error(bn[0], x.double().mean((0, 2, 3))) < 1e-7
-    # The programs' own means are rounded to float32 before they are merged, which shows with so few values in each.
-    assert relative_error(bn[4], x.double().var((0, 2, 3), correction=0)) < 1e-4
+    assert relative_error(bn[4], x.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
