@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from mobilenet_ext.triton.heuristics import Config
 R = TypeVar("R")
 
 enabled = os.environ.get("MOBILENET_EXT_AUTOTUNE", "0") == "1"
-_lock = threading.Lock()
+_lock = threading.RLock()  # a candidate may be two kernels, which are tuned while it is timed
 
 
 def run(op: str, problem: tuple, candidates: Sequence[Config], launch: Callable[[Config], R]) -> R:
@@ -56,9 +57,10 @@ def _choice(op: str, problem: tuple, candidates: Sequence[Config], launch: Calla
             return candidates[0]  # timing waits for the GPU, which a graph under capture cannot
         times = [_time(launch, candidate) for candidate in candidates]
         best = candidates[times.index(min(times))]
+        known = _choices(path)
         _choices.cache_clear()  # other processes may have added to the file meanwhile
         choices = _choices(path)
-        choices[key] = best
+        choices.update({**known, **choices, key: best})
         _write(path, choices)
     return best
 
@@ -88,8 +90,11 @@ def _choices(path: Path) -> dict[str, Config]:
 
 
 def _write(path: Path, choices: dict[str, Config]) -> None:
-    """Replaces the file at once: no process reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(choices, file, indent=1)
-    os.replace(file.name, path)
+    """Replaces the file at once: no process reads half of it. Where it cannot be written, this process remembers."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(choices, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"mobilenet_ext: autotuning's choices are not kept: {error}", stacklevel=2)

@@ -41,8 +41,7 @@ def block_inference(
             return y
         unit, filter_unit = math.gcd(channels, 8), math.gcd(filters, 8)
         tiles = n * triton.cdiv(out_h, config["BLOCK_H"]) * triton.cdiv(out_w, config["BLOCK_W"])
-        # Programs for the same pixels lie side by side, and find them in the cache.
-        _kernel[(triton.cdiv(filters, config["BLOCK_N"]), tiles)](
+        _kernel[(triton.cdiv(filters, config["BLOCK_N"]) * tiles,)](
             x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y,
             height, width, out_h, out_w, channels // unit, filters // filter_unit,
             UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, PRECISION=gpu.product_precision(x.dtype), **config,
@@ -61,8 +60,10 @@ def _kernel(
 ):  # fmt: skip
     channels = C_units * UNIT
     filters = N_units * N_UNIT
-    image, row, column = tile_origin(tl.program_id(1), out_height, out_width, BLOCK_H, BLOCK_W)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Programs for the same pixels lie side by side, and find them in the cache.
+    blocks = tl.cdiv(filters, BLOCK_N)
+    image, row, column = tile_origin(tl.program_id(0) // blocks, out_height, out_width, BLOCK_H, BLOCK_W)
+    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     n_inside = n < filters
     m = tl.arange(0, BLOCK_H * BLOCK_W)[:, None]
     inside = (m // BLOCK_W < out_height - row) & (m % BLOCK_W < out_width - column)

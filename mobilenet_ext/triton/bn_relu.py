@@ -16,6 +16,7 @@ from mobilenet_ext.triton.formulas import (
     normalise,
     rounded,
     store_sums,
+    tiles_of,
 )
 
 
@@ -89,7 +90,7 @@ def _backward(
     offsets = m * channels + c[None, :]
     sum_h = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_h_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1)):
+    for tile in range(tl.program_id(1), tiles_of(rows, BLOCK_M), tl.num_programs(1)):
         first_row = as_int64(tile) * BLOCK_M
         mask = (m < rows - first_row) & channel_inside[None, :]
         base = first_row * channels

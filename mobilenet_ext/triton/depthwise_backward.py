@@ -6,6 +6,9 @@ in a product for either gradient. A thread keeps nine taps of the filter, nine s
 vectors a channel in registers, so it has four channels, in 16 bits half a 128-bit access: with eight, ptxas spills 432
 bytes a thread with stride 1 and 264 with stride 2 (sm_90, bfloat16, Triton 3.6).
 
+At the image's border a lane also multiplies its inputs by the dy of outputs that do not exist, which is 0: there a NaN
+or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
+
 Rows and columns are counted in the padded image (marked ``'`` in comments), where input row i' = i + padding is seen by
 the output rows (i' - k)/stride, k = 0, 1, 2.
 """
@@ -306,13 +309,17 @@ def _stride_2(
             odd_right = where_also(right_inside, odd_inside)
             even_row = u_ptr + in_offset
             odd_row = even_row + width * channels
+            # The last odd row and column may be seen by no output: then what is there must not reach the weight.
+            right_seen = even_right & m0
+            left_seen = where_also(odd_left, row < out_height)
+            both_seen = where_also(odd_right & m0, row < out_height)
             a = activation(tl.load(even_row, mask=even_left, other=0.0), mean, scale, shift, even_left, NORMALISE)
             b = activation(
-                tl.load(even_row + channels, mask=even_right, other=0.0), mean, scale, shift, even_right, NORMALISE
+                tl.load(even_row + channels, mask=right_seen, other=0.0), mean, scale, shift, right_seen, NORMALISE
             )
-            d = activation(tl.load(odd_row, mask=odd_left, other=0.0), mean, scale, shift, odd_left, NORMALISE)
+            d = activation(tl.load(odd_row, mask=left_seen, other=0.0), mean, scale, shift, left_seen, NORMALISE)
             e = activation(
-                tl.load(odd_row + channels, mask=odd_right, other=0.0), mean, scale, shift, odd_right, NORMALISE
+                tl.load(odd_row + channels, mask=both_seen, other=0.0), mean, scale, shift, both_seen, NORMALISE
             )
             if partial_ptr is not None:
                 grad_top = (grad_top[0] + a * dy0, grad_top[1] + b * dy0, grad_top[2] + a * dy1)

@@ -128,12 +128,12 @@ def _kernel(
     mean, scale, shift = load_normalisation(bn_u_ptr, channels, c, channel_inside)
     mean_y, scale_y, shift_y = load_normalisation(bn_y_ptr, channels, c, channel_inside)
 
-    # Statistics of a lane and channel: sums of differences from its first value. Being one of the values, that offset
-    # is no farther from their mean than M2 tells, so the difference of the two sums below cannot cancel.
+    # Statistics of a lane and channel: sums of differences from an offset, which is the first value, and from then on
+    # now and then the mean of the values so far: neither a large mean nor an outlier in front cancels in M2.
     zero = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    offset = zero
-    total = zero
-    squares = zero
+    offset = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     count = tl.zeros([BLOCK_P, 1], tl.float32)
 
     COLUMNS: tl.constexpr = 2 if STRIDE == 1 else 1
@@ -150,9 +150,6 @@ def _kernel(
         second_inside = first_inside & (column + 1 < out_width)
         first_counts = tl.where(first_inside, 1.0, 0.0)[:, None]
         second_counts = tl.where(second_inside, 1.0, 0.0)[:, None]
-        count += first_counts * (row_end - row)
-        if COLUMNS == 2:
-            count += second_counts * (row_end - row)
 
         first_row = row * STRIDE - padding
         last_row = tl.minimum(row_end * STRIDE - padding + 2 - STRIDE, height - 1)  # the last to be loaded
@@ -211,20 +208,23 @@ def _kernel(
             y0 = _finish_output(y0, mean_y, scale_y, shift_y, bn_y_ptr is not None, RELU, y_ptr.dtype.element_ty)
             tl.store(out_ptr, y0, mask=inside)
             if partial_ptr is not None:
-                if (step == row) & (task == tl.program_id(1)):
-                    offset = y0.to(tl.float32)
-                difference = y0.to(tl.float32) - offset
-                counted = difference * first_counts
-                total += counted
-                squares += counted * difference
+                if ((step - row) & (step - row - 1)) == 0:
+                    step_mean = total / tl.where(count > 0, count, 1.0)
+                    squares -= total * step_mean
+                    offset = tl.where(count > 0, offset + step_mean, y0.to(tl.float32))
+                    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+                difference = tl.where(inside, y0.to(tl.float32) - offset, 0.0)
+                total += difference
+                squares += difference * difference
+                count += first_counts
             if COLUMNS == 2:
                 y1 = _finish_output(y1, mean_y, scale_y, shift_y, bn_y_ptr is not None, RELU, y_ptr.dtype.element_ty)
                 tl.store(out_ptr + channels, y1, mask=second_inside)
                 if partial_ptr is not None:
-                    difference = y1.to(tl.float32) - offset
-                    counted = difference * second_counts
-                    total += counted
-                    squares += counted * difference
+                    difference = tl.where(second_inside, y1.to(tl.float32) - offset, 0.0)
+                    total += difference
+                    squares += difference * difference
+                    count += second_counts
             out_ptr += out_width * channels
 
     if partial_ptr is not None:

@@ -6,6 +6,7 @@ launch cannot wait for each other; the order of the rows, and so every bit of th
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,7 +51,7 @@ def bn_from_running(
 ) -> Tensor:  # fmt: skip
     """``bn`` [5, C] from running statistics; the kernels leave the convolution's bias out, so it comes off the mean."""
     channels = running_mean.shape[0]
-    bn = running_mean.new_empty(BN_ROWS, channels)
+    bn = running_mean.new_empty((BN_ROWS, channels), dtype=torch.float32)
     _from_running[(triton.cdiv(channels, 256),)](
         running_mean, running_var, gamma, beta, conv_bias, bn, channels, eps, BLOCK_C=256, num_warps=4
     )
@@ -91,10 +92,10 @@ def _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps):
     rstd = 1.0 / tl.sqrt_rn(var + eps)
     scale = rstd
     if gamma_ptr is not None:
-        scale = rstd * tl.load(gamma_ptr + c, mask=mask, other=0.0)
+        scale = rstd * tl.load(gamma_ptr + c, mask=mask, other=0.0).to(tl.float32)
     shift = tl.zeros_like(mean)
     if beta_ptr is not None:
-        shift = tl.load(beta_ptr + c, mask=mask, other=0.0)
+        shift = tl.load(beta_ptr + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(bn_ptr + BN_MEAN * channels + c, mean, mask=mask)
     tl.store(bn_ptr + BN_SCALE * channels + c, scale, mask=mask)
     tl.store(bn_ptr + BN_SHIFT * channels + c, shift, mask=mask)
@@ -148,10 +149,10 @@ def _from_running(
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < channels
-    mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + c, mask=mask, other=0.0).to(tl.float32)
     if conv_bias_ptr is not None:  # the convolution leaves its bias out, so it comes off the mean here
-        mean -= tl.load(conv_bias_ptr + c, mask=mask, other=0.0)
-    var = tl.load(var_ptr + c, mask=mask, other=1.0)
+        mean -= tl.load(conv_bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + c, mask=mask, other=1.0).to(tl.float32)
     _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps)
 
 

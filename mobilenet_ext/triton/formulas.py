@@ -130,6 +130,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tiles_of(rows, BLOCK_M: tl.constexpr):
+    """rows / BLOCK_M, rounded up, for rows > 0; ``tl.cdiv`` overflows just below 2^31 rows."""
+    return (rows - 1) // BLOCK_M + 1
+
+
+@triton.jit
 def load_tile(ptr, tile, rows, channels, c, BLOCK_M: tl.constexpr):
     """Tile ``tile`` of a [rows, channels] matrix at the channels ``c``, [BLOCK_M, len(c)]; 0 outside."""
     row0 = as_int64(tile) * BLOCK_M

@@ -81,6 +81,9 @@ def _depthwise(channels: int, elements: int, num_warps: int = 4) -> Config:
     return config(num_warps, BLOCK_P=num_warps * 32 * elements // block_c, BLOCK_C=block_c)
 
 
+GRID_Y = 65535  # programs that a launch can have in its second dimension
+
+
 @cache
 def depthwise_grid(
     images: int, channels: int, height: int, lanes: int, multiprocessors: int, tile: tuple[int, int], bounded: bool
@@ -97,7 +100,7 @@ def depthwise_grid(
     while rows > 1 and blocks * strips * -(-height // rows) < (12 if rows > 8 else 2) * multiprocessors:
         rows = (rows + 1) // 2
     tasks = strips * -(-height // rows)
-    return rows, min(tasks, max(1, 4 * multiprocessors // blocks)) if bounded else tasks
+    return rows, min(tasks, max(1, 4 * multiprocessors // blocks) if bounded else GRID_Y)
 
 
 @cache

@@ -32,6 +32,7 @@ from mobilenet_ext.triton.formulas import (
     rounded,
     store_sums,
     store_tile,
+    tiles_of,
 )
 
 
@@ -139,7 +140,7 @@ def _input(
     if WEIGHT:
         grad_weight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
 
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
+    for tile in range(program, tiles_of(rows, BLOCK_M), programs):
         row_inside = _row_inside(tile, rows, BLOCK_M)
         if bn_u_ptr is not None or WEIGHT:
             u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
@@ -205,7 +206,7 @@ def _weight(
     p, q, mean_y, o = load_gradient_rows(grad_bn_ptr, outputs, n, n < outputs, BATCH_STATS)
     mean, scale, shift = load_normalisation(bn_u_ptr, channels, k, k < channels)
     grad_weight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), programs):
+    for tile in range(program, tiles_of(rows, BLOCK_M), programs):
         row_inside = _row_inside(tile, rows, BLOCK_M)
         dy = load_tile(h_ptr, tile, rows, outputs, n, BLOCK_M)
         a = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)

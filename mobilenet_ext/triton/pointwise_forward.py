@@ -28,6 +28,7 @@ from mobilenet_ext.triton.formulas import (
     rounded,
     store_statistics,
     store_tile,
+    tiles_of,
 )
 
 
@@ -98,7 +99,7 @@ def _kernel(
     total = fold_rows(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), FOLD)
     squares = total
 
-    tiles = tl.cdiv(rows, BLOCK_M)
+    tiles = tiles_of(rows, BLOCK_M)
     if WHOLE_K:
         next_u = load_tile(u_ptr, program, rows, channels, k, BLOCK_M)
     for tile in range(program, tiles, programs):

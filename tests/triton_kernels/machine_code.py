@@ -1,4 +1,4 @@
-"""Every kernel launch of the network, recorded without a GPU and compiled ahead of time, and a reader of machine code.
+"""Every kernel launch of the network, recorded without a GPU and compiled ahead of time.
 
 Launches are not listed but recorded, from networks of meta tensors whose kernel ops go to the Triton backend: what the
 heuristics choose is what is compiled. Triton's own binder makes the specialisation, as it does for a launch.
@@ -10,13 +10,15 @@ import contextlib
 import importlib
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sass
 import triton
+from sass import MachineCode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -24,8 +26,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mobilenet_ext.triton
 from mobilenet_ext.triton import gpu
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Architecture(NamedTuple):
@@ -80,6 +80,9 @@ class TritonOps(TorchDispatchMode):
         return (op or func)(*args, **(kwargs or {}))
 
 
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+
 @contextlib.contextmanager
 def recording(architecture: Architecture, launches: dict[str, Launch]) -> Iterator[None]:
     """Adds each different launch that would run on a GPU of ``architecture`` to ``launches``; nothing runs."""
@@ -87,6 +90,7 @@ def recording(architecture: Architecture, launches: dict[str, Launch]) -> Iterat
     binders: dict[JITFunction, Any] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(0 < size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=False)), (self, grid)
         if self not in binders:
             binders[self] = create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = binders[self](*args, **kwargs)
@@ -104,60 +108,28 @@ def recording(architecture: Architecture, launches: dict[str, Launch]) -> Iterat
         JITFunction.run, gpu.H100 = run, h100
 
 
-class MachineCode(NamedTuple):
-    """What the assembler made of a launch."""
-
-    registers: int
-    stack: int
-    local: int
+@dataclass(frozen=True)
+class CompiledLaunch(MachineCode):
     shared: int
-    instructions: list[str]  # opcodes with their suffixes
-    in_loops: list[str]  # those of them inside a loop
     dots: list[tuple[str, int, int, int]]  # matrix products in the source: operands' type, M, N, K
     unused: list[str]  # arguments that the compiled kernel never looks at
 
-    def matching(self, pattern: str) -> list[str]:
-        return [op for op in self.instructions if re.fullmatch(pattern, op)]
 
-
-def compile_launch(launch: Launch, architecture: Architecture) -> MachineCode:
+def compile_launch(launch: Launch, architecture: Architecture) -> CompiledLaunch:
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=architecture.target, options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
-    instructions, in_loops = _instructions(listing)
+        (code,) = sass.read(Path(file.name)).values()
     dots, unused = _dots(compiled.asm["ttir"]), _unused(launch, compiled.asm["ptx"])
-    return MachineCode(registers, stack, local, compiled.metadata.shared, instructions, in_loops, dots, unused)
+    return CompiledLaunch(**vars(code), shared=compiled.metadata.shared, dots=dots, unused=unused)
 
 
 def use_cache(folder: str) -> None:
     """For a worker process: compile into ``folder``, so that nothing compiled before is taken for this run's."""
     os.environ["TRITON_CACHE_DIR"] = folder
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _instructions(listing: str) -> tuple[list[str], list[str]]:
-    """Opcodes, and those between a label and a branch back to it."""
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    looping: set[int] = set()
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
-            labels[label[1]] = len(opcodes)
-        elif opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            opcodes.append(opcode[1])
-            target = re.search(r"`\((\.L_x?_?\d+)\)", line)
-            if opcode[1].startswith("BRA") and target and target[1] in labels:
-                looping.update(range(labels[target[1]], len(opcodes)))
-    return opcodes, [opcodes[i] for i in sorted(looping)]
 
 
 def _dots(ttir: str) -> list[tuple[str, int, int, int]]:

@@ -96,3 +96,24 @@ def test_nothing_is_timed_while_a_graph_is_captured(file, timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert run() is CANDIDATES[0]
     assert not timed and not file.exists()
+
+
+def test_a_candidate_may_be_tuned_itself(file, timed, monkeypatch):
+    """As of a block, which may run as two kernels. (Where this fails, it hangs.)"""
+
+    def launch(config):
+        return run((2,)) if config is CANDIDATES[0] else config
+
+    timing = autotune._time
+    monkeypatch.setattr(autotune, "_time", lambda launch, candidate: (launch(candidate), timing(launch, candidate))[1])
+    assert autotune.run("outer", (1,), CANDIDATES, launch) == CANDIDATES[1]
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_file_that_cannot_be_written(file, timed):
+    file.parent.write_text("not a folder")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert run((1,)) == CANDIDATES[1]
+    with pytest.warns(UserWarning, match="not kept"):
+        run((2,))
+    assert run((1,)) == CANDIDATES[1] and len(timed) == 6

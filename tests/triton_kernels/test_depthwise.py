@@ -89,14 +89,35 @@ def test_statistics_survive_a_large_mean():
     assert_close(bn[reference.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
 
 
-def test_statistics_survive_an_outlier_in_front():
-    """The statistics are sums of differences from each lane's first value, which may be unlike all others."""
-    u = activation(1, 8, 41, 2, dtype=torch.float32)
+def test_statistics_survive_an_outlier_in_front(monkeypatch):
+    """Of a lane with many values the first may be unlike all others, so that differences from it say little of them."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (300, 1))
+    u = activation(1, 8, 300, 2, dtype=torch.float32)
     u[:, :, 0] = 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
     _, bn = depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)
-    assert_close(bn[reference.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
+    assert_close(bn[reference.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-6)
+
+
+def test_a_column_outside_the_image_may_overflow():
+    """With an odd width the last lane's second column is computed, but is no output and no part of the statistics."""
+    u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 1, 3, 3).half()
+    weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
+    args = (u, None, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = depthwise_forward(*args)
+    expected_y, expected_bn = in_float64(reference.depthwise_forward, args)
+    assert torch.equal(y.double(), expected_y)
+    assert torch.equal(bn[:1].double(), expected_bn[:1]) and not bn[reference.BN_VAR].any()
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
+def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
+    tile = [heuristics.depthwise_forward(channels, 4)[0][name] for name in ("BLOCK_P", "BLOCK_C")]
+    _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tuple(tile), stats)
+    assert 0 < programs <= 65535
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,6 +206,18 @@ def test_specials_go_where_the_reference_sends_them(dtype, stride):
     assert_same_specials(h_u, expected[0])
     assert torch.equal(grad_weight.isfinite(), expected[1].isfinite())
     assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_an_input_that_no_output_sees_reaches_no_gradient(special):
+    u = activation(1, 8, 6, 6, dtype=torch.float32)
+    u[:, :, 5] = u[:, :, :, 5] = special
+    grad = activation(1, 8, 2, 2, dtype=torch.float32)
+    args = (grad, None, None, u, None, False, torch.randn(8, 1, 3, 3), 2, 0, True, True)
+    h_u, grad_weight, _ = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_close(h_u, expected[0], TOLERANCE[torch.float32])
+    assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
 
 def test_nan_passes_the_gradient():

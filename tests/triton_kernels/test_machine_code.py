@@ -8,10 +8,10 @@ choice needs no entry here.
 from __future__ import annotations
 
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -21,8 +21,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import machine_code
 import planted_kernels
 import torch
-from machine_code import ARCHITECTURES, Architecture, Launch, MachineCode
+from machine_code import ARCHITECTURES, Architecture, CompiledLaunch, Launch
 from plain import WIDTHS
+from sass import loses_nan, narrow, spilled
 from triton import knobs
 
 import mobilenet_ext as mx
@@ -32,13 +33,13 @@ if knobs.runtime.interpret:
 
 # Other batches choose the same launch parameters, which a test checks: recording is quick, compiling is not.
 BATCHES = (256, 1)
-OTHER_BATCHES = (128, 32)
+OTHER_BATCHES = (1024, 128, 32)
 # dtype and float32 precision setting. bfloat16 stands for both 16-bit types, whose launch parameters are the same; on
 # one architecture float16 is compiled as well, at one width, and float32 without tensor cores.
 NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
 TENSOR_CORES = {80: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
-Compiled = dict[Architecture, list[tuple[Launch, MachineCode]]]
+Compiled = dict[Architecture, list[tuple[Launch, CompiledLaunch]]]
 
 
 def record(architecture: Architecture, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
@@ -78,7 +79,7 @@ def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None
     start = time.perf_counter()
     recorded = {architecture: record(architecture) for architecture in ARCHITECTURES}
     # Two GPUs of one instruction set share what is compiled for it.
-    futures: dict[tuple[int, str], Future[MachineCode]] = {}
+    futures: dict[tuple[int, str], Future[CompiledLaunch]] = {}
     for architecture, launches in recorded.items():
         for key, launch in launches.items():
             if (architecture.capability, key) not in futures:
@@ -112,34 +113,11 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 @pytest.fixture
-def kernels(compiled: Compiled, architecture: Architecture) -> list[tuple[Launch, MachineCode]]:
+def kernels(compiled: Compiled, architecture: Architecture) -> list[tuple[Launch, CompiledLaunch]]:
     return compiled[architecture]
 
 
-def spilled(code: MachineCode) -> str | None:
-    if code.stack or code.local or code.matching(r"(LDL|STL)\b.*"):
-        return f"{code.registers} registers, {code.stack} bytes of stack, {code.local} bytes of local memory"
-    return None
-
-
-def loses_nan(code: MachineCode) -> str | None:
-    lossy = [op for op in code.matching(r"(FMNMX|HMNMX|VHMNMX).*") if ".NAN" not in op]
-    return ", ".join(dict.fromkeys(lossy)) or None
-
-
-def narrow(code: MachineCode, bits: int = 128) -> str | None:
-    """Accesses of fewer ``bits``. Activations are what is loaded and stored in loops; vectors of channels are read and
-    written around them."""
-    accesses = [op for op in code.in_loops if re.match("LDG|STG", op)]
-    wide = r"\.(128|ENL2\.256)" if bits == 128 else r"\.(64|128|ENL2\.256)"
-    narrower = [op for op in accesses if not re.search(wide, op)]
-    if narrower:
-        return ", ".join(dict.fromkeys(narrower))
-    kinds = {op[:3] for op in accesses}
-    return None if kinds == {"LDG", "STG"} else f"loads and stores wanted in the loop: {sorted(kinds)}"
-
-
-def no_tensor_cores(launch: Launch, code: MachineCode, capability: int) -> str | None:
+def no_tensor_cores(launch: Launch, code: CompiledLaunch, capability: int) -> str | None:
     """What is wrong with the products of a kernel: each wants the best instruction that its tile allows."""
     for kind, m, n, k in code.dots:
         if kind == "f32" and launch.names.get("PRECISION") == "ieee":
@@ -152,13 +130,13 @@ def no_tensor_cores(launch: Launch, code: MachineCode, capability: int) -> str |
     return None
 
 
-def check(kernels: list[tuple[Launch, MachineCode]], find: Callable[[Launch, MachineCode], str | None]) -> None:
+def check(kernels: list[tuple[Launch, CompiledLaunch]], find: Callable[[Launch, CompiledLaunch], str | None]) -> None:
     assert kernels
     wrong = [f"{launch}: {what}" for launch, code in kernels if (what := find(launch, code))]
     assert not wrong, f"{len(wrong)} of {len(kernels)} kernels:\n" + "\n".join(wrong)
 
 
-def named(kernels: list[tuple[Launch, MachineCode]], part: str) -> list[tuple[Launch, MachineCode]]:
+def named(kernels: list[tuple[Launch, CompiledLaunch]], part: str) -> list[tuple[Launch, CompiledLaunch]]:
     return [(launch, code) for launch, code in kernels if part in launch.module]
 
 
@@ -218,7 +196,7 @@ def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, a
 
 
 @pytest.fixture(scope="module")
-def planted(workers: ProcessPoolExecutor) -> dict[str, tuple[Launch, MachineCode]]:
+def planted(workers: ProcessPoolExecutor) -> dict[str, tuple[Launch, CompiledLaunch]]:
     launches = planted_kernels.record(ARCHITECTURES[1])
     codes = workers.map(machine_code.compile_launch, launches, [ARCHITECTURES[1]] * len(launches))
     return {launch.kernel: (launch, code) for launch, code in zip(launches, codes, strict=True)}
@@ -239,5 +217,5 @@ def test_narrow_accesses_are_seen(planted) -> None:
 def test_a_product_without_tensor_cores_is_seen(planted) -> None:
     launch, code = planted["multiplies"]
     assert no_tensor_cores(launch, code, 90) is None
-    assert no_tensor_cores(launch, code._replace(instructions=["HMMA.16816.F32", "FFMA"]), 90)
-    assert no_tensor_cores(launch, code._replace(instructions=["FFMA"]), 80)
+    assert no_tensor_cores(launch, replace(code, instructions=["HMMA.16816.F32", "FFMA"]), 90)
+    assert no_tensor_cores(launch, replace(code, instructions=["FFMA"]), 80)

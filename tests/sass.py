@@ -1,0 +1,85 @@
+"""Reads the machine code of GPU kernels, and finds faults in it that no result would show."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the assembler made of a kernel."""
+
+    registers: int
+    stack: int
+    local: int
+    instructions: list[str]  # opcodes with their suffixes
+    in_loops: list[str]  # those of them inside a loop
+
+    def matching(self, pattern: str) -> list[str]:
+        return [op for op in self.instructions if re.fullmatch(pattern, op)]
+
+
+def find_tool(name: str) -> str | None:
+    """cuobjdump or nvdisasm: of Triton's wheel, which carries them, or on PATH."""
+    triton = importlib.util.find_spec("triton")
+    carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name if triton else None
+    return str(carried) if carried and carried.is_file() else shutil.which(name)
+
+
+def read(cubin: Path) -> dict[str, MachineCode]:
+    """The kernels of a cubin file, by their (mangled) names."""
+    usage = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin))
+    parts = re.split(r"^\.text\.(\w+):$", _run("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    listings = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return {
+        name: MachineCode(int(registers), int(stack), int(local), *_instructions(listings[name]))
+        for name, registers, stack, local in usage
+    }
+
+
+def _run(name: str, *arguments: object) -> str:
+    return subprocess.run([find_tool(name), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(listing: str) -> tuple[list[str], list[str]]:
+    """Opcodes, and those between a label and a branch back to it."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    looping: set[int] = set()
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
+            labels[label[1]] = len(opcodes)
+        elif opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            opcodes.append(opcode[1])
+            target = re.search(r"`\((\.L_x?_?\d+)\)", line)
+            if opcode[1].startswith("BRA") and target and target[1] in labels:
+                looping.update(range(labels[target[1]], len(opcodes)))
+    return opcodes, [opcodes[i] for i in sorted(looping)]
+
+
+def spilled(code: MachineCode) -> str | None:
+    if code.stack or code.local or code.matching(r"(LDL|STL)\b.*"):
+        return f"{code.registers} registers, {code.stack} bytes of stack, {code.local} bytes of local memory"
+    return None
+
+
+def loses_nan(code: MachineCode) -> str | None:
+    lossy = [op for op in code.matching(r"(FMNMX|HMNMX|VHMNMX).*") if ".NAN" not in op]
+    return ", ".join(dict.fromkeys(lossy)) or None
+
+
+def narrow(code: MachineCode, bits: int = 128) -> str | None:
+    """Accesses of fewer ``bits``. Activations are what is loaded and stored in loops; vectors of channels are read and
+    written around them."""
+    accesses = [op for op in code.in_loops if re.match("LDG|STG", op)]
+    wide = r"\.(128|ENL2\.256)" if bits == 128 else r"\.(64|128|ENL2\.256)"
+    narrower = [op for op in accesses if not re.search(wide, op)]
+    if narrower:
+        return ", ".join(dict.fromkeys(narrower))
+    kinds = {op[:3] for op in accesses}
+    return None if kinds == {"LDG", "STG"} else f"loads and stores wanted in the loop: {sorted(kinds)}"
