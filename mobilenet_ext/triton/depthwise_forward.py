@@ -209,10 +209,11 @@ def _kernel(
             tl.store(out_ptr, y0, mask=inside)
             if partial_ptr is not None:
                 if ((step - row) & (step - row - 1)) == 0:
-                    step_mean = total / tl.where(count > 0, count, 1.0)
-                    squares -= total * step_mean
-                    offset = tl.where(count > 0, offset + step_mean, y0.to(tl.float32))
-                    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+                    nearer = tl.where(count > 0, offset + total / tl.where(count > 0, count, 1.0), y0.to(tl.float32))
+                    moved = nearer - offset  # not total/count, but what rounding left of it
+                    squares += moved * (count * moved - 2 * total)
+                    total -= count * moved
+                    offset = nearer
                 difference = tl.where(inside, y0.to(tl.float32) - offset, 0.0)
                 total += difference
                 squares += difference * difference
