@@ -79,6 +79,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """The same values and strides, one element into their storage."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
 def is_channels_last_dense(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 

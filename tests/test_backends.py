@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import mobilenet_ext as mx
-from mobilenet_ext import backends
+from mobilenet_ext import _host, backends
+from mobilenet_ext.backends import cuda, gpus
 
 NAMES = {"triton", "cuda", "cpu", "reference"}
 
@@ -182,3 +184,52 @@ def test_results_of_the_backends_agree():
                 outputs.append(model(x))
     torch.testing.assert_close(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], torch.zeros_like(outputs[0]))
+
+
+@pytest.fixture
+def visible_gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Compute capabilities of GPUs that PyTorch is made to see."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: found[device])
+    return found
+
+
+def test_every_visible_gpu_counts(visible_gpus: list[tuple[int, int]]) -> None:
+    assert gpus.why_not((8, 0)) == "PyTorch finds no CUDA GPU"
+    visible_gpus += [(9, 0), (7, 5)]
+    assert gpus.why_not((7, 5)) is None
+    assert gpus.why_not((8, 0)) == "a GPU's compute capability is 7.5, 8.0 is needed"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("7.5;8.0;9.0+PTX", (7, 5), True),
+        ("7.5;8.0;9.0+PTX", (8, 6), True),  # machine code of 8.0
+        ("7.5;8.0;9.0+PTX", (12, 0), True),  # PTX
+        ("7.5;8.0;9.0+PTX", (7, 0), False),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0 9.0a", (9, 0), True),
+        ("7.5+PTX", (9, 0), True),
+    ],
+)
+def test_what_machine_code_runs_on(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert cuda.runs_on(built, capability) is runs
+
+
+def test_cuda_says_for_what_it_was_built(
+    visible_gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    visible_gpus += [(7, 5), (9, 0)]
+    library = tmp_path / "_cuda.abi3.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(cuda, "LIBRARY", library)
+    monkeypatch.setattr(_host, "build_info", lambda: {"cuda_architectures": "7.5;8.0"})
+    assert cuda.why_not() == "a GPU's compute capability is 9.0, the kernels were built for 7.5;8.0"
+    monkeypatch.setattr(_host, "build_info", lambda: {"cuda_architectures": "7.5;9.0"})
+    cuda._load_error.cache_clear()
+    assert cuda.why_not().startswith("_cuda.abi3.so does not load: ")
+    cuda._load_error.cache_clear()

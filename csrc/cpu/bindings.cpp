@@ -1,450 +1,68 @@
-// The ops of `mobilenet_ext_cpu`: checks the tensors, allocates the outputs and calls the kernels.
-//
-// The checks keep a wrong call from reading or writing outside a tensor. Messages for users, which name the arguments
-// of the public functions, come from Python before a kernel op is called.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The ops of `mobilenet_ext_cpu`.
+#include "../bindings.h"
+
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
-#include <initializer_list>
-#include <optional>
-#include <tuple>
-#include <vector>
 
-#include "../ops.h"
 #include "runtime.h"
 
 namespace mx::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got scalar type ",
-                      int(t.scalar_type()));
+double value(const VectorArg& vector, int64_t i, double otherwise) {
+  if (vector.data == nullptr) return otherwise;
+  switch (vector.dtype) {
+    case Dtype::f32:
+      return static_cast<const float*>(vector.data)[i];
+    case Dtype::f64:
+      return static_cast<const double*>(vector.data)[i];
+    case Dtype::bf16:
+      return float(static_cast<const torch::headeronly::BFloat16*>(vector.data)[i]);
+    case Dtype::f16:
+      return float(static_cast<const torch::headeronly::Half*>(vector.data)[i]);
   }
-}
-
-ScalarType acc_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-void check_type(const Tensor& t, const char* name, ScalarType type) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == type, name, ": expected scalar type ", int(type), ", got ", int(t.scalar_type()));
-}
-
-void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  const auto sizes = t.sizes();
-  bool same = sizes.size() == shape.size();
-  size_t i = 0;
-  for (int64_t size : shape) same = same && sizes[i++] == size;
-  STD_TORCH_CHECK(same, name, ": expected shape ", shape_text({shape.begin(), shape.size()}), ", got ",
-                  shape_text(sizes));
-}
-
-// A 4-D activation, dense in channels_last. Strides of dimensions of size 1 mean nothing.
-void check_activation(const Tensor& t, const char* name) {
-  dtype_of(t, name);
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.size(1) > 0, name, ": expected at least one channel");
-  if (t.numel() == 0) return;
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(t.size(dim) == 1 || t.stride(dim) == expected, name,
-                    ": expected channels_last memory format without gaps; shape ", shape_text(t.sizes()), ", strides ",
-                    shape_text(t.strides()));
-    expected *= t.size(dim);
-  }
-}
-
-void check_activation_like(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
-  check_activation(t, name);
-  check_type(t, name, type);
-  check_shape(t, name, shape);
-}
-
-void check_dense(const Tensor& t, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
-  check_type(t, name, type);
-  check_shape(t, name, shape);
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
-const void* data(const Tensor& t) { return t.const_data_ptr(); }
-const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-
-const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
-
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, kCpu);
-}
-
-Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) {
-  return torch::stable::empty({n, c, h, w}, type, std::nullopt, kCpu, std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-// --- convolutions ---------------------------------------------------------------------------------------------------
-
-enum class Conv { depthwise, pointwise, stem };
-
-struct ConvShape {
-  Geometry g;
-  Dtype dtype;
-  ScalarType type;
-};
-
-// Checks u and weight against each other.
-ConvShape check_conv(Conv conv, const Tensor& u, const Tensor& weight, int64_t stride, int64_t padding) {
-  check_activation(u, "input");
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
-  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding: expected 0 or 1, got ", padding);
-  const int64_t kernel = conv == Conv::pointwise ? 1 : 3;
-  const int64_t c_in = u.size(1), c_out = weight.size(0);
-  STD_TORCH_CHECK(c_out > 0, "weight: expected at least one output channel");
-  if (conv == Conv::depthwise)
-    check_dense(weight, "weight", u.scalar_type(), {c_in, 1, kernel, kernel});
-  else
-    check_dense(weight, "weight", u.scalar_type(), {c_out, c_in, kernel, kernel});
-  const int64_t h = u.size(2), w = u.size(3);
-  STD_TORCH_CHECK(h + 2 * padding >= kernel && w + 2 * padding >= kernel,
-                  "input: the padded image is smaller than the kernel; shape ", shape_text(u.sizes()), ", padding ",
-                  padding);
-  ConvShape shape;
-  shape.dtype = dtype_of(u, "input");
-  shape.type = u.scalar_type();
-  shape.g = Geometry{u.size(0),
-                     h,
-                     w,
-                     c_in,
-                     c_out,
-                     (h + 2 * padding - kernel) / stride + 1,
-                     (w + 2 * padding - kernel) / stride + 1,
-                     int(stride),
-                     int(padding)};
-  return shape;
-}
-
-using ForwardKernel = void (*)(const ForwardArgs&);
-using BackwardKernel = void (*)(const BackwardArgs&);
-
-std::tuple<Tensor, Tensor> conv_forward(Conv conv, ForwardKernel kernel, const Tensor& u, const OptionalTensor& bn_u,
-                                        const Tensor& weight, int64_t stride, int64_t padding,
-                                        const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                        bool stats) {
-  const ConvShape s = check_conv(conv, u, weight, stride, padding);
-  const ScalarType acc = acc_type(s.type);
-  if (bn_u) check_dense(*bn_u, "bn_u", acc, {BN_ROWS, s.g.c_in});
-  if (gamma) check_dense(*gamma, "gamma", acc, {s.g.c_out});
-  if (beta) check_dense(*beta, "beta", acc, {s.g.c_out});
-  Tensor y = empty_activation(s.g.n, s.g.c_out, s.g.out_h, s.g.out_w, s.type);
-  Tensor bn_y = stats ? empty({BN_ROWS, s.g.c_out}, acc) : empty({0}, acc);
-  ForwardArgs args{};
-  args.dtype = s.dtype;
-  args.g = s.g;
-  args.u = data(u);
-  args.bn_u = data(bn_u);
-  args.weight = data(weight);
-  args.y = y.mutable_data_ptr();
-  args.bn_y = stats ? bn_y.mutable_data_ptr() : nullptr;
-  args.gamma = data(gamma);
-  args.beta = data(beta);
-  args.eps = eps;
-  kernel(args);
-  return {y, bn_y};
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_backward(Conv conv, BackwardKernel kernel, const Tensor& h,
-                                                 const OptionalTensor& y, const OptionalTensor& grad_bn_y,
-                                                 const Tensor& u, const OptionalTensor& bn_u, bool batch_stats_u,
-                                                 const Tensor& weight, int64_t stride, int64_t padding, bool need_input,
-                                                 bool need_weight) {
-  const ConvShape s = check_conv(conv, u, weight, stride, padding);
-  const ScalarType acc = acc_type(s.type);
-  check_activation_like(h, "h", s.type, {s.g.n, s.g.c_out, s.g.out_h, s.g.out_w});
-  if (y) check_activation_like(*y, "y", s.type, {s.g.n, s.g.c_out, s.g.out_h, s.g.out_w});
-  if (grad_bn_y) check_dense(*grad_bn_y, "grad_bn_y", acc, {GRAD_ROWS, s.g.c_out});
-  if (bn_u) check_dense(*bn_u, "bn_u", acc, {BN_ROWS, s.g.c_in});
-  const bool need_grad_bn = need_input && bn_u;
-  Tensor h_u = need_input ? empty_activation(s.g.n, s.g.c_in, s.g.h, s.g.w, s.type) : empty({0}, s.type);
-  Tensor grad_weight =
-      need_weight ? empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, acc) : empty({0}, acc);
-  Tensor grad_bn_u = need_grad_bn ? empty({GRAD_ROWS, s.g.c_in}, acc) : empty({0}, acc);
-  BackwardArgs args{};
-  args.dtype = s.dtype;
-  args.g = s.g;
-  args.h = data(h);
-  args.grad_bn_y = data(grad_bn_y);
-  args.y = grad_bn_y ? data(y) : nullptr;
-  args.u = data(u);
-  args.bn_u = data(bn_u);
-  args.batch_stats_u = batch_stats_u;
-  args.weight = data(weight);
-  args.h_u = need_input ? h_u.mutable_data_ptr() : nullptr;
-  args.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
-  args.grad_bn_u = need_grad_bn ? grad_bn_u.mutable_data_ptr() : nullptr;
-  if (need_input || need_weight) kernel(args);
-  return {h_u, grad_weight, grad_bn_u};
-}
-
-Tensor conv_inference(Conv conv, ForwardKernel kernel, const Tensor& x, const OptionalTensor& bn_y,
-                      const Tensor& weight, int64_t stride, int64_t padding, bool relu) {
-  const ConvShape s = check_conv(conv, x, weight, stride, padding);
-  if (bn_y) check_dense(*bn_y, "bn_y", acc_type(s.type), {BN_ROWS, s.g.c_out});
-  Tensor y = empty_activation(s.g.n, s.g.c_out, s.g.out_h, s.g.out_w, s.type);
-  ForwardArgs args{};
-  args.dtype = s.dtype;
-  args.g = s.g;
-  args.u = data(x);
-  args.weight = data(weight);
-  args.y = y.mutable_data_ptr();
-  args.epilogue_bn = data(bn_y);
-  args.epilogue_relu = relu;
-  kernel(args);
-  return y;
-}
-
-std::tuple<Tensor, Tensor> depthwise_forward(const Tensor& u, const OptionalTensor& bn_u, const Tensor& weight,
-                                             int64_t stride, int64_t padding, const OptionalTensor& gamma,
-                                             const OptionalTensor& beta, double eps, bool stats) {
-  return conv_forward(Conv::depthwise, kernels().depthwise_forward, u, bn_u, weight, stride, padding, gamma, beta, eps,
-                      stats);
-}
-
-std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const Tensor& h, const OptionalTensor& y,
-                                                      const OptionalTensor& grad_bn_y, const Tensor& u,
-                                                      const OptionalTensor& bn_u, bool batch_stats_u,
-                                                      const Tensor& weight, int64_t stride, int64_t padding,
-                                                      bool need_input, bool need_weight) {
-  return conv_backward(Conv::depthwise, kernels().depthwise_backward, h, y, grad_bn_y, u, bn_u, batch_stats_u, weight,
-                       stride, padding, need_input, need_weight);
-}
-
-std::tuple<Tensor, Tensor> pointwise_forward(const Tensor& u, const OptionalTensor& bn_u, const Tensor& weight,
-                                             const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                             bool stats) {
-  return conv_forward(Conv::pointwise, kernels().pointwise_forward, u, bn_u, weight, 1, 0, gamma, beta, eps, stats);
-}
-
-std::tuple<Tensor, Tensor, Tensor> pointwise_backward(const Tensor& h, const OptionalTensor& y,
-                                                      const OptionalTensor& grad_bn_y, const Tensor& u,
-                                                      const OptionalTensor& bn_u, bool batch_stats_u,
-                                                      const Tensor& weight, bool need_input, bool need_weight) {
-  return conv_backward(Conv::pointwise, kernels().pointwise_backward, h, y, grad_bn_y, u, bn_u, batch_stats_u, weight,
-                       1, 0, need_input, need_weight);
-}
-
-std::tuple<Tensor, Tensor> stem_forward(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
-                                        const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                        bool stats) {
-  return conv_forward(Conv::stem, kernels().stem_forward, x, std::nullopt, weight, stride, padding, gamma, beta, eps,
-                      stats);
-}
-
-std::tuple<Tensor, Tensor> stem_backward(const Tensor& h, const OptionalTensor& y, const OptionalTensor& grad_bn_y,
-                                         const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
-                                         bool need_input, bool need_weight) {
-  const auto grads = conv_backward(Conv::stem, kernels().stem_backward, h, y, grad_bn_y, x, std::nullopt, false, weight,
-                                   stride, padding, need_input, need_weight);
-  return {std::get<0>(grads), std::get<1>(grads)};
-}
-
-Tensor depthwise_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, int64_t stride,
-                           int64_t padding, bool relu) {
-  return conv_inference(Conv::depthwise, kernels().depthwise_forward, x, bn_y, weight, stride, padding, relu);
-}
-
-Tensor pointwise_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, bool relu) {
-  return conv_inference(Conv::pointwise, kernels().pointwise_forward, x, bn_y, weight, 1, 0, relu);
-}
-
-Tensor stem_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, int64_t stride,
-                      int64_t padding, bool relu) {
-  return conv_inference(Conv::stem, kernels().stem_forward, x, bn_y, weight, stride, padding, relu);
-}
-
-Tensor block_inference(const Tensor& x, const Tensor& depthwise_bn, const Tensor& depthwise_weight, int64_t stride,
-                       const Tensor& pointwise_bn, const Tensor& pointwise_weight) {
-  ConvShape s = check_conv(Conv::depthwise, x, depthwise_weight, stride, 1);
-  const int64_t c = s.g.c_in;
-  STD_TORCH_CHECK(pointwise_weight.dim() == 4 && pointwise_weight.size(0) > 0,
-                  "pointwise_weight: expected 4 dimensions and at least one output channel, got ",
-                  shape_text(pointwise_weight.sizes()));
-  const int64_t c_out = pointwise_weight.size(0);
-  check_dense(pointwise_weight, "pointwise_weight", s.type, {c_out, c, 1, 1});
-  check_dense(depthwise_bn, "depthwise_bn", acc_type(s.type), {BN_ROWS, c});
-  check_dense(pointwise_bn, "pointwise_bn", acc_type(s.type), {BN_ROWS, c_out});
-  s.g.c_out = c_out;
-  Tensor y = empty_activation(s.g.n, c_out, s.g.out_h, s.g.out_w, s.type);
-  BlockArgs args{};
-  args.dtype = s.dtype;
-  args.g = s.g;
-  args.x = data(x);
-  args.depthwise_bn = data(depthwise_bn);
-  args.depthwise_weight = data(depthwise_weight);
-  args.pointwise_bn = data(pointwise_bn);
-  args.pointwise_weight = data(pointwise_weight);
-  args.y = y.mutable_data_ptr();
-  kernels().block_inference(args);
-  return y;
-}
-
-// --- normalise, ReLU, pool ------------------------------------------------------------------------------------------
-
-NormaliseArgs check_normalise(const Tensor& y, const Tensor& bn_y) {
-  check_activation(y, "y");
-  check_dense(bn_y, "bn_y", acc_type(y.scalar_type()), {BN_ROWS, y.size(1)});
-  NormaliseArgs args{};
-  args.dtype = dtype_of(y, "y");
-  args.n = y.size(0);
-  args.hw = y.size(2) * y.size(3);
-  args.c = y.size(1);
-  args.y = data(y);
-  args.bn_y = data(bn_y);
-  return args;
-}
-
-Tensor normalise_forward(const Tensor& y, const Tensor& bn_y, bool relu, bool pool) {
-  NormaliseArgs args = check_normalise(y, bn_y);
-  Tensor out = empty_activation(y.size(0), y.size(1), pool ? 1 : y.size(2), pool ? 1 : y.size(3), y.scalar_type());
-  args.relu = relu;
-  args.pool = pool;
-  args.out = out.mutable_data_ptr();
-  kernels().normalise_forward(args);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> normalise_backward(const Tensor& grad, const Tensor& y, const Tensor& bn_y, bool batch_stats,
-                                              bool relu, bool pool) {
-  NormaliseArgs args = check_normalise(y, bn_y);
-  check_activation_like(grad, "grad", y.scalar_type(),
-                        {y.size(0), y.size(1), pool ? 1 : y.size(2), pool ? 1 : y.size(3)});
-  Tensor h = empty_activation(y.size(0), y.size(1), y.size(2), y.size(3), y.scalar_type());
-  Tensor grad_bn_y = empty({GRAD_ROWS, y.size(1)}, acc_type(y.scalar_type()));
-  args.relu = relu;
-  args.pool = pool;
-  args.batch_stats = batch_stats;
-  args.grad = data(grad);
-  args.h = h.mutable_data_ptr();
-  args.grad_bn_y = grad_bn_y.mutable_data_ptr();
-  kernels().normalise_backward(args);
-  return {h, grad_bn_y};
-}
-
-Tensor bn_relu_forward(const Tensor& y, const Tensor& bn_y, bool relu) {
-  return normalise_forward(y, bn_y, relu, false);
-}
-
-std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Tensor& y, const Tensor& bn_y, bool batch_stats,
-                                            bool relu) {
-  return normalise_backward(grad, y, bn_y, batch_stats, relu, false);
-}
-
-Tensor bn_relu_pool_forward(const Tensor& y, const Tensor& bn_y) { return normalise_forward(y, bn_y, true, true); }
-
-std::tuple<Tensor, Tensor> bn_relu_pool_backward(const Tensor& grad, const Tensor& y, const Tensor& bn_y,
-                                                 bool batch_stats) {
-  return normalise_backward(grad, y, bn_y, batch_stats, true, true);
-}
-
-// --- running statistics ---------------------------------------------------------------------------------------------
-
-// A vector of C elements of any floating dtype (a model in half precision has half buffers).
-std::vector<double> vector_values(const Tensor& t, const char* name, int64_t c) {
-  const Dtype dtype = dtype_of(t, name);
-  check_dense(t, name, t.scalar_type(), {c});
-  const void* p = data(t);
-  std::vector<double> values(c);
-  for (int64_t i = 0; i < c; ++i) {
-    switch (dtype) {
-      case Dtype::f32:
-        values[i] = static_cast<const float*>(p)[i];
-        break;
-      case Dtype::f64:
-        values[i] = static_cast<const double*>(p)[i];
-        break;
-      case Dtype::bf16:
-        values[i] = float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
-        break;
-      case Dtype::f16:
-        values[i] = float(static_cast<const torch::headeronly::Half*>(p)[i]);
-        break;
-    }
-  }
-  return values;
+  return otherwise;
 }
 
 template <class A>
-void write_bn(A* bn, const std::vector<double>& mean, const std::vector<double>& var, const OptionalTensor& gamma,
-              const OptionalTensor& beta, const OptionalTensor& conv_bias, double eps) {
-  const int64_t c = int64_t(mean.size());
-  const std::vector<double> scale = gamma ? vector_values(*gamma, "gamma", c) : std::vector<double>(c, 1.0);
-  const std::vector<double> shift = beta ? vector_values(*beta, "beta", c) : std::vector<double>(c, 0.0);
-  const std::vector<double> bias = conv_bias ? vector_values(*conv_bias, "conv_bias", c) : std::vector<double>(c, 0.0);
-  for (int64_t i = 0; i < c; ++i) {
-    const double rstd = 1 / std::sqrt(var[i] + eps);
-    bn[BN_MEAN * c + i] = A(mean[i] - bias[i]);
-    bn[BN_SCALE * c + i] = A(scale[i] * rstd);
-    bn[BN_SHIFT * c + i] = A(shift[i]);
-    bn[BN_RSTD * c + i] = A(rstd);
-    bn[BN_VAR * c + i] = A(var[i]);
+void write_bn(const RunningArgs& args) {
+  A* bn = static_cast<A*>(args.bn);
+  for (int64_t i = 0; i < args.c; ++i) {
+    const double var = value(args.running_var, i, 1);
+    const double rstd = 1 / std::sqrt(var + args.eps);
+    bn[BN_MEAN * args.c + i] = A(value(args.running_mean, i, 0) - value(args.conv_bias, i, 0));
+    bn[BN_SCALE * args.c + i] = A(value(args.gamma, i, 1) * rstd);
+    bn[BN_SHIFT * args.c + i] = A(value(args.beta, i, 0));
+    bn[BN_RSTD * args.c + i] = A(rstd);
+    bn[BN_VAR * args.c + i] = A(var);
   }
 }
 
-Tensor bn_from_running(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& gamma,
-                       const OptionalTensor& beta, const OptionalTensor& conv_bias, double eps) {
-  STD_TORCH_CHECK(running_mean.dim() == 1, "running_mean: expected 1 dimension, got ", running_mean.dim());
-  const int64_t c = running_mean.size(0);
-  const std::vector<double> mean = vector_values(running_mean, "running_mean", c);
-  const std::vector<double> var = vector_values(running_var, "running_var", c);
-  const ScalarType acc = acc_type(running_mean.scalar_type());
-  Tensor bn = empty({BN_ROWS, c}, acc);
-  if (acc == ScalarType::Double)
-    write_bn(static_cast<double*>(bn.mutable_data_ptr()), mean, var, gamma, beta, conv_bias, eps);
-  else
-    write_bn(static_cast<float*>(bn.mutable_data_ptr()), mean, var, gamma, beta, conv_bias, eps);
-  return bn;
-}
+// The kernels of the instruction set in use, for csrc/bindings.h.
+struct Backend {
+  static constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
+  static constexpr const char* kDeviceName = "CPU";
+  static constexpr bool kFloat64 = true;
+
+  explicit Backend(const torch::stable::Tensor&) {}
+
+  void depthwise_forward(const ForwardArgs& args) const { kernels().depthwise_forward(args); }
+  void depthwise_backward(const BackwardArgs& args) const { kernels().depthwise_backward(args); }
+  void pointwise_forward(const ForwardArgs& args) const { kernels().pointwise_forward(args); }
+  void pointwise_backward(const BackwardArgs& args) const { kernels().pointwise_backward(args); }
+  void stem_forward(const ForwardArgs& args) const { kernels().stem_forward(args); }
+  void stem_backward(const BackwardArgs& args) const { kernels().stem_backward(args); }
+  void normalise_forward(const NormaliseArgs& args) const { kernels().normalise_forward(args); }
+  void normalise_backward(const NormaliseArgs& args) const { kernels().normalise_backward(args); }
+  void block_inference(const BlockArgs& args) const { kernels().block_inference(args); }
+  void bn_from_running(const RunningArgs& args) const {
+    args.running_mean.dtype == Dtype::f64 ? write_bn<double>(args) : write_bn<float>(args);
+  }
+};
 
 }  // namespace
 }  // namespace mx::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) {
-  m.impl("depthwise_forward", TORCH_BOX(&mx::cpu::depthwise_forward));
-  m.impl("depthwise_backward", TORCH_BOX(&mx::cpu::depthwise_backward));
-  m.impl("pointwise_forward", TORCH_BOX(&mx::cpu::pointwise_forward));
-  m.impl("pointwise_backward", TORCH_BOX(&mx::cpu::pointwise_backward));
-  m.impl("stem_forward", TORCH_BOX(&mx::cpu::stem_forward));
-  m.impl("stem_backward", TORCH_BOX(&mx::cpu::stem_backward));
-  m.impl("bn_relu_forward", TORCH_BOX(&mx::cpu::bn_relu_forward));
-  m.impl("bn_relu_backward", TORCH_BOX(&mx::cpu::bn_relu_backward));
-  m.impl("bn_relu_pool_forward", TORCH_BOX(&mx::cpu::bn_relu_pool_forward));
-  m.impl("bn_relu_pool_backward", TORCH_BOX(&mx::cpu::bn_relu_pool_backward));
-  m.impl("bn_from_running", TORCH_BOX(&mx::cpu::bn_from_running));
-  m.impl("depthwise_inference", TORCH_BOX(&mx::cpu::depthwise_inference));
-  m.impl("pointwise_inference", TORCH_BOX(&mx::cpu::pointwise_inference));
-  m.impl("stem_inference", TORCH_BOX(&mx::cpu::stem_inference));
-  m.impl("block_inference", TORCH_BOX(&mx::cpu::block_inference));
-}
+STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) { MX_IMPLEMENT_OPS(m, mx::cpu::Backend) }

@@ -14,6 +14,7 @@
 namespace mx::host {
 
 const BuildInfo build_info = {MX_COMPILER,           MX_BUILD_FLAGS, MX_BUILD_TORCH,
-                              MX_BUILD_TORCH_TARGET, MX_BUILD_CUDA,  MX_BUILD_COMMIT};
+                              MX_BUILD_TORCH_TARGET, MX_BUILD_CUDA,  MX_BUILD_CUDA_ARCHITECTURES,
+                              MX_BUILD_COMMIT};
 
 }  // namespace mx::host

@@ -19,11 +19,13 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
         d["torch"] = b.torch;
         d["torch_target"] = b.torch_target;
         d["cuda"] = b.cuda;
+        d["cuda_architectures"] = b.cuda_architectures;
         d["commit"] = b.commit;
         return d;
       },
       "dict of str: compiler, flags, torch (built against), torch_target (oldest that the library loads under), cuda "
-      "(toolkit, or why it was not built), commit (empty where not known).");
+      "(toolkit, or why it was not built), cuda_architectures (as in TORCH_CUDA_ARCH_LIST), commit (empty where not "
+      "known).");
 
   m.def(
       "cpu_features",

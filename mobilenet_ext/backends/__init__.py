@@ -7,6 +7,7 @@ name       runs on                      written in
 ========== ============================ ==========================================
 cpu        any CPU                      C++ (``csrc/cpu``), vectorised at run time
 triton     NVIDIA GPUs, 8.0 and newer   Triton (``mobilenet_ext/triton``)
+cuda       NVIDIA GPUs, 7.5 and newer   C++/CUDA (``csrc/cuda``)
 reference  anything PyTorch runs on     plain PyTorch (``backends/reference.py``)
 ========== ============================ ==========================================
 
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mobilenet_ext.backends import cpu, reference, triton
+from mobilenet_ext.backends import cpu, cuda, reference, triton
 
 __all__ = ["available", "current", "device_type", "kernel", "set", "use"]
 
@@ -38,15 +39,14 @@ class Backend(NamedTuple):
 _BACKENDS = {  # where several run on a device, `auto` picks the first
     "cpu": Backend(cpu.kernels, "cpu", cpu.why_not),
     "triton": Backend(triton.kernels, triton.device_type, triton.why_not),
+    "cuda": Backend(cuda.kernels, cuda.device_type, cuda.why_not),
     "reference": Backend(reference, None, lambda: None),
 }
-# Part of the contract, with kernels to come: `available` says so, `set` refuses it with the same words.
-_ABSENT = {"cuda": "this version of mobilenet_ext has no CUDA C++ kernels"}
 
 
 def available() -> dict[str, str | None]:
     """Every backend's name, with None where it is usable here, else one line that says why it is not."""
-    return {**{name: backend.why_not() for name, backend in _BACKENDS.items()}, **_ABSENT}
+    return {name: backend.why_not() for name, backend in _BACKENDS.items()}
 
 
 def set(name: str) -> None:

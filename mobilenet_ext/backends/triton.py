@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from mobilenet_ext.backends import gpus
 
 CAPABILITY = (8, 0)
 
@@ -44,12 +44,9 @@ def why_not() -> str | None:
         return f"Triton does not import: {type(error).__name__}: {error}".splitlines()[0]
     if interpreted:
         return None
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < CAPABILITY:
-        has, needed = (".".join(map(str, version)) for version in (capability, CAPABILITY))
-        return f"the GPU's compute capability is {has}, {needed} is needed"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if reason := gpus.why_not(CAPABILITY):
+        return reason
+    compiler = os.environ.get("CC", "").split()
+    if not any(map(shutil.which, compiler[:1] or ("gcc", "clang"))):
         return "no C compiler is found, and Triton compiles its launchers with one"
     return None

@@ -1,0 +1,210 @@
+// BatchNorm + ReLU, and its mean over each image (the network's end); and the gradients of both.
+#include "lanes.h"
+
+namespace mx::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsAtOnce = 4;  // loads under way a thread
+
+struct Problem {
+  int64_t rows;  // of y: images times pixels
+  int pixels, channels;
+  bool relu;
+  const void *y, *grad;
+  const float* bn;
+  void *out, *h;
+  float* sums;
+};
+
+template <class T, int P>
+struct Lane {
+  int c;
+  bool inside;
+  float mean[P], scale[P], shift[P], lower;
+
+  __device__ explicit Lane(const Problem& p) {
+    c = (blockIdx.x * blockDim.x + threadIdx.x) * P;
+    inside = c < p.channels;
+    lower = p.relu ? 0.0f : -INFINITY;
+    for (int i = 0; i < P; ++i) {
+      mean[i] = inside ? p.bn[BN_MEAN * p.channels + c + i] : 0.0f;
+      scale[i] = inside ? p.bn[BN_SCALE * p.channels + c + i] : 0.0f;
+      shift[i] = inside ? p.bn[BN_SHIFT * p.channels + c + i] : 0.0f;
+    }
+  }
+
+  __device__ float normalised(T y, int i) const { return normalise(to_float(y), mean[i], scale[i], shift[i]); }
+};
+
+// A program takes kRowsAtOnce*lanes rows at a time.
+template <class T, int P>
+__global__ void __launch_bounds__(kThreads) forward(const Problem p) {
+  const Lane<T, P> lane(p);
+  if (!lane.inside) return;
+  const T* y = static_cast<const T*>(p.y) + lane.c;
+  T* out = static_cast<T*>(p.out) + lane.c;
+  const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
+  for (int64_t first = blockIdx.y * step + threadIdx.y; first < p.rows; first += gridDim.y * step) {
+    Pack<T, P> packs[kRowsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t row = first + k * blockDim.y;
+      if (row < p.rows) packs[k] = Pack<T, P>::load(y + row * p.channels);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t row = first + k * blockDim.y;
+      if (row >= p.rows) continue;
+      for (int i = 0; i < P; ++i) packs[k].v[i] = rounded<T>(at_least(lane.normalised(packs[k].v[i], i), lane.lower));
+      packs[k].store(out + row * p.channels);
+    }
+  }
+}
+
+// A block makes the means of an image.
+template <class T, int P>
+__global__ void __launch_bounds__(kThreads) pool_forward(const Problem p) {
+  const Lane<T, P> lane(p);
+  float sum[P] = {};
+  for (int64_t image = blockIdx.y; image < p.rows / p.pixels; image += gridDim.y) {
+    for (int i = 0; i < P; ++i) sum[i] = 0.0f;
+    const T* y = static_cast<const T*>(p.y) + image * p.pixels * p.channels + lane.c;
+    for (int pixel = threadIdx.y; lane.inside && pixel < p.pixels; pixel += blockDim.y) {
+      const Pack<T, P> pack = Pack<T, P>::load(y + int64_t(pixel) * p.channels);
+      for (int i = 0; i < P; ++i) sum[i] += relu(lane.normalised(pack.v[i], i));
+    }
+    sum_lanes(sum);
+    if (lane.inside && threadIdx.y == 0) {
+      Pack<T, P> pack;
+      for (int i = 0; i < P; ++i) pack.v[i] = rounded<T>(sum[i] / float(p.pixels));
+      pack.store(static_cast<T*>(p.out) + image * p.channels + lane.c);
+    }
+  }
+}
+
+// h, and the program's sums of h and h*(y - mean). Pooled: the gradient of an image's mean is that of all its pixels.
+template <class T, int P, bool kPool>
+__global__ void __launch_bounds__(kThreads) backward(const Problem p) {
+  const Lane<T, P> lane(p);
+  const T* y = static_cast<const T*>(p.y) + lane.c;
+  const T* grad = static_cast<const T*>(p.grad) + lane.c;
+  T* h = static_cast<T*>(p.h) + lane.c;
+  float sum_h[P] = {}, sum_h_centred[P] = {};
+  const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
+  for (int64_t first = blockIdx.y * step + threadIdx.y; lane.inside && first < p.rows; first += gridDim.y * step) {
+    Pack<T, P> ys[kRowsAtOnce], grads[kRowsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t row = first + k * blockDim.y;
+      if (row >= p.rows) continue;
+      ys[k] = Pack<T, P>::load(y + row * p.channels);
+      grads[k] = Pack<T, P>::load(grad + (kPool ? row / p.pixels : row) * p.channels);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      const int64_t row = first + k * blockDim.y;
+      if (row >= p.rows) continue;
+      for (int i = 0; i < P; ++i) {
+        const float g = kPool ? to_float(grads[k].v[i]) / float(p.pixels) : to_float(grads[k].v[i]);
+        // A NaN is not <= 0 and passes the gradient, as PyTorch's ReLU lets it.
+        const float masked = lane.normalised(ys[k].v[i], i) <= lane.lower && p.relu ? 0.0f : g;
+        grads[k].v[i] = rounded<T>(masked);
+        const float stored = to_float(grads[k].v[i]);
+        sum_h[i] += stored;
+        sum_h_centred[i] += stored * (to_float(ys[k].v[i]) - lane.mean[i]);
+      }
+      grads[k].store(h + row * p.channels);
+    }
+  }
+  sum_lanes(sum_h);
+  sum_lanes(sum_h_centred);
+  if (lane.inside && threadIdx.y == 0) {
+    float* sums = p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + lane.c;
+    for (int i = 0; i < P; ++i) {
+      sums[SUM_H * p.channels + i] = sum_h[i];
+      sums[SUM_H_CENTRED * p.channels + i] = sum_h_centred[i];
+    }
+  }
+}
+
+Problem problem_of(const NormaliseArgs& args) {
+  Problem p{};
+  p.rows = args.n * args.hw;
+  p.pixels = int(args.hw);
+  p.channels = int(args.c);
+  p.relu = args.relu;
+  p.y = args.y;
+  p.grad = args.grad;
+  p.bn = static_cast<const float*>(args.bn_y);
+  p.out = args.out;
+  p.h = args.h;
+  return p;
+}
+
+struct Grid {
+  dim3 blocks, threads;
+  size_t shared;
+};
+
+// `rows_a_block` times the lanes is what a block takes at a time; at most `most` blocks for the same channels.
+Grid grid_of(int packs, int64_t rows, int rows_a_block, int64_t most, int channels_a_thread) {
+  int x = 1;
+  while (x < 8 && x < packs) x *= 2;  // 8 packs of 16 bytes: a cache line
+  const int lanes = kThreads / x;
+  const int64_t wanted = (rows + int64_t(rows_a_block) * lanes - 1) / (int64_t(rows_a_block) * lanes);
+  const int64_t y = wanted < most ? wanted : most;
+  return {dim3((packs + x - 1) / x, unsigned(y)), dim3(x, lanes), lanes_bytes(kThreads, channels_a_thread)};
+}
+
+template <class T, int P>
+cudaError_t start_forward(const NormaliseArgs& args, const Launch& on) {
+  const Problem p = problem_of(args);
+  if (p.rows == 0) return cudaSuccess;
+  const int packs = p.channels / P;
+  if (args.pool) {
+    Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 1, P);
+    grid.blocks.y = unsigned(args.n < 65535 ? args.n : 65535);
+    return launch(pool_forward<T, P>, grid.blocks, grid.threads, grid.shared, on.stream, p);
+  }
+  const Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 65535, P);
+  return launch(forward<T, P>, grid.blocks, grid.threads, 0, on.stream, p);
+}
+
+template <class T, int P>
+cudaError_t start_backward(const NormaliseArgs& args, const Launch& on) {
+  Problem p = problem_of(args);
+  const int packs = p.channels / P;
+  Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 65535, P);
+  const unsigned enough = 4u * on.multiprocessors / grid.blocks.x;
+  if (grid.blocks.y > enough) grid.blocks.y = enough > 1 ? enough : 1;
+  const int programs = p.rows == 0 ? 0 : int(grid.blocks.y);
+  p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * p.channels);
+  if (programs > 0) {
+    const auto kernel = args.pool ? backward<T, P, true> : backward<T, P, false>;
+    const cudaError_t error = launch(kernel, grid.blocks, grid.threads, grid.shared, on.stream, p);
+    if (error != cudaSuccess) return error;
+  }
+  return finish_gradients(p.sums, programs, p.channels, args.bn_y, args.batch_stats, p.rows, args.grad_bn_y, nullptr, 0,
+                          0, nullptr, on);
+}
+
+}  // namespace
+
+cudaError_t normalise_forward(const NormaliseArgs& args, const Launch& on) {
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.out);
+    return wide ? start_forward<T, kPack<T>>(args, on) : start_forward<T, 1>(args, on);
+  });
+}
+
+cudaError_t normalise_backward(const NormaliseArgs& args, const Launch& on) {
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.grad) && aligned(args.h);
+    return wide ? start_backward<T, kPack<T>>(args, on) : start_backward<T, 1>(args, on);
+  });
+}
+
+}  // namespace mx::cuda

@@ -1,0 +1,188 @@
+// A forward convolution as a tiled product (product.h) D = A weight^T: what becomes of D, and the launch.
+//
+// y is written once, and its statistics come from the values that a thread stores.
+#pragma once
+#include "finish.h"
+#include "product.h"
+
+namespace mx::cuda {
+
+template <class T>
+struct OutputArguments {
+  T* y;
+  float* partial;     // null: no statistics
+  const float* bn_y;  // null: no normalisation of y
+  bool relu;
+  Tiling tiling;
+};
+
+// y, and its statistics if wanted: y's channels are the product's columns.
+template <class S, bool kWide>
+struct ConvolutionOutput {
+  using T = typename S::T;
+  struct Extra {};
+  const OutputArguments<T>& args;
+  int column;
+  // Statistics of the values as stored: sums of differences from an origin, which is the warp's first row, and after 1,
+  // 2, 4, 8, ... tiles the mean of its rows so far: neither a large mean nor an outlier in front cancels in M2. Or what
+  // normalises the columns.
+  float total[S::kWidth] = {}, squares[S::kWidth] = {}, origin[S::kWidth] = {};
+  int tiles = 0;  // done
+
+  using Vector = Parked<S, S::kWidth>;
+  static constexpr int kTotal = S::kSharedBytes, kSquares = kTotal + Vector::kBytes,
+                       kOrigin = kSquares + Vector::kBytes;
+  static constexpr int kSharedBytes = kOrigin + Vector::kBytes;
+
+  __device__ __forceinline__ explicit ConvolutionOutput(const OutputArguments<T>& arguments)
+      : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {
+    if (args.bn_y != nullptr && column < args.tiling.columns) {
+      load_vector<kWide>(args.bn_y + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns, total);
+      load_vector<kWide>(args.bn_y + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns, squares);
+      load_vector<kWide>(args.bn_y + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns, origin);
+    }
+    Vector::store(kOrigin, origin);
+    store_sums();
+  }
+
+  __device__ __forceinline__ void begin_tile() { load_vectors(); }
+  __device__ __forceinline__ void end_tile() {
+    ++tiles;
+    // Only the last of all tiles is not full, and no tile comes after it.
+    const bool more = args.tiling.program() + int64_t(tiles) * args.tiling.programs < args.tiling.tiles;
+    if (args.partial != nullptr && more && (tiles & (tiles - 1)) == 0) recentre();
+    store_sums();
+  }
+  __device__ __forceinline__ void recentre() {
+    const float rows = float(tiles * S::kWarpRows), mine = float(tiles * S::kWarpRows * S::kLanes / 32);
+#pragma unroll
+    for (int i = 0; i < S::kWidth; ++i) {
+      const float nearer = origin[i] + S::add_lanes(total[i]) / rows;
+      const float moved = nearer - origin[i];  // not the quotient, but what rounding left of it
+      squares[i] += moved * (mine * moved - 2.0f * total[i]);
+      total[i] -= mine * moved;
+      origin[i] = nearer;
+    }
+    Vector::store(kOrigin, origin);
+  }
+  __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
+
+  __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
+    if (args.partial == nullptr) {
+      if (args.bn_y != nullptr) {
+#pragma unroll
+        for (int i = 0; i < S::kWidth; ++i) d[i] = normalise(d[i], total[i], squares[i], origin[i]);
+      }
+      if (args.relu) {
+#pragma unroll
+        for (int i = 0; i < S::kWidth; ++i) d[i] = relu(d[i]);
+      }
+    }
+    const auto y = round_pack<T>(d);
+    if (inside) store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, y);
+    if (args.partial == nullptr) return;
+    to_floats(y, d);
+    if (index == 0 && tiles == 0) {
+#pragma unroll
+      for (int i = 0; i < S::kWidth; ++i) {
+        const float value = __shfl_sync(0xffffffffu, d[i], int(threadIdx.x) % S::kLanes);
+        origin[i] = value - value == 0.0f ? value : 0.0f;  // finite
+      }
+      Vector::store(kOrigin, origin);
+    }
+    if (!inside) return;
+#pragma unroll
+    for (int i = 0; i < S::kWidth; ++i) {
+      const float difference = d[i] - origin[i];
+      total[i] += difference;
+      squares[i] = fmaf(difference, difference, squares[i]);
+    }
+  }
+
+  __device__ __forceinline__ void load_vectors() {
+    Vector::load(kTotal, total);
+    Vector::load(kSquares, squares);
+    Vector::load(kOrigin, origin);
+  }
+  __device__ __forceinline__ void store_sums() {
+    Vector::store(kTotal, total);
+    Vector::store(kSquares, squares);
+  }
+
+  // The program's row of partial statistics: count, mean, mean_rest, M2. All threads of the block.
+  __device__ __forceinline__ void finish() {
+    constexpr int warps = S::kRows / S::kWarpRows;
+    const unsigned thread = thread_again();
+    const int warp_row = S::warp_row(thread);
+    float* const shared = shared_memory<float>() + warp_row / S::kWarpRows * 4 * S::kColumns;
+    const int program = args.tiling.program(), programs = args.tiling.programs, all = args.tiling.tiles;
+    const int last = int(args.tiling.rows - int64_t(all - 1) * S::kRows);
+    const int mine_of_last = last < warp_row ? 0 : min_of(last - warp_row, S::kWarpRows);
+    const int my_tiles = (all - 1 - program) / programs + 1;
+    const bool has_last = (all - 1 - program) % programs == 0;
+    const float rows = float(my_tiles * S::kWarpRows - (has_last ? S::kWarpRows - mine_of_last : 0));
+    load_vectors();
+#pragma unroll
+    for (int i = 0; i < S::kWidth; ++i) {
+      const float sum = S::add_lanes(total[i]), sum_squares = S::add_lanes(squares[i]);
+      if (thread % 32 < S::kLanes) {
+        float* const to = shared + S::thread_column(thread) + i;
+        to[0] = rows, to[S::kColumns] = origin[i], to[2 * S::kColumns] = sum, to[3 * S::kColumns] = sum_squares;
+      }
+    }
+    __syncthreads();
+    const int mine = int(thread), at = args.tiling.template first_column<S>() + mine;
+    if (mine >= S::kColumns || at >= args.tiling.columns) return;
+    // The first warp has a row, the program's first. Means are differences from its origin.
+    const float* const parts = shared_memory<float>() + mine;
+    const float base = parts[S::kColumns];
+    float n = 0.0f, mean = 0.0f, m2 = 0.0f;
+    for (int w = 0; w < warps; ++w) {
+      const float* const part = parts + w * 4 * S::kColumns;
+      n += part[0];
+      if (part[0] > 0.0f) mean += (part[S::kColumns] - base) * part[0] + part[2 * S::kColumns];
+    }
+    mean /= n;
+    for (int w = 0; w < warps; ++w) {
+      const float* const part = parts + w * 4 * S::kColumns;
+      if (!(part[0] > 0.0f)) continue;
+      const float offset = part[2 * S::kColumns] / part[0];
+      const float distance = (part[S::kColumns] - base) + offset - mean;
+      m2 += (part[3 * S::kColumns] - offset * part[2 * S::kColumns]) + distance * distance * part[0];
+    }
+    const int64_t columns = args.tiling.columns;
+    float* const to = args.partial + program * STATISTICS_ROWS * columns + at;
+    to[STATISTICS_COUNT * columns] = n;
+    to[STATISTICS_MEAN * columns] = base;
+    to[STATISTICS_MEAN_REST * columns] = mean;
+    to[STATISTICS_M2 * columns] = m2;
+  }
+};
+
+// All of a block's work. kWide: rows of y are multiples of 16 bytes, and y and bn_y aligned.
+template <class S, bool kWide, class Source>
+__device__ __forceinline__ void convolve(const Source& source, const typename S::T* weight,
+                                         const OutputArguments<typename S::T>& args) {
+  ConvolutionOutput<S, kWide> output(args);
+  product<S, false>(source, weight, args.tiling, output);
+  if (args.partial != nullptr) output.finish();
+}
+
+// Launches kernel(source, weight, output arguments), and what finishes the statistics.
+template <class S, bool kWide, class Source, class T = typename S::T>
+cudaError_t start_convolution(void (*kernel)(Source, const T*, OutputArguments<T>), const Source& source, int depth,
+                              const ForwardArgs& f, const Launch& on) {
+  OutputArguments<T> args{};
+  args.y = static_cast<T*>(f.y);
+  args.bn_y = static_cast<const float*>(f.epilogue_bn);
+  args.relu = f.epilogue_relu;
+  args.tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
+  const int programs = args.tiling.programs, columns = args.tiling.columns;
+  if (f.bn_y != nullptr) args.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * columns);
+  const cudaError_t error = launch_product<S>(kernel, args.tiling, ConvolutionOutput<S, kWide>::kSharedBytes, on,
+                                              source, static_cast<const T*>(f.weight), args);
+  if (error != cudaSuccess || f.bn_y == nullptr) return error;
+  return finish_statistics(args.partial, programs, columns, f.gamma, f.beta, f.eps, f.bn_y, on);
+}
+
+}  // namespace mx::cuda

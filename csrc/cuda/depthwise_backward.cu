@@ -1,0 +1,303 @@
+// Depthwise 3x3 convolution, backward: the gradients of input and weight in one pass over the data.
+//
+// A thread owns input pixels and walks down the image. It rebuilds dy, the gradient of the outputs that see them, and
+// each dy meets each of its inputs once, in a product for either gradient. Nine taps, nine sums of the weight's
+// gradient and seven vectors a channel are in registers, so a thread has four channels: 64-bit accesses in 16 bits.
+//
+// Rows and columns are counted in the padded image where marked ': input row i' = i + padding is seen by the output
+// rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, meets nothing:
+// there a product with 0 would make a NaN of another's infinity.
+#include "depthwise.h"
+#include "lanes.h"
+
+namespace mx::cuda {
+namespace {
+
+struct Problem {
+  int height, width, channels, out_height, out_width, padding;
+  DepthwiseGrid grid;
+  const void *h, *y, *u, *weight;
+  const float *grad_bn_y, *bn_u;
+  void* h_u;              // null: not wanted
+  float *sums, *partial;  // null: not wanted
+};
+
+// What a thread keeps of its channels, and what it adds up for them.
+template <class T, int P>
+struct Channels {
+  using Packed = Pack<T, P>;
+  const Problem& p;
+  int c;
+  bool inside;
+  float taps[9][P], mean[P], scale[P], shift[P], gp[P], gq[P], gmean[P], go[P];
+  float grad_taps[9][P], sum_h[P], sum_h_centred[P];
+
+  __device__ explicit Channels(const Problem& problem) : p(problem) {
+    c = (blockIdx.x * p.grid.packs + threadIdx.x) * P;
+    inside = c < p.channels;
+    auto row = [&](const float* rows, int r, int i, float otherwise) {
+      return rows != nullptr && inside ? rows[r * p.channels + c + i] : otherwise;
+    };
+    const float* of_y = p.y ? p.grad_bn_y : nullptr;  // without statistics dy = P*h
+    for (int i = 0; i < P; ++i) {
+      for (int tap = 0; tap < 9; ++tap) {
+        taps[tap][i] = inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
+        grad_taps[tap][i] = 0.0f;
+      }
+      mean[i] = row(p.bn_u, BN_MEAN, i, 0.0f);
+      scale[i] = row(p.bn_u, BN_SCALE, i, 1.0f);
+      shift[i] = row(p.bn_u, BN_SHIFT, i, 0.0f);
+      gp[i] = row(p.grad_bn_y, GRAD_P, i, 1.0f);
+      gq[i] = row(of_y, GRAD_Q, i, 0.0f);
+      gmean[i] = row(of_y, GRAD_MEAN, i, 0.0f);
+      go[i] = row(of_y, GRAD_O, i, 0.0f);
+      sum_h[i] = sum_h_centred[i] = 0.0f;
+    }
+  }
+
+  // dy at an offset of h and y.
+  __device__ void load_gradient(float (&dy)[P], int64_t offset) const {
+    const Packed h = Packed::load(static_cast<const T*>(p.h) + offset);
+    if (p.y != nullptr) {
+      const Packed y = Packed::load(static_cast<const T*>(p.y) + offset);
+      for (int i = 0; i < P; ++i)
+        dy[i] = output_gradient(to_float(h.v[i]), to_float(y.v[i]), gp[i], gq[i], gmean[i], go[i]);
+    } else {
+      for (int i = 0; i < P; ++i) dy[i] = gp[i] * to_float(h.v[i]);
+    }
+  }
+
+  // The convolution's input at an offset of u.
+  __device__ void load_activation(float (&a)[P], int64_t offset) const {
+    const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+    const float lower = p.bn_u ? 0.0f : -INFINITY;
+    for (int i = 0; i < P; ++i) a[i] = at_least(normalise(to_float(u.v[i]), mean[i], scale[i], shift[i]), lower);
+  }
+
+  // An input that was multiplied by a tap, and the dy of its output.
+  __device__ void meet(int tap, const float (&a)[P], float (&da)[P], const float (&dy)[P]) {
+    for (int i = 0; i < P; ++i) {
+      grad_taps[tap][i] += a[i] * dy[i];
+      da[i] += taps[tap][i] * dy[i];
+    }
+  }
+
+  // Stores h_u of an input whose gradient is complete.
+  __device__ void store(int64_t offset, const float (&a)[P], const float (&da)[P]) {
+    if (p.h_u == nullptr) return;
+    Packed stored;
+    // h_u is 0 where the ReLU gave 0; a NaN is not 0 and passes the gradient, as PyTorch's ReLU lets it.
+    for (int i = 0; i < P; ++i) stored.v[i] = rounded<T>(p.bn_u != nullptr && a[i] == 0.0f ? 0.0f : da[i]);
+    stored.store(static_cast<T*>(p.h_u) + offset);
+    if (p.bn_u == nullptr) return;
+    const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+    for (int i = 0; i < P; ++i) {
+      const float h = to_float(stored.v[i]);
+      sum_h[i] += h;
+      sum_h_centred[i] += h * (to_float(u.v[i]) - mean[i]);
+    }
+  }
+
+  // The program's partial results: its lanes added up.
+  __device__ void finish() {
+    if (p.sums != nullptr) {
+      sum_lanes(sum_h);
+      sum_lanes(sum_h_centred);
+      float* sums = p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + c;
+      for (int i = 0; i < P && inside && threadIdx.y == 0; ++i) {
+        sums[SUM_H * p.channels + i] = sum_h[i];
+        sums[SUM_H_CENTRED * p.channels + i] = sum_h_centred[i];
+      }
+    }
+    if (p.partial != nullptr) {
+      float* partial = p.partial + (int64_t(blockIdx.y) * p.channels + c) * 9;
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) {
+        sum_lanes(grad_taps[tap]);
+        for (int i = 0; i < P && inside && threadIdx.y == 0; ++i) partial[9 * i + tap] = grad_taps[tap][i];
+      }
+    }
+  }
+};
+
+template <int P>
+__device__ void clear(float (&x)[P]) {
+  for (int i = 0; i < P; ++i) x[i] = 0.0f;
+}
+template <int P>
+__device__ void copy(float (&to)[P], const float (&from)[P]) {
+  for (int i = 0; i < P; ++i) to[i] = from[i];
+}
+
+// A thread owns two neighbouring input columns, which are seen by four output columns.
+template <class T, int P>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p) {
+  Channels<T, P> channels(p);
+  const DepthwiseGrid& grid = p.grid;
+  const int chunks = (p.height + grid.rows - 1) / grid.rows;
+  const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
+  for (int64_t task = blockIdx.y; task < strips * chunks; task += gridDim.y) {
+    const int64_t lane = task / chunks * grid.lanes + threadIdx.y;
+    if (lane >= grid.total_lanes || !channels.inside) continue;
+    const int64_t image = lane / grid.lanes_per_image;
+    const int column = int(lane % grid.lanes_per_image) * 2;
+    const int first_row = int(task % chunks) * grid.rows;
+    const int row_end = min_of(first_row + grid.rows, p.height);
+    const bool second = column + 1 < p.width;
+
+    // Tap k of the first column is of the output column out_column - k, of the second one to the right of it.
+    const int out_column = column + p.padding;
+    bool seen[4];  // by the output columns out_column + 1 - q
+    for (int q = 0; q < 4; ++q) seen[q] = out_column + 1 - q >= 0 && out_column + 1 - q < p.out_width;
+    int out_row = first_row - 2 + p.padding;
+    int64_t out = ((image * p.out_height + out_row) * p.out_width + out_column + 1) * p.channels + channels.c;
+    int64_t in = ((image * p.height + first_row) * p.width + column) * p.channels + channels.c;
+    const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
+
+    // [r]: the input rows row + r, which have met dy's rows up to row' - 1, where dy's row is row'.
+    float a[3][2][P], da[3][2][P];
+    for (int r = 0; r < 3; ++r)
+      for (int o = 0; o < 2; ++o) clear(a[r][o]), clear(da[r][o]);
+    for (int row = first_row - 2; row < row_end; ++row) {
+      if (row + 2 < row_end) {
+        channels.load_activation(a[2][0], in);
+        if (second) channels.load_activation(a[2][1], in + p.channels);
+      }
+      if (out_row >= 0 && out_row < p.out_height) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          if (!seen[q]) continue;
+          float dy[P];
+          channels.load_gradient(dy, out - q * p.channels);
+#pragma unroll
+          for (int r = 0; r < 3; ++r) {
+            if (row + r < first_row || row + r >= row_end) continue;
+            if (q >= 1) channels.meet(3 * r + q - 1, a[r][0], da[r][0], dy);
+            if (q <= 2 && second) channels.meet(3 * r + q, a[r][1], da[r][1], dy);
+          }
+        }
+      }
+      if (row >= first_row) {
+        channels.store(in - 2 * in_stride, a[0][0], da[0][0]);
+        if (second) channels.store(in - 2 * in_stride + p.channels, a[0][1], da[0][1]);
+      }
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        copy(a[0][o], a[1][o]), copy(a[1][o], a[2][o]);
+        copy(da[0][o], da[1][o]), copy(da[1][o], da[2][o]);
+        clear(da[2][o]);
+      }
+      ++out_row;
+      out += out_stride;
+      in += in_stride;
+    }
+  }
+  channels.finish();
+}
+
+// A thread owns the four inputs i' = 2r, 2r + 1, j' = 2s, 2s + 1, which the outputs r - 1, r and s - 1, s see.
+template <class T, int P>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p) {
+  Channels<T, P> channels(p);
+  const DepthwiseGrid& grid = p.grid;
+  const int quad_rows = (p.height - 1 + p.padding) / 2 + 1;
+  const int chunks = (quad_rows + grid.rows - 1) / grid.rows;
+  const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
+  for (int64_t task = blockIdx.y; task < strips * chunks; task += gridDim.y) {
+    const int64_t lane = task / chunks * grid.lanes + threadIdx.y;
+    if (lane >= grid.total_lanes || !channels.inside) continue;
+    const int64_t image = lane / grid.lanes_per_image;
+    const int s = int(lane % grid.lanes_per_image);
+    const int column = 2 * s - p.padding;
+    const int first = int(task % chunks) * grid.rows;
+    const int end = min_of(first + grid.rows, quad_rows);
+    const bool left = column >= 0, right = column + 1 < p.width;
+    const bool seen[2] = {s < p.out_width, s >= 1 && s - 1 < p.out_width};  // by the output columns s and s - 1
+
+    const int64_t out = (image * p.out_height * p.out_width + s) * p.channels + channels.c;
+    const int64_t in = (image * p.height * p.width + column) * p.channels + channels.c;
+    const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
+    float above[2][P], dy[2][P];
+    // dy of the outputs in row r.
+    auto load = [&](float (&to)[2][P], int r) {
+      for (int q = 0; q < 2; ++q)
+        if (r >= 0 && r < p.out_height && seen[q]) channels.load_gradient(to[q], out + r * out_stride - q * p.channels);
+    };
+    load(above, first - 1);
+    for (int r = first; r < end; ++r) {
+      load(dy, r);
+      const bool here = r < p.out_height, before = r >= 1 && r - 1 < p.out_height;
+      const int row = 2 * r - p.padding;
+      // Tap rows: of an even row 0 (with dy) and 2 (with the dy above), of an odd one 1; columns alike.
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        if (row + odd < 0 || row + odd >= p.height) continue;
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          if (!(o == 0 ? left : right)) continue;
+          const int64_t offset = in + (row + odd) * in_stride + o * p.channels;
+          float a[P], da[P];
+          clear(da);
+          channels.load_activation(a, offset);
+#pragma unroll
+          for (int q = 0; q < 2 - o; ++q) {
+            if (!seen[q]) continue;
+            const int k = o == 0 ? 2 * q : 1;
+            if (here) channels.meet(3 * odd + k, a, da, dy[q]);
+            if (odd == 0 && before) channels.meet(6 + k, a, da, above[q]);
+          }
+          channels.store(offset, a, da);
+        }
+      }
+      for (int q = 0; q < 2; ++q) copy(above[q], dy[q]);
+    }
+  }
+  channels.finish();
+}
+
+template <class T, int P>
+cudaError_t start(const BackwardArgs& args, const Launch& on) {
+  const Geometry& g = args.g;
+  const bool first = g.stride == 1;
+  const int64_t lanes = first ? (g.w + 1) / 2 : (g.w - 1 + g.padding) / 2 + 1;
+  const int64_t rows = first ? g.h : (g.h - 1 + g.padding) / 2 + 1;
+  Problem p{};
+  p.grid = depthwise_grid(int(g.c_in / P), g.n, int(rows), int(lanes), true, on);
+  p.height = int(g.h);
+  p.width = int(g.w);
+  p.channels = int(g.c_in);
+  p.out_height = int(g.out_h);
+  p.out_width = int(g.out_w);
+  p.padding = g.padding;
+  p.h = args.h;
+  p.y = args.y;
+  p.u = args.u;
+  p.weight = args.weight;
+  p.grad_bn_y = static_cast<const float*>(args.grad_bn_y);
+  p.bn_u = static_cast<const float*>(args.bn_u);
+  p.h_u = args.h_u;
+  const int programs = g.n == 0 ? 0 : p.grid.programs;
+  const int64_t elements = 9 * g.c_in;
+  if (args.grad_bn_u) p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * g.c_in);
+  if (args.grad_weight) p.partial = on.temporary<float>(size_t(programs) * elements);
+  if (programs > 0) {
+    const cudaError_t error = launch(first ? stride_1<T, P> : stride_2<T, P>, dim3(p.grid.channel_blocks, programs),
+                                     dim3(p.grid.packs, p.grid.lanes), lanes_bytes(kDepthwiseThreads, P), on.stream, p);
+    if (error != cudaSuccess) return error;
+  }
+  return finish_gradients(p.sums, programs, p.channels, args.bn_u, args.batch_stats_u, g.n * g.h * g.w, args.grad_bn_u,
+                          p.partial, programs, elements, args.grad_weight, on);
+}
+
+}  // namespace
+
+cudaError_t depthwise_backward(const BackwardArgs& args, const Launch& on) {
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool wide =
+        args.g.c_in % 4 == 0 && aligned(args.h) && aligned(args.y) && aligned(args.u) && aligned(args.h_u);
+    return wide ? start<T, 4>(args, on) : start<T, 1>(args, on);
+  });
+}
+
+}  // namespace mx::cuda

@@ -1,0 +1,206 @@
+// Depthwise 3x3 convolution, forward: for training (raw output and statistics) and for inference (finished output).
+//
+// Each input row is loaded and normalised once a thread and added to all output rows that see it, whose sums stay in
+// registers. With stride 1 a thread owns two neighbouring output columns, which see four input columns instead of six;
+// with stride 2 one, because a pair would save one load of six and need more registers.
+#include "depthwise.h"
+#include "lanes.h"
+
+namespace mx::cuda {
+namespace {
+
+struct Problem {
+  int64_t images;
+  int height, width, channels, out_height, out_width, padding;
+  DepthwiseGrid grid;
+  const void* u;
+  const float* bn_u;
+  const void* weight;
+  void* y;
+  float* partial;
+  const float* bn_y;
+  bool relu;
+};
+
+// Mean, scale and shift of a pack's channels, and the lower bound that stands for the ReLU.
+template <int P>
+struct Normalisation {
+  float mean[P], scale[P], shift[P], lower;
+
+  // Without bn the values stay as they are.
+  __device__ void load(const float* bn, int channels, int c, bool inside, bool relu) {
+    lower = relu ? 0.0f : -INFINITY;
+    for (int i = 0; i < P; ++i) {
+      const bool given = bn != nullptr && inside;
+      mean[i] = given ? bn[BN_MEAN * channels + c + i] : 0.0f;
+      scale[i] = given ? bn[BN_SCALE * channels + c + i] : 1.0f;
+      shift[i] = given ? bn[BN_SHIFT * channels + c + i] : 0.0f;
+    }
+  }
+
+  __device__ float operator()(float x, int i) const {
+    return at_least(normalise(x, mean[i], scale[i], shift[i]), lower);
+  }
+};
+
+// T: dtype; P: channels a thread; kStride; kTraining: normalise on load and keep statistics, else normalise the output.
+template <class T, int P, int kStride, bool kTraining>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p) {
+  constexpr int kColumns = kStride == 1 ? 2 : 1;  // of the output
+  constexpr int kInputs = kStride == 1 ? 4 : 3;   // columns that they see
+  using Packed = Pack<T, P>;
+  const DepthwiseGrid& grid = p.grid;
+  const int channels = p.channels;
+  const int c = (blockIdx.x * grid.packs + threadIdx.x) * P;
+  const bool channel_inside = c < channels;
+
+  float taps[9][P];
+  for (int i = 0; i < P; ++i)
+    for (int tap = 0; tap < 9; ++tap)
+      taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
+  Normalisation<P> norm;
+  norm.load(kTraining ? p.bn_u : p.bn_y, channels, c, channel_inside, kTraining ? p.bn_u != nullptr : p.relu);
+  Statistics<P> statistics;
+  if (kTraining) statistics.clear();
+
+  const int chunks = (p.out_height + grid.rows - 1) / grid.rows;
+  const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
+  for (int64_t task = blockIdx.y; task < strips * chunks; task += gridDim.y) {
+    const int64_t lane = task / chunks * grid.lanes + threadIdx.y;
+    if (lane >= grid.total_lanes || !channel_inside) continue;
+    const int64_t image = lane / grid.lanes_per_image;
+    const int column = int(lane % grid.lanes_per_image) * kColumns;
+    const int first_row = int(task % chunks) * grid.rows;
+    const int row_end = min_of(first_row + grid.rows, p.out_height);
+
+    int in_row = first_row * kStride - p.padding;
+    const int in_column = column * kStride - p.padding;
+    const T* in = static_cast<const T*>(p.u) + ((image * p.height + in_row) * p.width + in_column) * channels + c;
+    T* out = static_cast<T*>(p.y) + ((image * p.out_height + first_row) * p.out_width + column) * channels + c;
+    const int64_t in_stride = int64_t(p.width) * channels, out_stride = int64_t(p.out_width) * channels;
+    bool inside[kInputs];
+    for (int j = 0; j < kInputs; ++j) inside[j] = in_column + j >= 0 && in_column + j < p.width;
+    const int last_row = min_of((row_end - 1) * kStride - p.padding + 2, p.height - 1);
+
+    // Rows are loaded a step before their use.
+    Packed next[kInputs];
+    auto load = [&] {
+      const bool row_inside = in_row >= 0 && in_row <= last_row;
+      for (int j = 0; j < kInputs; ++j)
+        if (row_inside && inside[j]) next[j] = Packed::load(in + j * channels);
+    };
+    // What is outside the image adds nothing: the branches part threads only at its border.
+    float sums[3][kColumns][P];  // of three output rows, the first of which is finished next
+    auto add_row = [&](int first_tap_row, int rows) {
+      const bool row_inside = in_row >= 0 && in_row < p.height;
+#pragma unroll
+      for (int j = 0; j < kInputs; ++j) {
+        if (!row_inside || !inside[j]) continue;
+#pragma unroll
+        for (int i = 0; i < P; ++i) {
+          const float x = to_float(next[j].v[i]);
+          const float a = kTraining ? norm(x, i) : x;
+#pragma unroll
+          for (int o = 0; o < kColumns; ++o) {
+            const int k = j - o;
+            if (k < 0 || k > 2) continue;
+#pragma unroll
+            for (int r = 0; r < 3; ++r) {
+              const int tap_row = first_tap_row - kStride * r;
+              if (r < rows && tap_row >= 0) sums[r][o][i] += a * taps[3 * tap_row + k][i];
+            }
+          }
+        }
+      }
+      // Loaded in front of the products, it would need more registers than there are.
+      ++in_row;
+      in += in_stride;
+      load();
+    };
+
+    for (int r = 0; r < 3; ++r)
+      for (int o = 0; o < kColumns; ++o)
+        for (int i = 0; i < P; ++i) sums[r][o][i] = 0.0f;
+    load();
+    // The rows in front that only the chunk's first output rows see.
+    add_row(0, 1);
+    if (kStride == 1) add_row(1, 2);
+
+    for (int row = first_row; row < row_end; ++row) {
+      if (kStride == 2) add_row(1, 1);
+      add_row(2, kStride == 1 ? 3 : 2);
+#pragma unroll
+      for (int o = 0; o < kColumns; ++o) {
+        Packed stored;
+        float value[P];
+        for (int i = 0; i < P; ++i) {
+          stored.v[i] = rounded<T>(kTraining ? sums[0][o][i] : norm(sums[0][o][i], i));
+          value[i] = to_float(stored.v[i]);
+        }
+        const int step = row - first_row;
+        if (kTraining && o == 0 && (step & (step - 1)) == 0) statistics.recentre(value);
+        if (column + o < p.out_width) {
+          stored.store(out + o * channels);
+          if (kTraining) statistics.add(value);
+        }
+        for (int i = 0; i < P; ++i) {
+          sums[0][o][i] = sums[1][o][i];
+          sums[1][o][i] = sums[2][o][i];
+          sums[2][o][i] = 0.0f;
+        }
+      }
+      out += out_stride;
+    }
+  }
+  if (kTraining && p.partial != nullptr)
+    statistics.store(p.partial + int64_t(blockIdx.y) * STATISTICS_ROWS * channels + c, channels, channel_inside);
+}
+
+template <class T, int P>
+cudaError_t start(const ForwardArgs& args, const Launch& on) {
+  const Geometry& g = args.g;
+  const int packs = int(g.c_in / P);
+  const int lanes = int(g.stride == 1 ? (g.out_w + 1) / 2 : g.out_w);
+  const bool training = args.epilogue_bn == nullptr && !args.epilogue_relu;
+  Problem p{};
+  p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.bn_y != nullptr, on);
+  p.images = g.n;
+  p.height = int(g.h);
+  p.width = int(g.w);
+  p.channels = int(g.c_in);
+  p.out_height = int(g.out_h);
+  p.out_width = int(g.out_w);
+  p.padding = g.padding;
+  p.u = args.u;
+  p.bn_u = static_cast<const float*>(args.bn_u);
+  p.weight = args.weight;
+  p.y = args.y;
+  p.bn_y = static_cast<const float*>(args.epilogue_bn);
+  p.relu = args.epilogue_relu;
+  const int programs = g.n * g.out_h * g.out_w == 0 ? 0 : p.grid.programs;
+  if (args.bn_y) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
+  if (programs > 0) {
+    const dim3 blocks(p.grid.channel_blocks, programs), threads(p.grid.packs, p.grid.lanes);
+    const size_t shared = args.bn_y ? lanes_bytes(kDepthwiseThreads, P) : 0;
+    auto run = [&](auto kernel) { return launch(kernel, blocks, threads, shared, on.stream, p); };
+    const cudaError_t error = training ? run(g.stride == 1 ? forward<T, P, 1, true> : forward<T, P, 2, true>)
+                                       : run(g.stride == 1 ? forward<T, P, 1, false> : forward<T, P, 2, false>);
+    if (error != cudaSuccess) return error;
+  }
+  if (!args.bn_y) return cudaSuccess;
+  return finish_statistics(p.partial, programs, p.channels, args.gamma, args.beta, args.eps, args.bn_y, on);
+}
+
+template <class T>
+cudaError_t start_typed(const ForwardArgs& args, const Launch& on) {
+  const bool wide = args.g.c_in % kPack<T> == 0 && aligned(args.u) && aligned(args.y);
+  return wide ? start<T, kPack<T>>(args, on) : start<T, 1>(args, on);
+}
+
+}  // namespace
+
+cudaError_t depthwise_forward(const ForwardArgs& args, const Launch& on) {
+  return with_dtype(args.dtype, [&](auto zero) { return start_typed<decltype(zero)>(args, on); });
+}
+
+}  // namespace mx::cuda

@@ -1,0 +1,69 @@
+"""The CUDA backend as a whole, on the emulated device: the library's own path to the kernels, and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import every_op
+import plain
+import pytest
+import torch
+from plain import FORWARD, TRAINING_FORWARD, relative_error
+from test_network import backward, check_gradients, check_running_statistics, forward_with_masks, pair
+
+import mobilenet_ext as mx
+from mobilenet_ext import ops
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+# Both round operands and results once; the sum of a product's terms is what differs.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("capability", [75, 80])
+@pytest.mark.parametrize("dtype", every_op.DTYPES, ids=str)
+def test_every_op(device: Callable[..., None], dtype: torch.dtype, capability: int) -> None:
+    device(capability=capability)
+    seen = set()
+    for call in every_op.calls("cpu", (dtype,)):
+        with mx.backends.use("reference"):
+            expected = call.run()
+        for i, (ours, theirs) in enumerate(zip(call.run(), expected, strict=True)):
+            assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride(), (str(call), i)
+            if theirs.numel():
+                assert relative_error(ours, theirs) <= TOLERANCE[dtype], (str(call), i)
+        seen.add(call.op)
+    assert len(seen) == 15
+
+
+def test_training_step_of_the_network() -> None:
+    fused, expected = pair(0.25, "cpu")
+    out, wanted = forward_with_masks(fused, expected, torch.randn(4, 3, 64, 64), "cpu")
+    plain.assert_close(out, wanted, TRAINING_FORWARD, "output")
+    check_running_statistics(fused, expected)
+    backward(out, wanted, torch.randn(out.shape))
+    check_gradients(fused, expected)
+
+
+def test_eval_and_frozen_network() -> None:
+    fused, expected = (module.eval() for module in pair(0.25, "cpu"))
+    x = torch.randn(1, 3, 40, 33)
+    with torch.no_grad():
+        wanted = expected(x.double())
+        plain.assert_close(fused(x), wanted, FORWARD, "output")
+        plain.assert_close(mx.freeze(fused)(x), wanted, FORWARD, "output of the frozen network")
+
+
+def test_float64_is_refused() -> None:
+    x = torch.randn(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="float64"):
+        ops.depthwise_inference(x, None, torch.randn(8, 1, 3, 3).double(), 1, 1, False)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    """What Python checks before it comes here, and an op called by hand does not."""
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="weight: expected shape"):
+        ops.depthwise_inference(x, None, torch.randn(4, 1, 3, 3), 1, 1, False)
+    with pytest.raises(RuntimeError, match="channels_last"):
+        ops.bn_relu_forward(torch.randn(2, 8, 4, 4), torch.randn(5, 8), True)

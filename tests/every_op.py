@@ -1,0 +1,96 @@
+"""A call of every kernel op, for tests that go through all of them; as a script, runs them on one backend.
+
+``python tests/every_op.py cuda`` is what compute-sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+import mobilenet_ext as mx
+from mobilenet_ext import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
+SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, H, W
+FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
+
+
+class Call(NamedTuple):
+    op: str
+    args: tuple
+
+    def __str__(self) -> str:
+        first = self.args[0]
+        return f"{self.op} {list(first.shape)} {str(first.dtype).removeprefix('torch.')}"
+
+    def run(self) -> list[torch.Tensor]:
+        outputs = getattr(ops, self.op)(*self.args)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Call]:
+    """Every op at odd shapes; the same numbers at each call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for dtype, (n, c, h, w) in product(dtypes, SHAPES):
+
+        def image(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return random(*shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+        def bn(channels: int) -> torch.Tensor:
+            gamma, rstd = (random(channels).abs() + 0.5 for _ in range(2))
+            mean, beta, var = random(channels) / 3, random(channels) / 3, rstd**-2
+            return torch.stack([mean, gamma * rstd, beta, rstd, var]).to(device)
+
+        def affine(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return (random(channels).abs() + 0.5).to(device), random(channels).to(device)
+
+        def filters(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return (random(*shape) / (shape[1] * shape[2] * shape[3]) ** 0.5).to(device, dtype)
+
+        k = FILTERS[c]
+        u, bn_u = image(n, c, h, w), bn(c)
+        pointwise = filters(k, c, 1, 1)
+        y, grad_bn = image(n, k, h, w), random(6, k).to(device)
+        yield Call("pointwise_forward", (u, bn_u, pointwise, *affine(k), 1e-5, True))
+        yield Call("pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, True, pointwise, True, True))
+        yield Call("pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, True, pointwise, False, True))
+        yield Call("pointwise_inference", (u, bn(k), pointwise, True))
+        yield Call("bn_relu_forward", (u, bn_u, True))
+        yield Call("bn_relu_backward", (image(n, c, h, w), u, bn_u, True, True))
+        yield Call("bn_relu_pool_forward", (u, bn_u))
+        yield Call("bn_relu_pool_backward", (image(n, c, 1, 1), u, bn_u, True))
+        for stride in (1, 2):
+            out = [(side - 1) // stride + 1 for side in (h, w)]
+            depthwise, stem = filters(c, 1, 3, 3), filters(k, c, 3, 3)
+            y, grad_bn = image(n, c, *out), random(6, c).to(device)
+            yield Call("depthwise_forward", (u, bn_u, depthwise, stride, 1, *affine(c), 1e-5, True))
+            yield Call(
+                "depthwise_backward",
+                (image(n, c, *out), y, grad_bn, u, bn_u, True, depthwise, stride, 1, True, True),
+            )
+            yield Call("depthwise_inference", (u, bn_u, depthwise, stride, 1, True))
+            yield Call("block_inference", (u, bn_u, depthwise, stride, bn(k), pointwise))
+            yield Call("stem_forward", (u, stem, stride, 1, *affine(k), 1e-5, True))
+            y, grad_bn = image(n, k, *out), random(6, k).to(device)
+            yield Call("stem_backward", (image(n, k, *out), y, grad_bn, u, stem, stride, 1, True, True))
+            yield Call("stem_inference", (u, bn(k), stem, stride, 1, True))
+    mean, var = random(24).to(device), random(24).abs().to(device)
+    yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
+
+
+if __name__ == "__main__":
+    with mx.backends.use(sys.argv[1]):
+        for call in calls(mx.backends.device_type(sys.argv[1]) or "cpu"):
+            call.run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
