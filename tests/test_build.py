@@ -2,6 +2,7 @@
 installs into fresh environments; it takes long and is run by hand.)"""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -12,14 +13,30 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext import _host
+from mobilenet_ext.backends import reference
+from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = shutil.ignore_patterns(
     ".git", ".*_cache", ".hypothesis", ".venv", "__pycache__", "build", "dist", "*.so", "*.egg-info", "runs", "data"
 )
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA library is not to be expected here. Where it is, it must be there: a missing one is no reason."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    toolkit = find_cuda_toolkit()
+    if toolkit is None or toolkit.version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"no toolkit for CUDA {torch.version.cuda}"
+    return None
+
+
+WITH_CUDA = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_no_cuda()))
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -48,9 +65,9 @@ def test_sdist_holds_every_source(sdist: dict[str, bytes], source: Path) -> None
     wanted = [
         path for folder in ("csrc", "mobilenet_ext", "build_tools", "tests") for path in (source / folder).rglob("*")
     ]
-    wanted = {str(path.relative_to(source)) for path in wanted if path.suffix in {".py", ".cpp", ".h", ".sh"}}
+    wanted = {str(path.relative_to(source)) for path in wanted if path.suffix in {".py", ".cpp", ".h", ".cu", ".sh"}}
     wanted |= {"setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE"}
-    assert "csrc/ops.h" in wanted
+    assert {"csrc/ops.h", "csrc/cuda/finish.cu"} <= wanted
     assert wanted - sdist.keys() == set()
     assert not [name for name in sdist if name.endswith((".so", ".pyc", ".o"))]
 
@@ -129,21 +146,54 @@ def test_torch_is_a_build_requirement_only_where_there_is_none(
 # --- What was built ---------------------------------------------------------------------------------------------------
 
 
-def test_cpu_library_needs_only_the_stable_abi() -> None:
-    symbols = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", str(mx.backends.cpu.LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=WITH_CUDA)])
+def test_library_needs_only_the_stable_abi(backend: str) -> None:
+    library = getattr(mx.backends, backend).LIBRARY
+    command = ["nm", "--dynamic", "--undefined-only", str(library)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert any(name.startswith("aoti_torch_") for name in symbols)
     unstable = [name for name in symbols if re.match(r"_?Py|_ZNK?(2at|3c10|5torch)", name)]
     assert unstable == []
 
 
+@WITH_CUDA
+def test_cuda_library_loads_and_implements_every_op() -> None:
+    """On machines without a GPU too."""
+    torch.ops.load_library(str(mx.backends.cuda.LIBRARY))
+    public = {name for name in vars(reference) if not name.startswith("_")}
+    names = {name for name in public if hasattr(torch.ops.mobilenet_ext_cpu, name)}
+    assert len(names) == 15
+    for name in names:
+        qualified = f"mobilenet_ext_cuda::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"), name
+        assert getattr(torch.ops.mobilenet_ext_cuda, name).default._schema.arguments[0].name
+    assert _host.build_info()["cuda"].startswith("toolkit ")
+
+
+@pytest.mark.skipif(bool(torch.version.cuda), reason="this torch has CUDA")
+def test_without_cuda_the_reason_is_one_line() -> None:
+    assert _host.build_info()["cuda"] == "not built: PyTorch is built without CUDA"
+    assert mx.backends.available()["cuda"] == "not built: PyTorch is built without CUDA"
+    assert _host.build_info()["cuda_architectures"] == ""
+
+
+@WITH_CUDA
+@pytest.mark.parametrize("wanted", ["", "8.6;9.0"])
+def test_cuda_architectures(wanted: str, source: Path) -> None:
+    """TORCH_CUDA_ARCH_LIST, else the visible GPUs', else those of the README, PTX for newer ones with them."""
+    ask = (
+        "import os; from distutils.core import run_setup; run_setup('setup.py', stop_after='init'); "
+        "print(os.environ['TORCH_CUDA_ARCH_LIST'])"
+    )
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": wanted, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", "from setuptools import distutils; " + ask]
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == (wanted or "7.5;8.0;9.0;10.0+PTX")
+
+
 def test_build_info() -> None:
     information = _host.build_info()
-    assert set(information) == {"compiler", "flags", "torch", "torch_target", "cuda", "commit"}
+    assert set(information) == {"compiler", "flags", "torch", "torch_target", "cuda", "cuda_architectures", "commit"}
     assert information["torch_target"] == "2.11"
     assert "-ffast-math" not in information["flags"]  # NaN and Inf must go where PyTorch sends them
 

@@ -32,7 +32,7 @@ constexpr int kInputThreads = 128;
 
 // A thread makes the gradient of one element of x, of all outputs whose filters see it.
 template <class T>
-__global__ void __launch_bounds__(kInputThreads) input_kernel(const InputProblem p) {
+__global__ void __launch_bounds__(kInputThreads, 4) input_kernel(const InputProblem p) {
   const Geometry& g = p.g;
   const Gradient<T, false> dy{static_cast<const T*>(p.h), static_cast<const T*>(p.y), p.grad_bn, int(g.c_out)};
   const T* const weight = static_cast<const T*>(p.weight);

@@ -108,7 +108,7 @@ def _host_module() -> Iterator[tuple[str, str]]:
     commit = f", commit {build['commit']}" if build["commit"] else ""
     yield "built", f"by {build['compiler']} against torch {build['torch']} (runs on {build['torch_target']}+){commit}"
     yield "flags", build["flags"]
-    yield "CUDA kernels", build["cuda"]
+    yield "CUDA kernels", ", for ".join(filter(None, [build["cuda"], build["cuda_architectures"]]))
     yield "CPU features", " ".join(name for name, usable in _host.cpu_features().items() if usable) or "none known"
 
 

@@ -1,0 +1,117 @@
+"""The machine code of the CUDA kernels: nothing spilled, wide accesses, tensor cores, NaN kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import sass
+from emulation import SOURCES
+
+from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
+
+TOOLKIT = find_cuda_toolkit()
+TOOLS = all(map(sass.find_tool, ("cuobjdump", "nvdisasm")))
+REASON = "no CUDA toolkit is found" if TOOLKIT is None else None if TOOLS else "cuobjdump and nvdisasm are not found"
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+ARCHITECTURES = (75, 80, 90)
+PRODUCTS = ("pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward", "block_inference")
+FILES = ("depthwise_forward", "depthwise_backward", "bn_relu", "finish", *PRODUCTS)
+
+Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
+
+
+def compile_file(name: str, architecture: int, folder: Path) -> Kernels:
+    cubin = folder / f"{name}_{architecture}.cubin"
+    command = [TOOLKIT.home / "bin" / "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-o", cubin]
+    subprocess.run([*command, SOURCES / "cuda" / f"{name}.cu"], check=True)
+    codes = sass.read(cubin)
+    names = subprocess.run(["c++filt", *codes], check=True, capture_output=True, text=True).stdout.splitlines()
+    without_scope = [re.sub(r"\(anonymous namespace\)::|mx::cuda::|^void ", "", n).split("(")[0] for n in names]
+    return {(name, short): code for short, code in zip(without_scope, codes.values(), strict=True)}
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
+def architecture(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    folder = tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda name: compile_file(name, architecture, folder), FILES))
+    return {name: code for part in parts for name, code in part.items()}
+
+
+def check(kernels: Kernels, find: Callable[[sass.MachineCode], str | None]) -> None:
+    assert kernels
+    faults = {name: fault for name, code in kernels.items() if (fault := find(code))}
+    assert not faults, faults
+
+
+def test_every_kernel_file_is_looked_at() -> None:
+    assert sorted(FILES) == sorted(path.stem for path in (SOURCES / "cuda").glob("*.cu"))
+
+
+def test_nothing_is_kept_in_local_memory(kernels: Kernels) -> None:
+    check(kernels, sass.spilled)
+
+
+def test_no_maximum_loses_a_nan(kernels: Kernels) -> None:
+    check(kernels, sass.loses_nan)
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "bits"),
+    [
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, .*", 128),
+        ("depthwise_forward", r"forward<float, 4, .*", 128),
+        ("depthwise_backward", r"stride_[12]<float, 4>", 128),
+        ("depthwise_backward", r"stride_[12]<(__half|__nv_bfloat16), 4>", 64),  # eight channels are too many registers
+        ("bn_relu", r"(forward|backward)<.*, [48](, \w+)?>", 128),
+    ],
+)
+def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int) -> None:
+    wide = {name: code for name, code in kernels.items() if name[0] == file and re.fullmatch(pattern, name[1])}
+    check(wide, lambda code: sass.narrow(code, bits))
+
+
+def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> None:
+    """Those of float32 that must be exact do not; those that a GPU cannot have are empty."""
+    products = {
+        name: (*operands.groups(), code)
+        for name, code in kernels.items()
+        if (operands := re.search(r"(\w*Shape)<(\w+), (\w+), ", name[1]))
+    }
+    assert {file for file, _ in products} == set(PRODUCTS)
+    for name, (shape, dtype, kind, code) in products.items():
+        if architecture < 80:
+            large = shape == "Shape" and ", 128>" in name[1]  # more shared memory than there is
+            available = kind in ("__half", "float") and not large
+        else:
+            available = (dtype, kind) != ("__nv_bfloat16", "float")
+        if not available:
+            assert len(code.instructions) < 32, name
+        elif kind == "float":
+            assert not code.matching("HMMA.*") and code.matching("FFMA.*"), name
+        else:
+            assert code.matching("HMMA.*"), name
+
+
+@pytest.mark.parametrize("file", ["pointwise_forward", "pointwise_backward"])
+def test_products_move_128_bits_at_once(kernels: Kernels, file: str) -> None:
+    """Where the channel count allows it. (The other products load weights of nine taps one by one.)"""
+    looked_at = 0
+    for (of, name), code in kernels.items():
+        if of == file and "true" in name and len(code.instructions) >= 32:
+            loads = [op for op in code.in_loops if re.match(r"(LDG|LDGSTS)\.", op)]
+            assert loads and all(".128" in op for op in loads), name
+            looked_at += 1
+    assert looked_at >= 3
