@@ -100,7 +100,10 @@ def cuda_library(toolkit) -> Extension:
         depends=files("csrc/*.h", "csrc/cuda/*.h"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None), ("USE_CUDA", None)],
-        extra_compile_args={"cxx": COMPILE_FLAGS.copy(), "nvcc": ["-std=c++17", "-O3", "--threads=1"]},
+        extra_compile_args={
+            "cxx": COMPILE_FLAGS.copy(),
+            "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden"],
+        },
         py_limited_api=True,
     )
 

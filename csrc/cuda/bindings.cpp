@@ -1,4 +1,4 @@
-// The ops of `mobilenet_ext_cuda`.
+// The ops of the CUDA backend.
 #include "../bindings.h"
 
 #include "runtime.h"
@@ -36,8 +36,12 @@ struct Backend {
 
 #define MX_DEFINE_OP(schema) m.def(schema);
 
-STABLE_TORCH_LIBRARY(mobilenet_ext_cuda, m){MX_KERNEL_OPS(MX_DEFINE_OP)}
+// By way of these, the names that the macros below stand for are what is registered.
+#define MX_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define MX_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
-STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cuda, MX_DISPATCH_KEY, m) {
+MX_LIBRARY(MX_CUDA_LIBRARY, m){MX_KERNEL_OPS(MX_DEFINE_OP)}
+
+MX_LIBRARY_IMPL(MX_CUDA_LIBRARY, MX_DISPATCH_KEY, m) {
   MX_IMPLEMENT_OPS(m, mx::cuda::Backend)
 }

@@ -36,6 +36,7 @@ struct Depthwise {
     int pixel;  // of the output; its inputs are loaded when they are needed, nine packs are too many to wait with
     static __device__ __forceinline__ Raw zero() { return {-1}; }
   };
+  struct Vectors {};
   const Arguments<T>& args;
 
   // Rows of inputs on their way at a time: wide blocks have a multiprocessor, and its registers, to themselves.
@@ -55,8 +56,9 @@ struct Depthwise {
   }
 
   __device__ __forceinline__ Raw load(int64_t row, int) const { return {int(row)}; }
+  __device__ __forceinline__ Vectors vectors(int) const { return {}; }
 
-  __device__ __forceinline__ void finish(const Raw& raw, int k, float (&a)[S::kWidth]) const {
+  __device__ __forceinline__ void finish(const Raw& raw, int k, const Vectors&, float (&a)[S::kWidth]) const {
     if (raw.pixel < 0) return;
     const unsigned pixel = unsigned(raw.pixel), line = pixel / unsigned(args.out_width);
     const int column = int(pixel - line * unsigned(args.out_width)) * args.stride - 1;

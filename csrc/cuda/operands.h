@@ -15,6 +15,9 @@ struct Activation {
     Waiting<T> u;
     static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero()}; }
   };
+  struct Vectors {
+    float mean[kWidth], scale[kWidth], shift[kWidth], lower;
+  };
   const T* u;
   const float* bn;  // null: u is a plain input
   int channels;
@@ -22,18 +25,24 @@ struct Activation {
   __device__ __forceinline__ Raw load(int64_t row, int c) const {
     return {Waiting<T>::of(load_channels<kWide, kWidth>(u + row * channels, c, channels))};
   }
-  __device__ __forceinline__ void finish(const Raw& raw, int c, float (&a)[kWidth]) const {
-    to_floats(raw.u.pack(), a);
-    if (bn == nullptr) return;
+  __device__ __forceinline__ Vectors vectors(int c) const {
+    Vectors v;
+    if (bn != nullptr) {
+      load_vector<kWide>(bn + int64_t(BN_MEAN) * channels, c, channels, v.mean);
+      load_vector<kWide>(bn + int64_t(BN_SCALE) * channels, c, channels, v.scale);
+      load_vector<kWide>(bn + int64_t(BN_SHIFT) * channels, c, channels, v.shift);
+      v.lower = 0.0f;
+    } else {
 #pragma unroll
-    for (int i = 0; i < kWidth; i += 4) {
-      float mean[4], scale[4], shift[4];
-      load_vector<kWide>(bn + int64_t(BN_MEAN) * channels, c + i, channels, mean);
-      load_vector<kWide>(bn + int64_t(BN_SCALE) * channels, c + i, channels, scale);
-      load_vector<kWide>(bn + int64_t(BN_SHIFT) * channels, c + i, channels, shift);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) a[i + j] = relu(normalise(a[i + j], mean[j], scale[j], shift[j]));
+      for (int i = 0; i < kWidth; ++i) v.mean[i] = v.shift[i] = 0.0f, v.scale[i] = 1.0f;
+      v.lower = -INFINITY;
     }
+    return v;
+  }
+  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors& v, float (&a)[kWidth]) const {
+    to_floats(raw.u.pack(), a);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) a[i] = at_least(normalise(a[i], v.mean[i], v.scale[i], v.shift[i]), v.lower);
   }
 };
 
@@ -45,8 +54,11 @@ struct Gradient {
     Waiting<T> h, y;
     static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero(), Waiting<T>::zero()}; }
   };
+  struct Vectors {
+    float p[kWidth], q[kWidth], mean[kWidth], o[kWidth];
+  };
   const T* h;
-  const T* y;            // null: dy = P*h
+  const T* y;            // null: dy = P*h; else there is a grad_bn
   const float* grad_bn;  // null: dy = h
   int channels;
 
@@ -56,23 +68,25 @@ struct Gradient {
     if (y != nullptr) raw.y = Waiting<T>::of(load_channels<kWide, kWidth>(y + row * channels, c, channels));
     return raw;
   }
-  __device__ __forceinline__ void finish(const Raw& raw, int c, float (&dy)[kWidth]) const {
-    to_floats(raw.h.pack(), dy);
-    if (grad_bn == nullptr) return;
-    const auto of_y = raw.y.pack();
+  __device__ __forceinline__ Vectors vectors(int c) const {
+    Vectors v;
+    if (y != nullptr) {
+      load_vector<kWide>(grad_bn + int64_t(GRAD_P) * channels, c, channels, v.p);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_Q) * channels, c, channels, v.q);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_MEAN) * channels, c, channels, v.mean);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_O) * channels, c, channels, v.o);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kWidth; i += 4) {
-      float p[4], q[4] = {}, mean[4] = {}, o[4] = {};
-      load_vector<kWide>(grad_bn + int64_t(GRAD_P) * channels, c + i, channels, p);
-      if (y != nullptr) {
-        load_vector<kWide>(grad_bn + int64_t(GRAD_Q) * channels, c + i, channels, q);
-        load_vector<kWide>(grad_bn + int64_t(GRAD_MEAN) * channels, c + i, channels, mean);
-        load_vector<kWide>(grad_bn + int64_t(GRAD_O) * channels, c + i, channels, o);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        dy[i + j] = output_gradient(dy[i + j], to_float(of_y.v[i + j]), p[j], q[j], mean[j], o[j]);
+      for (int i = 0; i < kWidth; ++i) v.p[i] = 1.0f, v.q[i] = v.mean[i] = v.o[i] = 0.0f;
+      if (grad_bn != nullptr) load_vector<kWide>(grad_bn + int64_t(GRAD_P) * channels, c, channels, v.p);
     }
+    return v;
+  }
+  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors& v, float (&dy)[kWidth]) const {
+    const auto of_h = raw.h.pack(), of_y = raw.y.pack();
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      dy[i] = output_gradient(to_float(of_h.v[i]), to_float(of_y.v[i]), v.p[i], v.q[i], v.mean[i], v.o[i]);
   }
 };
 
@@ -85,6 +99,7 @@ struct Patches {
     Waiting<T> x;
     static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero()}; }
   };
+  struct Vectors {};
   const T* x;
   int channels, height, width, out_height, out_width, stride, padding;
 
@@ -102,7 +117,10 @@ struct Patches {
     }
     return {Waiting<T>::of(seen)};
   }
-  __device__ __forceinline__ void finish(const Raw& raw, int, float (&a)[kWidth]) const { to_floats(raw.x.pack(), a); }
+  __device__ __forceinline__ Vectors vectors(int) const { return {}; }
+  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors&, float (&a)[kWidth]) const {
+    to_floats(raw.x.pack(), a);
+  }
 };
 
 template <class T>

@@ -10,7 +10,9 @@
 //   struct Source {
 //     struct Raw { ...; static Raw zero(); };  // a pack of kPack<T> channels of a row, as loaded
 //     Raw load(int64_t row, int k) const;      // row < rows, k < depth, a multiple of kPack<T>
-//     void finish(const Raw&, int k, float (&a)[kPack<T>]) const;  // a comes as zeros; zeros for channels past `depth`
+//     Vectors vectors(int k) const;            // what finish needs of the channels, for several rows
+//     // a comes as zeros; zeros for channels past `depth`.
+//     void finish(const Raw&, int k, const Vectors&, float (&a)[kPack<T>]) const;
 //   };
 //   struct Epilogue {
 //     struct Extra { ... };                    // what it reads itself of the same place; may be empty
@@ -263,15 +265,19 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
       // One barrier a step: what is written before it was last read two steps (A) or three (B) ago.
       forget(my_row), forget(my_k);
       T* const to = a + stage_a * S::kElementsA + my_row * S::kStride + my_k;
+      float v[passes][S::kWidth] = {};
+      if (k0 + my_k < depth) {
+        const auto vectors = source.vectors(k0 + my_k);
+#pragma unroll
+        for (int i = 0; i < passes; ++i) source.finish(raw[i], k0 + my_k, vectors, v[i]);
+      }
 #pragma unroll
       for (int i = 0; i < passes; ++i) {
-        float v[S::kWidth] = {};
-        if (k0 + my_k < depth) source.finish(raw[i], k0 + my_k, v);
         if constexpr (kSame<typename S::Math, tf32>) {
 #pragma unroll
-          for (int j = 0; j < S::kWidth; ++j) v[j] = __uint_as_float(to_tf32(v[j]));
+          for (int j = 0; j < S::kWidth; ++j) v[i][j] = __uint_as_float(to_tf32(v[i][j]));
         }
-        round_pack<T>(v).store(to + i * rows_a_pass * S::kStride);
+        round_pack<T>(v[i]).store(to + i * rows_a_pass * S::kStride);
       }
       const bool last = k0 + S::kDepth >= depth;
       const int next_tile = last ? tile + tiling.programs : tile, next_k = last ? 0 : k0 + S::kDepth;

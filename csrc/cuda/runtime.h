@@ -10,10 +10,12 @@
 
 namespace mx::cuda {
 
-// Where the tensors of this library live, and the dispatch key to register for: CUDA, or CPU when emulated.
-#if defined(__CUDACC__) || !defined(MX_EMULATED_DEVICE)
+// The namespace of this library's ops, and the dispatch key to register for, which names the device of its tensors too.
+#if !defined(MX_EMULATED_DEVICE)
+#define MX_CUDA_LIBRARY mobilenet_ext_cuda
 #define MX_DISPATCH_KEY CUDA
 #else
+#define MX_CUDA_LIBRARY mobilenet_ext_cuda_emulated
 #define MX_DISPATCH_KEY CPU
 #endif
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kInputThreads, 4) input_kernel(const InputProb
         const int64_t out_pixel = (image * g.out_h + out_row) * g.out_w + out_column;
         for (int n = 0; n < int(g.c_out); n += kPack<T>) {
           float v[kPack<T>] = {};
-          dy.finish(dy.load(out_pixel, n), n, v);
+          dy.finish(dy.load(out_pixel, n), n, dy.vectors(n), v);
 #pragma unroll
           for (int k = 0; k < kPack<T>; ++k)
             if (n + k < g.c_out) sum += v[k] * to_float(weight[((n + k) * g.c_in + c) * 9 + 3 * i + j]);

@@ -133,12 +133,22 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
                                                            : SourceA::Raw::zero();
     }
   };
-  const auto put = [](T* to, float (&v)[S::kWidth]) {
-    if constexpr (kSame<typename S::Math, tf32>) {
+  const auto put = [&](T* to, const auto& source, const auto& raw, int column, int columns, int rows) {
+    float v[passes][S::kWidth] = {};
+    if (column < columns) {
+      const auto vectors = source.vectors(column);
 #pragma unroll
-      for (int j = 0; j < S::kWidth; ++j) v[j] = __uint_as_float(to_tf32(v[j]));
+      for (int i = 0; i < passes; ++i)
+        if (my_row + i * rows_a_pass < rows) source.finish(raw[i], column, vectors, v[i]);
     }
-    round_pack<T>(v).store(to);
+#pragma unroll
+    for (int i = 0; i < passes; ++i) {
+      if constexpr (kSame<typename S::Math, tf32>) {
+#pragma unroll
+        for (int j = 0; j < S::kWidth; ++j) v[i][j] = __uint_as_float(to_tf32(v[i][j]));
+      }
+      round_pack<T>(v[i]).store(to + (my_row + i * rows_a_pass) * S::kStride + my_column);
+    }
   };
 
   float d[S::kTilesM][S::kTilesN][4] = {};
@@ -151,18 +161,8 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
     T* const dy = shared + stage * 2 * S::kElements;
     T* const a = dy + S::kElements;
     const int rows = rows_of(step);
-#pragma unroll
-    for (int i = 0; i < passes; ++i) {
-      const int row = my_row + i * rows_a_pass;
-      T* const to = dy + row * S::kStride + my_column;
-      float v[S::kWidth] = {};
-      if (row < rows && output0 + my_column < outputs) source_dy.finish(raw_dy[i], output0 + my_column, v);
-      put(to, v);
-#pragma unroll
-      for (int j = 0; j < S::kWidth; ++j) v[j] = 0.0f;
-      if (row < rows && column0 + my_column < depth) source_a.finish(raw_a[i], column0 + my_column, v);
-      put(to + S::kElements, v);
-    }
+    put(dy, source_dy, raw_dy, output0 + my_column, outputs, rows);
+    put(a, source_a, raw_a, column0 + my_column, depth, rows);
     if (step + tiling.programs < tiling.steps) fetch(step + tiling.programs);
     __syncthreads();
     multiply_transposed<S>(dy, a, d);

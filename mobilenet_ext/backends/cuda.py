@@ -23,14 +23,15 @@ device_type = "cuda"
 
 
 class Kernels:
-    """The ops of a library of the CUDA kernels, loaded when the first of them is called."""
+    """The ops of a library of the CUDA kernels, in its namespace; loaded when the first of them is called."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, namespace: str) -> None:
         self._path = library
+        self._namespace = namespace
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         torch.ops.load_library(str(self._path))
-        kernel = getattr(torch.ops.mobilenet_ext_cuda, op).default
+        kernel = getattr(getattr(torch.ops, self._namespace), op).default
         allow_tf32 = ctypes.CDLL(str(self._path)).mx_cuda_allow_tf32
 
         def checked(first: torch.Tensor, *rest: Any) -> Any:
@@ -44,7 +45,7 @@ class Kernels:
         return checked
 
 
-kernels = Kernels(LIBRARY)
+kernels = Kernels(LIBRARY, "mobilenet_ext_cuda")
 
 
 def why_not() -> str | None:

@@ -37,7 +37,7 @@ def device(library: Path) -> Iterator[Callable[..., None]]:
 @pytest.fixture
 def emulated(library: Path, device: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend in use, for CPU tensors."""
-    backend = backends.Backend(cuda.Kernels(library), "cpu", lambda: None)
+    backend = backends.Backend(cuda.Kernels(library, "mobilenet_ext_cuda_emulated"), "cpu", lambda: None)
     monkeypatch.setitem(backends._BACKENDS, "cuda", backend)
     with mx.backends.use("cuda"):
         yield
