@@ -10,7 +10,6 @@ namespace mx::cuda {
 namespace {
 
 struct Problem {
-  int64_t images;
   int height, width, channels, out_height, out_width, padding;
   DepthwiseGrid grid;
   const void* u;
@@ -164,7 +163,6 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const bool training = args.epilogue_bn == nullptr && !args.epilogue_relu;
   Problem p{};
   p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.bn_y != nullptr, on);
-  p.images = g.n;
   p.height = int(g.h);
   p.width = int(g.w);
   p.channels = int(g.c_in);

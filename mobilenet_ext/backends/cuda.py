@@ -16,8 +16,6 @@ from mobilenet_ext.backends import gpus
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CAPABILITY = (7, 5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Products of float32 follow PyTorch's precision setting.
-PRODUCTS = ("pointwise_forward", "pointwise_backward", "pointwise_inference", "block_inference")
 
 device_type = "cuda"
 
@@ -37,7 +35,7 @@ class Kernels:
         def checked(first: torch.Tensor, *rest: Any) -> Any:
             if first.dtype not in DTYPES:
                 raise TypeError(f"{first.dtype}: the cuda backend has kernels for float32, bfloat16 and float16")
-            if op in PRODUCTS and first.dtype == torch.float32:
+            if first.dtype == torch.float32:  # its products follow PyTorch's setting, as it is at this call
                 allow_tf32(torch.backends.cudnn.conv.fp32_precision == "tf32")
             return kernel(first, *rest)
 

@@ -36,6 +36,20 @@ def test_every_op(device: Callable[..., None], dtype: torch.dtype, capability: i
     assert len(seen) == 15
 
 
+@pytest.mark.parametrize("op", ["pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward"])
+def test_precision_is_read_at_each_call(op: str) -> None:
+    """Whatever op was called before: the setting of the last one must not stick."""
+    call = next(call for call in every_op.calls("cpu", (torch.float32,)) if call.op == op)
+    with mx.backends.use("reference"):
+        expected = call.run()
+    output = 1 if op.endswith("backward") else 0  # the weight's gradient, or y
+    errors = []
+    for precision in ("ieee", "tf32", "ieee"):
+        torch.backends.cudnn.conv.fp32_precision = precision
+        errors.append(relative_error(call.run()[output], expected[output]))
+    assert errors[0] == errors[2] <= 1e-5 < errors[1] <= 1e-3
+
+
 def test_training_step_of_the_network() -> None:
     fused, expected = pair(0.25, "cpu")
     out, wanted = forward_with_masks(fused, expected, torch.randn(4, 3, 64, 64), "cpu")
