@@ -5,6 +5,7 @@
 //
 // Backend is a class that is made of a call's first tensor and lives as long as the call, with
 //   kDevice, kDeviceName, kFloat64            where its tensors live, and whether float64 is among their dtypes
+//   empty_activation(n, c, h, w, type)        allocates a channels_last tensor
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -39,6 +40,12 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 
 inline ScalarType acc_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty_channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type,
+                                  torch::stable::Device device) {
+  return torch::stable::empty({n, c, h, w}, type, std::nullopt, device, std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 inline std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -125,8 +132,7 @@ struct Call {
   }
 
   Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
-    return torch::stable::empty({n, c, h, w}, type, std::nullopt, device, std::nullopt,
-                                torch::headeronly::MemoryFormat::ChannelsLast);
+    return backend.empty_activation(n, c, h, w, type);
   }
 
   // Checks u and weight against each other.

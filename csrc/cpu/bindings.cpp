@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "blocks.h"
 #include "runtime.h"
 
 namespace mx::cpu {
@@ -46,7 +47,17 @@ struct Backend {
   static constexpr const char* kDeviceName = "CPU";
   static constexpr bool kFloat64 = true;
 
-  explicit Backend(const torch::stable::Tensor&) {}
+  explicit Backend(const Tensor&) {}
+
+  Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
+    const torch::stable::Device device(kDevice);
+    const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    const size_t bytes = size_t(n) * c * h * w * itemsize;
+    if (bytes < kSmallestBlock) return empty_channels_last(n, c, h, w, type, device);
+    void* const block = take_block(bytes);
+    STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
+    return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
+  }
 
   void depthwise_forward(const ForwardArgs& args) const { kernels().depthwise_forward(args); }
   void depthwise_backward(const BackwardArgs& args) const { kernels().depthwise_backward(args); }

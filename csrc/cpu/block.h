@@ -20,7 +20,8 @@ struct DepthwiseRows {
   // columns exist unless check_columns. Taps outside the image are left out.
   template <int stride, int pixels, bool check_columns, bool partial>
   MX_INLINE void compute(const T* (&lines)[3], int64_t ix, int64_t channel, int count, const Vec<A> (&w)[9],
-                         const Vec<A>& mean, const Vec<A>& scale, const Vec<A>& shift, A* out, int64_t pitch) const {
+                         const Vec<A>& mean, const Vec<A>& scale, const Vec<A>& shift, Operand<T>* out,
+                         int64_t pitch) const {
     Vec<A> sums[pixels] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
@@ -37,12 +38,13 @@ struct DepthwiseRows {
       }
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < pixels; ++p) store<A>(out + p * pitch, relu(normalise<A>(sums[p] - mean, scale, shift)));
+    for (int p = 0; p < pixels; ++p)
+      store_in_row<T>(out + p * pitch, channel, relu(normalise<A>(sums[p] - mean, scale, shift)));
   }
 
   // Output pixels [begin, end) of one output row, for the channels of one vector.
   template <int stride, bool partial>
-  inline void run(const T* (&lines)[3], int64_t begin, int64_t end, int64_t channel, int count, A* out,
+  inline void run(const T* (&lines)[3], int64_t begin, int64_t end, int64_t channel, int count, Operand<T>* out,
                   int64_t pitch) const {
     Vec<A> w[9];
     for (int tap = 0; tap < 9; ++tap) w[tap] = load<A>(weight + tap * weight_pitch + channel);
@@ -52,7 +54,7 @@ struct DepthwiseRows {
     int64_t ox = begin;
     while (ox < end) {
       const int64_t ix = ox * stride - g.padding;
-      A* const to = out + (ox - begin) * pitch;
+      Operand<T>* const to = out + (ox - begin) * pitch;
       if (ox + 4 <= end && ix >= 0 && ix + 3 * stride + 3 <= g.w) {
         compute<stride, 4, false, partial>(lines, ix, channel, count, w, mean, scale, shift, to, pitch);
         ox += 4;
@@ -65,7 +67,7 @@ struct DepthwiseRows {
 
   // Output pixels [begin, begin + pixels) of all images, a row of the tile each.
   template <int stride>
-  inline void build(int64_t begin, int64_t pixels, A* tile, int64_t pitch) const {
+  inline void build(int64_t begin, int64_t pixels, Operand<T>* tile, int64_t pitch) const {
     for (int64_t done = 0; done < pixels;) {
       const int64_t pixel = begin + done, ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h;
       const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
@@ -75,7 +77,7 @@ struct DepthwiseRows {
         lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * g.c_in;
       }
       for (int64_t channel = 0; channel < g.c_in; channel += kLanes<A>) {
-        A* const out = tile + done * pitch + channel;
+        Operand<T>* const out = tile + done * pitch;
         const int64_t count = g.c_in - channel;
         if (count >= kLanes<A>)
           run<stride, false>(lines, ox, ox + length, channel, kLanes<A>, out, pitch);
@@ -91,7 +93,7 @@ template <class T>
 inline void block_inference_of(const BlockArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t pitch = tile_pitch<A>(g.c_in), weight_pitch = round_up(g.c_in, kLanes<A>);
+  const int64_t pitch = tile_pitch<Operand<T>>(g.c_in), weight_pitch = round_up(g.c_in, kLanes<A>);
   A* const weight = static_cast<A*>(scratch(kWeightSlot, 9 * weight_pitch * sizeof(A)));
   __builtin_memset(weight, 0, 9 * weight_pitch * sizeof(A));
   const T* const taps = static_cast<const T*>(args.depthwise_weight);
@@ -109,7 +111,7 @@ inline void block_inference_of(const BlockArgs& args) {
   product.y = static_cast<T*>(args.y);
   product.epilogue_bn = static_cast<const A*>(args.pointwise_bn);
   product.epilogue_relu = true;
-  forward_product(product, [&](int64_t begin, int64_t rows, A* tile) {
+  forward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* tile) {
     if (g.stride == 1)
       depthwise.template build<1>(begin, rows, tile, pitch);
     else

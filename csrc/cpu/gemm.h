@@ -6,8 +6,7 @@
 // and its sum has one order whatever the tile or the thread.
 #pragma once
 
-#include "dispatch.h"
-#include "vec.h"
+#include "operands.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
@@ -26,12 +25,18 @@ constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
 MX_INLINE int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
-// The row pitch of a tile of `columns` elements: whole vectors, and an odd number of cache lines, because rows a
-// multiple of 4 KiB apart would share one set of the L1 cache.
-template <class A>
-MX_INLINE int64_t tile_pitch(int64_t columns) {
-  constexpr int64_t line = 64 / sizeof(A);
-  return (ceil_div(columns, line) | 1) * line;
+// The pitch of rows of `elements` elements: whole vectors, and an odd number of cache lines, because rows a multiple of
+// 4 KiB apart would share one set of the L1 cache.
+template <class E>
+MX_INLINE int64_t row_pitch(int64_t elements) {
+  constexpr int64_t line = 64 / sizeof(E);
+  return (ceil_div(elements, line) | 1) * line;
+}
+
+// The pitch of a tile whose rows lie along the depth of the product.
+template <class E>
+MX_INLINE int64_t tile_pitch(int64_t depth) {
+  return row_pitch<E>(groups_of<E>(depth));
 }
 
 template <int rows, int vectors, class A>
@@ -42,19 +47,21 @@ MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
     for (int v = 0; v < vectors; ++v) sums[i][v] = zero<A>();
 }
 
-// sums[i][v] += sum over d < depth of tile(i, d) * panel[d][v], where tile(i, d) is tile[i*pitch + d], or
+// sums[i][v] += sum over d < groups of tile(i, d) * panel[d][v], where tile(i, d) is tile[i*pitch + d], or
 // tile[d*pitch + i] if by_column.
-template <bool by_column, int rows, int vectors, class A>
-MX_INLINE void multiply(const A* tile, int64_t pitch, const A* panel, int64_t depth, Vec<A> (&sums)[rows][vectors]) {
-  for (int64_t d = 0; d < depth; ++d) {
+template <bool by_column, int rows, int vectors, class E>
+MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t groups,
+                        Vec<Acc<E>> (&sums)[rows][vectors]) {
+  using A = Acc<E>;
+  for (int64_t d = 0; d < groups; ++d) {
     Vec<A> b[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) b[v] = load<A>(panel + d * kPanel<A> + v * kLanes<A>);
+    for (int v = 0; v < vectors; ++v) b[v] = load_elements<E>(panel + d * kPanel<A> + v * kLanes<A>);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
-      const Vec<A> a = broadcast(by_column ? tile[d * pitch + i] : tile[i * pitch + d]);
+      const Vec<A> a = broadcast_element<E>(by_column ? tile[d * pitch + i] : tile[i * pitch + d]);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sums[i][v] = fma(a, b[v], sums[i][v]);
+      for (int v = 0; v < vectors; ++v) sums[i][v] = multiply_add<E>(a, b[v], sums[i][v]);
     }
   }
 }
@@ -63,37 +70,37 @@ MX_INLINE void multiply(const A* tile, int64_t pitch, const A* panel, int64_t de
 // nothing of meaning):
 //   begin(row, count, sums)   sets the sums to start from
 //   end(row, count, sums)     takes the result
-template <bool by_column, int rows, int vectors, class A, class Epilogue>
-__attribute__((noinline)) void multiply_block(const A* tile, int64_t pitch, const A* panel, int64_t depth, int64_t row,
+template <bool by_column, int rows, int vectors, class E, class Epilogue>
+__attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row,
                                               int count, Epilogue& epilogue) {
-  Vec<A> sums[rows][vectors];
+  Vec<Acc<E>> sums[rows][vectors];
   epilogue.begin(row, count, sums);
-  multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, depth, sums);
+  multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, groups, sums);
   epilogue.end(row, count, sums);
 }
 
-template <bool by_column, int vectors, class A, class Epilogue>
-inline void multiply_panel(const A* tile, int64_t pitch, int64_t rows, const A* panel, int64_t depth,
+template <bool by_column, int vectors, class E, class Epilogue>
+inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups,
                            Epilogue& epilogue) {
   int64_t row = 0;
   for (; rows - row > 2 * kRowStep; row += kBlockRows)
-    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, depth, row, int(min_of(rows - row, kBlockRows)),
+    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, groups, row, int(min_of(rows - row, kBlockRows)),
                                                    epilogue);
   if (rows - row > kRowStep)
-    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, depth, row, int(rows - row), epilogue);
+    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), epilogue);
   else if (rows > row)
-    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, depth, row, int(rows - row), epilogue);
+    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), epilogue);
 }
 
 // All rows of a tile times one panel of `columns` columns. The tile must be readable, not meaningful, up to the next
 // multiple of kRowStep rows.
-template <bool by_column, class A, class Epilogue>
-inline void multiply_tile(const A* tile, int64_t pitch, int64_t rows, const A* panel, int64_t columns, int64_t depth,
+template <bool by_column, class E, class Epilogue>
+inline void multiply_tile(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t columns, int64_t groups,
                           Epilogue& epilogue) {
-  if (columns > kLanes<A>)
-    multiply_panel<by_column, 2>(tile, pitch, rows, panel, depth, epilogue);
+  if (columns > kLanes<Acc<E>>)
+    multiply_panel<by_column, 2>(tile, pitch, rows, panel, groups, epilogue);
   else
-    multiply_panel<by_column, 1>(tile, pitch, rows, panel, depth, epilogue);
+    multiply_panel<by_column, 1>(tile, pitch, rows, panel, groups, epilogue);
 }
 
 // --- panels of a weight [columns, depth] ----------------------------------------------------------------------------
@@ -140,49 +147,56 @@ MX_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// One block of lanes x lanes, in registers throughout; `rows` x `count` of it exist in the weight, the rest is 0.
+// One block of lanes x lanes elements, in registers throughout; `rows` x `count` numbers of it exist in the weight, the
+// rest is 0.
 template <bool partial, class T>
-MX_INLINE void pack_block(const T* weight, int64_t pitch, int rows, int count, Acc<T>* out) {
+MX_INLINE void pack_block(const T* weight, int64_t pitch, int rows, int count, Operand<T>* out) {
   using A = Acc<T>;
   Vec<A> block[kLanes<A>];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<A>; ++i)
-    block[i] = partial && i >= rows ? zero<A>() : load_lanes<partial, T>(weight + i * pitch, count);
+    block[i] = partial && i >= rows ? zero<A>() : load_row_elements<partial, T>(weight + i * pitch, count);
   transpose<A>(block);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<A>; ++i)
-    if (!partial || i < count) store<A>(out + i * kPanel<A>, block[i]);
+    if (!partial || i < groups_of<Operand<T>>(count)) __builtin_memcpy(out + i * kPanel<A>, &block[i], sizeof block[i]);
 }
 
-// out[d][j] = weight[j*depth + d]: the panel for a product over the weight's second dimension. Columns from `columns`
-// on are 0.
+// The panel for a product over the weight's second dimension: with elements of one number, out[d][j] =
+// weight[j*depth + d]. Columns from `columns` on are 0.
 template <class T>
-inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Acc<T>* out) {
-  constexpr int lanes = kLanes<Acc<T>>;
+inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Operand<T>* out) {
+  using E = Operand<T>;
+  constexpr int lanes = kLanes<Acc<T>>, numbers = lanes * kGroup<E>;
   for (int64_t j = 0; j < kPanel<Acc<T>>; j += lanes) {
     const int rows = int(min_of(max_of(columns - j, 0), lanes));
-    for (int64_t d = 0; d < depth; d += lanes) {
-      const int count = int(min_of(depth - d, lanes));
+    for (int64_t d = 0; d < depth; d += numbers) {
+      const int count = int(min_of(depth - d, numbers));
       const T* block = weight + j * depth + d;
-      Acc<T>* to = out + d * kPanel<Acc<T>> + j;
-      if (rows == lanes && count == lanes)
-        pack_block<false>(block, depth, lanes, lanes, to);
+      E* to = out + d / kGroup<E> * kPanel<Acc<T>> + j;
+      if (rows == lanes && count == numbers)
+        pack_block<false>(block, depth, lanes, numbers, to);
       else
         pack_block<true>(block, depth, rows, count, to);
     }
   }
 }
 
-// out[d][j] = weight[d*pitch + j]: the panel for a product over the weight's first dimension.
+// The panel for a product over the weight's first dimension: with elements of one number, out[d][j] =
+// weight[d*pitch + j].
 template <class T>
-inline void pack_rows(const T* weight, int64_t pitch, int64_t columns, int64_t depth, Acc<T>* out) {
+inline void pack_rows(const T* weight, int64_t pitch, int64_t columns, int64_t depth, Operand<T>* out) {
   using A = Acc<T>;
-  for (int64_t d = 0; d < depth; ++d)
+  constexpr int group = kGroup<Operand<T>>;
+  for (int64_t d = 0; d < depth; d += group, out += kPanel<A>)
     for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t count = min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>);
-      const T* row = weight + d * pitch + v * kLanes<A>;
-      store<A>(out + d * kPanel<A> + v * kLanes<A>,
-               count == kLanes<A> ? load<T>(row) : load_partial<T>(row, int(count)));
+      const int count = int(min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>));
+      Vec<A> values[group];
+      for (int i = 0; i < group; ++i) {
+        const T* row = weight + (d + i) * pitch + v * kLanes<A>;
+        values[i] = d + i < depth ? load_partial<T>(row, count) : zero<A>();
+      }
+      store_group<T>(out + v * kLanes<A>, values);
     }
 }
 

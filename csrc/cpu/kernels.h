@@ -33,6 +33,7 @@ extern const Kernels baseline_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 }  // namespace mx::cpu

@@ -11,7 +11,7 @@ inline void pointwise_forward_of(const ForwardArgs& args) {
   const int64_t channels = args.g.c_in;
   const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.bn_u), channels};
   forward_product(forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
-                  [&](int64_t begin, int64_t rows, Acc<T>* tile) {
+                  [&](int64_t begin, int64_t rows, Operand<T>* tile) {
                     activate_rows<T>(u + begin * channels, rows, activation, tile);
                   });
 }
@@ -34,7 +34,7 @@ inline void pointwise_backward_of(const BackwardArgs& args) {
       static_cast<T*>(args.h_u),
       static_cast<A*>(args.grad_weight),
       static_cast<A*>(args.grad_bn_u)};
-  backward_product(product, [&](int64_t begin, int64_t rows, A* panels, int64_t panel_rows) {
+  backward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
     activate_panels<T>(u + begin * g.c_in, rows, activation, panels, panel_rows);
   });
 }

@@ -14,8 +14,8 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// Scratch slots (kernels.h): the shared one and the worker's are taken here, kWeightSlot is the caller's.
-constexpr int kSharedSlot = 0, kWorkerSlot = 1, kWeightSlot = 2;
+// Scratch slots (kernels.h): the shared one and the worker's are taken here, the others by callers.
+constexpr int kSharedSlot = 0, kWorkerSlot = 1, kWeightSlot = 2, kTapsSlot = 3;
 
 // Fewer row tiles than this, and the columns are divided too, for enough parallel tasks.
 constexpr int64_t kWantedTasks = 16;
@@ -56,14 +56,15 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
 template <class T, class Build>
 inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
   using A = Acc<T>;
-  const int64_t pitch = tile_pitch<A>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
-  const int64_t panel_size = p.depth * kPanel<A>;
-  const RowTiles tiles = row_tiles(p.rows, pitch * sizeof(A));
+  using E = Operand<T>;
+  const int64_t pitch = tile_pitch<E>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
+  const int64_t groups_deep = groups_of<E>(p.depth), panel_size = groups_deep * kPanel<A>;
+  const RowTiles tiles = row_tiles(p.rows, pitch * sizeof(E));
   const int64_t groups = min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
   const bool training = p.bn_y != nullptr;
   const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
-  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(panels * panel_size) + Workspace::bytes<A>(moments_size)));
-  A* const packed = shared.take<A>(panels * panel_size);
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(panels * panel_size) + Workspace::bytes<A>(moments_size)));
+  E* const packed = shared.take<E>(panels * panel_size);
   A* const moments = shared.take<A>(moments_size);
 
   const auto pack = [&](int64_t panel) {
@@ -78,7 +79,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
     });
 
   parallel(tiles.count * groups, [&](int64_t begin, int64_t end) {
-    A* const tile = static_cast<A*>(scratch(kWorkerSlot, Workspace::bytes<A>(tiles.rows * pitch)));
+    E* const tile = static_cast<E*>(scratch(kWorkerSlot, Workspace::bytes<E>(tiles.rows * pitch)));
     int64_t built = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t = task / groups, group = task % groups, rows = tiles.size(t);
@@ -86,15 +87,15 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
       built = t;
       for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
         if (!pack_first) pack(panel);
-        const A* const b = packed + panel * panel_size;
+        const E* const b = packed + panel * panel_size;
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;
         if (p.epilogue_bn || p.epilogue_relu) {
           StoreNormalised<T> epilogue{y, p.columns, columns, {p.epilogue_bn, p.columns}, column, p.epilogue_relu};
-          multiply_tile<false>(tile, pitch, rows, b, columns, p.depth, epilogue);
+          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
         } else {
           StoreWithMoments<T> epilogue(y, p.columns, columns, training);
-          multiply_tile<false>(tile, pitch, rows, b, columns, p.depth, epilogue);
+          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
           if (training) {
             epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
           }
@@ -128,16 +129,16 @@ template <class T>
 class BackwardTiles {
  public:
   using A = Acc<T>;
+  using E = Operand<T>;
 
   BackwardTiles(const BackwardProduct<T>& p, RowTiles tiles) : p_(p), tiles_(tiles) {}
 
-  int64_t pitch() const { return tile_pitch<A>(p_.columns); }
   int64_t panels() const { return ceil_div(p_.depth, kPanel<A>); }
-  int64_t panel_size() const { return p_.columns * kPanel<A>; }
+  int64_t panel_size() const { return groups_of<E>(p_.columns) * kPanel<A>; }
   int64_t packed_size() const { return p_.h_u ? panels() * panel_size() : 0; }
   int64_t sums_size() const { return p_.grad_bn_u ? tiles_.count * 2 * p_.depth : 0; }
 
-  void pack(A* packed) {
+  void pack(E* packed) {
     packed_ = packed;
     if (p_.h_u)
       parallel(panels(), [&](int64_t begin, int64_t end) {
@@ -149,13 +150,13 @@ class BackwardTiles {
 
   void set_sums(A* sums) { sums_ = sums; }
 
-  // h_u of tile t, whose output gradient is dy.
-  void input_gradient(int64_t t, const A* dy) const {
+  // h_u of tile t, whose output gradient is dy, by row.
+  void input_gradient(int64_t t, const E* dy) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
       StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset, p_.activation, channel, p_.depth - channel};
-      multiply_tile<false>(dy, pitch(), tiles_.size(t), packed_ + i * panel_size(), epilogue.columns, p_.columns,
-                           epilogue);
+      multiply_tile<false>(dy, GradientTile<T>::row_size(p_.columns), tiles_.size(t), packed_ + i * panel_size(),
+                           epilogue.columns, groups_of<E>(p_.columns), epilogue);
       if (p_.grad_bn_u) {
         A* const sums = sums_ + t * 2 * p_.depth + channel;
         epilogue.finish(sums, sums + p_.depth);
@@ -172,7 +173,7 @@ class BackwardTiles {
  private:
   const BackwardProduct<T>& p_;
   RowTiles tiles_;
-  A* packed_ = nullptr;
+  E* packed_ = nullptr;
   A* sums_ = nullptr;
 };
 
@@ -180,40 +181,48 @@ class BackwardTiles {
 template <class T, class BuildPanels>
 inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
   using A = Acc<T>;
+  using E = Operand<T>;
+  using Gradient = GradientTile<T>;
   constexpr int64_t kMostChunks = 64;
-  const int64_t weight_size = p.columns * p.depth;
-  const int64_t row_bytes = (tile_pitch<A>(p.columns) + round_up(p.depth, kPanel<A>)) * sizeof(A);
+  const int64_t weight_size = p.columns * p.depth, panels = ceil_div(p.depth, kPanel<A>);
+  const int64_t row_pitch = Gradient::row_size(p.columns), group_pitch = Gradient::group_size(p.columns);
+  const int64_t row_bytes = (row_pitch + ceil_div(panels * kPanel<A>, kGroup<E>)) * sizeof(E);
   const RowTiles tiles = row_tiles(p.rows, row_bytes);
+  const int64_t groups = tiles.rows / kGroup<E>;
   BackwardTiles<T> backward(p, tiles);
   const int64_t chunks = p.grad_weight ? min_of(tiles.count, kMostChunks) : tiles.count;
   const int64_t partials_size = p.grad_weight ? chunks * weight_size : 0;
-  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(backward.packed_size()) +
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(backward.packed_size()) +
                                             Workspace::bytes<A>(backward.sums_size()) +
                                             Workspace::bytes<A>(partials_size)));
-  backward.pack(shared.take<A>(backward.packed_size()));
+  backward.pack(shared.take<E>(backward.packed_size()));
   backward.set_sums(shared.take<A>(backward.sums_size()));
   A* const partials = shared.take<A>(partials_size);
-  const int64_t pitch = backward.pitch(), panels = backward.panels();
 
   parallel(chunks, [&](int64_t begin, int64_t end) {
-    const int64_t dy_size = tiles.rows * pitch, a_size = p.grad_weight ? panels * tiles.rows * kPanel<A> : 0;
-    Workspace own(scratch(kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(a_size)));
-    A* const dy = own.take<A>(dy_size);
-    A* const a = own.take<A>(a_size);
+    const int64_t rows_size = p.h_u || !Gradient::kApart ? tiles.rows * row_pitch : 0;
+    const int64_t groups_size = p.grad_weight && Gradient::kApart ? groups * group_pitch : 0;
+    const int64_t a_size = p.grad_weight ? panels * groups * kPanel<A> : 0;
+    Workspace own(scratch(
+        kWorkerSlot, Workspace::bytes<E>(rows_size) + Workspace::bytes<E>(groups_size) + Workspace::bytes<E>(a_size)));
+    E* const by_row = own.take<E>(rows_size);
+    E* const by_group = Gradient::kApart ? own.take<E>(groups_size) : by_row;
+    E* const a = own.take<E>(a_size);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * tiles.count / chunks, last = (chunk + 1) * tiles.count / chunks;
       for (int64_t t = first; t < last; ++t) {
-        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t), dy);
+        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
+                         {rows_size ? by_row : nullptr, groups_size ? by_group : nullptr});
         if (p.grad_weight) {
           build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
           for (int64_t i = 0; i < panels; ++i) {
             const int64_t column = i * kPanel<A>;
             AddToRows<A> epilogue{partials + chunk * weight_size + column, p.depth, p.depth - column, t > first};
-            multiply_tile<true>(dy, pitch, p.columns, a + i * tiles.rows * kPanel<A>, epilogue.columns, tiles.size(t),
-                                epilogue);
+            multiply_tile<true>(by_group, group_pitch, p.columns, a + i * groups * kPanel<A>, epilogue.columns,
+                                groups_of<E>(tiles.size(t)), epilogue);
           }
         }
-        if (p.h_u) backward.input_gradient(t, dy);
+        if (p.h_u) backward.input_gradient(t, by_row);
       }
     }
   });
@@ -237,33 +246,41 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
 template <class T, class BuildPanels>
 inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
   using A = Acc<T>;
+  using E = Operand<T>;
+  using Gradient = GradientTile<T>;
   constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kBlocks = 20 * kBlockRows;
   constexpr int64_t kGroupPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
+  static_assert(kDepth % kGroup<E> == 0 && kTileStep % kGroup<E> == 0);
   const int64_t panels = ceil_div(p.depth, kPanel<A>);
-  const int64_t row_bytes = (tile_pitch<A>(p.columns) + panels * kPanel<A>)*sizeof(A);
+  const int64_t row_pitch = Gradient::row_size(p.columns), group_pitch = Gradient::group_size(p.columns);
+  const int64_t row_bytes = (row_pitch + ceil_div(panels * kPanel<A>, kGroup<E>)) * sizeof(E);
   const RowTiles tiles = row_tiles(p.rows, row_bytes);
   BackwardTiles<T> backward(p, tiles);
-  const int64_t pitch = backward.pitch();
   const int64_t stretch_tiles = min_of(max_of(kStretchBytes / (tiles.rows * row_bytes), 1), tiles.count);
-  const int64_t stretch_rows = stretch_tiles * tiles.rows;
-  const int64_t dy_size = stretch_rows * pitch, a_size = panels * stretch_rows * kPanel<A>;
-  Workspace shared(scratch(kSharedSlot, Workspace::bytes<A>(backward.packed_size()) +
-                                            Workspace::bytes<A>(backward.sums_size()) + Workspace::bytes<A>(dy_size) +
-                                            Workspace::bytes<A>(a_size)));
-  backward.pack(shared.take<A>(backward.packed_size()));
+  const int64_t stretch_groups = stretch_tiles * tiles.rows / kGroup<E>;
+  const int64_t dy_size = stretch_groups * group_pitch, a_size = panels * stretch_groups * kPanel<A>;
+  const int64_t rows_size = p.h_u && Gradient::kApart ? tiles.rows * row_pitch : 0;
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(backward.packed_size()) +
+                                            Workspace::bytes<A>(backward.sums_size()) + Workspace::bytes<E>(dy_size) +
+                                            Workspace::bytes<E>(a_size)));
+  backward.pack(shared.take<E>(backward.packed_size()));
   backward.set_sums(shared.take<A>(backward.sums_size()));
-  A* const dy = shared.take<A>(dy_size);
-  A* const a = shared.take<A>(a_size);
+  E* const dy = shared.take<E>(dy_size);
+  E* const a = shared.take<E>(a_size);
 
   for (int64_t first = 0; first < tiles.count; first += stretch_tiles) {
     const int64_t stretch = min_of(stretch_tiles, tiles.count - first);
     const int64_t rows = min_of(stretch * tiles.rows, p.rows - tiles.begin(first));
     parallel(stretch, [&](int64_t begin, int64_t end) {
+      E* const own = static_cast<E*>(scratch(kWorkerSlot, Workspace::bytes<E>(rows_size)));
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = first + i, row = i * tiles.rows;
-        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t), dy + row * pitch);
-        build_panels(tiles.begin(t), tiles.size(t), a + row * kPanel<A>, stretch_rows);
-        if (p.h_u) backward.input_gradient(t, dy + row * pitch);
+        const int64_t t = first + i, group = i * tiles.rows / kGroup<E>;
+        E* const by_group = dy + group * group_pitch;
+        E* const by_row = Gradient::kApart ? own : by_group;
+        gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
+                         {p.h_u || !Gradient::kApart ? by_row : nullptr, by_group});
+        build_panels(tiles.begin(t), tiles.size(t), a + group * kPanel<A>, stretch_groups * kGroup<E>);
+        if (p.h_u) backward.input_gradient(t, by_row);
       }
     });
     const int64_t blocks = ceil_div(p.columns, kBlocks);
@@ -272,11 +289,11 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
         const int64_t n = task % blocks * kBlocks, panel = task / blocks * kGroupPanels;
         for (int64_t d = 0; d < rows; d += kDepth)
           for (int64_t i = panel; i < min_of(panel + kGroupPanels, panels); ++i) {
-            const int64_t column = i * kPanel<A>;
+            const int64_t column = i * kPanel<A>, group = d / kGroup<E>;
             AddToRows<A> epilogue{p.grad_weight + n * p.depth + column, p.depth, p.depth - column, first + d > 0};
-            multiply_tile<true>(dy + d * pitch + n, pitch, min_of(kBlocks, p.columns - n),
-                                a + (i * stretch_rows + d) * kPanel<A>, epilogue.columns, min_of(kDepth, rows - d),
-                                epilogue);
+            multiply_tile<true>(dy + group * group_pitch + n, group_pitch, min_of(kBlocks, p.columns - n),
+                                a + (i * stretch_groups + group) * kPanel<A>, epilogue.columns,
+                                groups_of<E>(min_of(kDepth, rows - d)), epilogue);
           }
       }
     });

@@ -53,8 +53,10 @@ namespace {
 
 const char* const kIsaVariable = "MOBILENET_EXT_CPU_ISA";
 
+constexpr int kMostKernels = 4;
+
 // From the narrowest to the widest that this machine runs.
-int supported_kernels(const Kernels* (&tables)[3]) {
+int supported_kernels(const Kernels* (&tables)[kMostKernels]) {
   int count = 0;
   tables[count++] = &baseline_kernels;
 #if defined(__x86_64__)
@@ -64,8 +66,10 @@ int supported_kernels(const Kernels* (&tables)[3]) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     tables[count++] = &avx2_kernels;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
       tables[count++] = &avx512_kernels;
+      if (__builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16_kernels;
+    }
   }
 #endif
   return count;
@@ -73,7 +77,7 @@ int supported_kernels(const Kernels* (&tables)[3]) {
 
 // Null when MOBILENET_EXT_CPU_ISA names something this machine cannot run.
 const Kernels* choose_kernels() {
-  const Kernels* tables[3];
+  const Kernels* tables[kMostKernels];
   const int count = supported_kernels(tables);
   const char* wanted = getenv(kIsaVariable);
   if (wanted == nullptr || *wanted == '\0') return tables[count - 1];
@@ -92,7 +96,7 @@ const Kernels* chosen_kernels() {
 const Kernels& kernels() {
   const Kernels* chosen = chosen_kernels();
   if (chosen == nullptr) {
-    const Kernels* tables[3];
+    const Kernels* tables[kMostKernels];
     const int count = supported_kernels(tables);
     std::string names;
     for (int i = 0; i < count; ++i) names += (i ? ", " : "") + std::string(tables[i]->isa);

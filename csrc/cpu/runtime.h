@@ -6,7 +6,7 @@
 namespace mx::cpu {
 
 // The widest instruction set that this machine runs, or the one that the environment variable MOBILENET_EXT_CPU_ISA
-// (baseline, avx2, avx512) names; read once. Throws where it names one that the machine cannot run.
+// (baseline, avx2, avx512, avx512_bf16) names; read once. Throws where it names one that the machine cannot run.
 const Kernels& kernels();
 
 }  // namespace mx::cpu

@@ -9,39 +9,33 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// Writes `count` values at `column` of a row whose columns lie in panels of `width`, `stride` elements apart. Null: 0.
+// Copies `count` values, zeros if from is null.
 template <class T>
-MX_INLINE void write_taps(const T* from, int64_t count, int64_t column, Acc<T>* row, int64_t width, int64_t stride) {
-  using A = Acc<T>;
-  while (count > 0) {
-    A* const to = row + column / width * stride + column % width;
-    const int64_t piece = min_of(min_of(count, width - column % width), kLanes<A>);
-    store_partial<A>(to, from ? load_partial<T>(from, int(piece)) : zero<A>(), int(piece));
-    if (from) from += piece;
-    column += piece;
-    count -= piece;
+MX_INLINE void copy_taps(const T* from, int64_t count, T* to) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  for (int64_t i = 0; i < count; i += lanes) {
+    const int piece = int(min_of(count - i, lanes));
+    store_partial<T>(to + i, from ? load_partial<T>(from + i, piece) : zero<Acc<T>>(), piece);
   }
 }
 
-// The taps of output pixels [begin, begin + pixels), a row each; rows are `pitch` elements apart.
+// The taps of output pixels [begin, begin + pixels), a row each, without gaps.
 template <class T>
-inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, Acc<T>* out, int64_t pitch,
-                        int64_t width, int64_t stride) {
+inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* row) {
   const int64_t c = g.c_in;
   int64_t ox = begin % g.out_w, oy = begin / g.out_w % g.out_h, image = begin / (g.out_w * g.out_h);
   for (int64_t i = 0; i < pixels; ++i) {
-    Acc<T>* const row = out + i * pitch;
     const int64_t ix = ox * g.stride - g.padding;
     const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
-    for (int ky = 0; ky < 3; ++ky) {
-      const int64_t iy = oy * g.stride - g.padding + ky, column = ky * 3 * c;
+    for (int ky = 0; ky < 3; ++ky, row += 3 * c) {
+      const int64_t iy = oy * g.stride - g.padding + ky;
       if (iy < 0 || iy >= g.h) {
-        write_taps<T>(nullptr, 3 * c, column, row, width, stride);
+        copy_taps<T>(nullptr, 3 * c, row);
       } else {
         const T* const line = x + ((image * g.h + iy) * g.w + ix) * c;
-        write_taps<T>(nullptr, left * c, column, row, width, stride);
-        write_taps<T>(line + left * c, (right - left) * c, column + left * c, row, width, stride);
-        write_taps<T>(nullptr, (3 - right) * c, column + right * c, row, width, stride);
+        copy_taps<T>(nullptr, left * c, row);
+        copy_taps<T>(line + left * c, (right - left) * c, row + left * c);
+        copy_taps<T>(nullptr, (3 - right) * c, row + right * c);
       }
     }
     if (++ox == g.out_w) {
@@ -51,6 +45,20 @@ inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pi
         ++image;
       }
     }
+  }
+}
+
+// Calls use(taps, pixels, done) with the taps of a few pixels at a time of [begin, begin + pixels), of which `done`
+// came before: as many as stay in the L1 cache.
+template <class T, class Use>
+inline void for_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, const Use& use) {
+  const int64_t depth = kTaps * g.c_in;
+  const int64_t most = max_of(8 * 1024 / (depth * int64_t(sizeof(T))) / 2 * 2, 2);
+  T* const taps = static_cast<T*>(scratch(kTapsSlot, most * depth * sizeof(T)));
+  for (int64_t done = 0; done < pixels; done += most) {
+    const int64_t count = min_of(most, pixels - done);
+    gather_taps<T>(x, g, begin + done, count, taps);
+    use(taps, count, done);
   }
 }
 
@@ -75,12 +83,14 @@ template <class T>
 inline void stem_forward_of(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<A>(depth);
+  const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<Operand<T>>(depth);
   T* const weight = static_cast<T*>(scratch(kWeightSlot, g.c_out * depth * sizeof(T)));
   taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
   const T* const x = static_cast<const T*>(args.u);
-  forward_product(forward_product_of<T>(args, depth, weight), [&](int64_t begin, int64_t rows, A* tile) {
-    gather_taps<T>(x, g, begin, rows, tile, pitch, pitch, 0);
+  forward_product(forward_product_of<T>(args, depth, weight), [&](int64_t begin, int64_t rows, Operand<T>* tile) {
+    for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
+      activate_rows<T>(taps, pixels, Activation<A>{nullptr, depth}, tile + done * pitch);
+    });
   });
 }
 
@@ -88,11 +98,12 @@ inline void stem_forward_of(const ForwardArgs& args) {
 template <class T>
 inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
   using A = Acc<T>;
+  using E = Operand<T>;
   constexpr int64_t kPixels = 8 * kTileStep;
   const Geometry& g = args.g;
-  const int64_t c = g.c_in, columns = 3 * c, pitch = tile_pitch<A>(g.c_out);
-  const int64_t panels = ceil_div(columns, kPanel<A>), panel_size = g.c_out * kPanel<A>;
-  A* const packed = static_cast<A*>(scratch(kSharedSlot, 3 * panels * panel_size * sizeof(A)));
+  const int64_t c = g.c_in, columns = 3 * c, pitch = GradientTile<T>::row_size(g.c_out);
+  const int64_t panels = ceil_div(columns, kPanel<A>), panel_size = groups_of<E>(g.c_out) * kPanel<A>;
+  E* const packed = static_cast<E*>(scratch(kSharedSlot, 3 * panels * panel_size * sizeof(E)));
   for (int64_t ky = 0; ky < 3; ++ky)
     for (int64_t i = 0; i < panels; ++i)
       pack_rows<T>(weight + ky * columns + i * kPanel<A>, kTaps * c, columns - i * kPanel<A>, g.c_out,
@@ -101,8 +112,8 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
   parallel(g.n * g.h, [&](int64_t begin, int64_t end) {
     const int64_t dy_size = kPixels * pitch, taps_size = kPixels * columns, line_size = g.w * c;
     Workspace own(scratch(
-        kWorkerSlot, Workspace::bytes<A>(dy_size) + Workspace::bytes<A>(taps_size) + Workspace::bytes<A>(line_size)));
-    A* const dy = own.take<A>(dy_size);
+        kWorkerSlot, Workspace::bytes<E>(dy_size) + Workspace::bytes<A>(taps_size) + Workspace::bytes<A>(line_size)));
+    E* const dy = own.take<E>(dy_size);
     A* const taps = own.take<A>(taps_size);
     A* const line = own.take<A>(line_size);
     for (int64_t task = begin; task < end; ++task) {
@@ -113,11 +124,11 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
         if (iy + g.padding < ky || oy >= g.out_h || (iy + g.padding - ky) % g.stride) continue;
         for (int64_t first = 0; first < g.out_w; first += kPixels) {
           const int64_t pixels = min_of(kPixels, g.out_w - first);
-          gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, dy);
+          gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, {dy, nullptr});
           for (int64_t i = 0; i < panels; ++i) {
             AddToRows<A> epilogue{taps + i * kPanel<A>, columns, columns - i * kPanel<A>, false};
-            multiply_tile<false>(dy, pitch, pixels, packed + (ky * panels + i) * panel_size, epilogue.columns, g.c_out,
-                                 epilogue);
+            multiply_tile<false>(dy, pitch, pixels, packed + (ky * panels + i) * panel_size, epilogue.columns,
+                                 groups_of<E>(g.c_out), epilogue);
           }
           for (int64_t p = 0; p < pixels; ++p)
             for (int64_t kx = 0; kx < 3; ++kx) {
@@ -153,8 +164,11 @@ inline void stem_backward_of(const BackwardArgs& args) {
     product.columns = g.c_out;
     product.gradient = gradient;
     product.grad_weight = grad_weight;
-    backward_product(product, [&](int64_t begin, int64_t rows, A* panels, int64_t panel_rows) {
-      gather_taps<T>(x, g, begin, rows, panels, kPanel<A>, kPanel<A>, panel_rows * kPanel<A>);
+    backward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
+      for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
+        activate_panels<T>(taps, pixels, Activation<A>{nullptr, depth}, panels + done / kGroup<Operand<T>> * kPanel<A>,
+                           panel_rows);
+      });
     });
     taps_first_to_last(grad_weight, g.c_out, g.c_in, static_cast<A*>(args.grad_weight));
   }

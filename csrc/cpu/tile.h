@@ -67,61 +67,78 @@ MX_INLINE Vec<A> normalise(Vec<A> centred, Vec<A> scale, Vec<A> shift) {
   return fma(centred, scale, shift);
 }
 
-// `count` channels of `rows` rows, into rows `out_pitch` apart. Lanes behind a partial vector are written as 0 after
-// rectifying 0 - 0: the output must have room for whole vectors.
+// The input's `count` channels of `rows` rows, made from u. Lanes behind a partial vector are what 0 - 0 rectified
+// gives, 0.
 template <int rows, bool partial, class T>
 MX_INLINE void activate_lanes(const T* u, int64_t u_pitch, int count, const Activation<Acc<T>>& activation,
-                              int64_t channel, Acc<T>* out, int64_t out_pitch) {
+                              int64_t channel, Vec<Acc<T>> (&value)[rows]) {
   using A = Acc<T>;
-  Vec<A> value[rows];
+#pragma GCC unroll 4
   for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(u + i * u_pitch, count);
   if (!activation.plain()) {
     const Vec<A> mean = load_lanes<partial, A>(activation.row(BN_MEAN) + channel, count);
     const Vec<A> scale = load_lanes<partial, A>(activation.row(BN_SCALE) + channel, count);
     const Vec<A> shift = load_lanes<partial, A>(activation.row(BN_SHIFT) + channel, count);
+#pragma GCC unroll 4
     for (int i = 0; i < rows; ++i) value[i] = relu(normalise<A>(value[i] - mean, scale, shift));
   }
-  for (int i = 0; i < rows; ++i) store<A>(out + i * out_pitch, value[i]);
 }
 
+// Calls body(Constant<rows>, i, channel, Constant<partial>, count) over rows in blocks of four, then `rest`, and
+// channels in vectors.
+template <int rest, class A, class Body>
+MX_INLINE void for_row_blocks(int64_t rows, int64_t channels, const Body& body) {
+  const auto vectors = [&](auto block_rows, int64_t i) {
+    int64_t c = 0;
+    for (; c + kLanes<A> <= channels; c += kLanes<A>) body(block_rows, i, c, Constant<false>{}, kLanes<A>);
+    if (c < channels) body(block_rows, i, c, Constant<true>{}, int(channels - c));
+  };
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) vectors(Constant<4>{}, i);
+  for (; i + rest <= rows; i += rest) vectors(Constant<rest>{}, i);
+  for (; i < rows; ++i) vectors(Constant<1>{}, i);
+}
+
+// `rows` values of a column of vectors as elements across rows: `apart` elements from one group of rows to the next. A
+// last row without a partner is joined by zeros.
 template <int rows, class T>
-inline void activate_row_block(const T* u, const Activation<Acc<T>>& activation, Acc<T>* out, int64_t out_pitch,
-                               int64_t panel_stride) {
-  constexpr int lanes = kLanes<Acc<T>>;
-  const int64_t channels = activation.channels;
-  for (int64_t c = 0; c < channels; c += lanes) {
-    // Row-major output: panel_stride is 0. Panels: kPanel columns of all rows lie together.
-    Acc<T>* to = panel_stride ? out + c / kPanel<Acc<T>> * panel_stride + c % kPanel<Acc<T>> : out + c;
-    const int64_t count = channels - c;
-    if (count >= lanes)
-      activate_lanes<rows, false>(u + c, channels, lanes, activation, c, to, out_pitch);
-    else
-      activate_lanes<rows, true>(u + c, channels, int(count), activation, c, to, out_pitch);
+MX_INLINE void store_groups(Operand<T>* to, int64_t apart, const Vec<Acc<T>> (&values)[rows]) {
+  constexpr int group = kGroup<Operand<T>>;
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; i += group) {
+    Vec<Acc<T>> pair[group];
+#pragma GCC unroll 2
+    for (int k = 0; k < group; ++k) pair[k] = i + k < rows ? values[i + k] : zero<Acc<T>>();
+    store_group<T>(to + i / group * apart, pair);
   }
 }
 
+// Rows of the activation, tile_pitch apart: a tile to broadcast from. The tile has room for whole vectors.
 template <class T>
-inline void activate(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Acc<T>* out, int64_t out_pitch,
-                     int64_t panel_stride) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4)
-    activate_row_block<4>(u + i * activation.channels, activation, out + i * out_pitch, out_pitch, panel_stride);
-  for (; i < rows; ++i)
-    activate_row_block<1>(u + i * activation.channels, activation, out + i * out_pitch, out_pitch, panel_stride);
+inline void activate_rows(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Operand<T>* tile) {
+  const int64_t channels = activation.channels, pitch = tile_pitch<Operand<T>>(channels);
+  for_row_blocks<1, Acc<T>>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
+    Vec<Acc<T>> value[block.value];
+    activate_lanes<block.value, partial.value>(u + i * channels + c, channels, count, activation, c, value);
+#pragma GCC unroll 4
+    for (int k = 0; k < block.value; ++k) store_in_row<T>(tile + (i + k) * pitch, c, value[k]);
+  });
 }
 
-// Rows of the activation, tile_pitch apart: a tile to broadcast from.
+// Panels [ceil(channels / kPanel)][panel_rows / kGroup][kPanel], with rows along the depth: what a weight gradient
+// multiplies with. Of a last panel only the vectors with channels in them are written.
 template <class T>
-inline void activate_rows(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Acc<T>* tile) {
-  activate(u, rows, activation, tile, tile_pitch<Acc<T>>(activation.channels), 0);
-}
-
-// Panels [ceil(channels / kPanel)][panel_rows][kPanel]: what a weight gradient multiplies with. Of a last panel only
-// the vectors with channels in them are written.
-template <class T>
-inline void activate_panels(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Acc<T>* panels,
+inline void activate_panels(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Operand<T>* panels,
                             int64_t panel_rows) {
-  activate(u, rows, activation, panels, kPanel<Acc<T>>, panel_rows * kPanel<Acc<T>>);
+  using A = Acc<T>;
+  constexpr int group = kGroup<Operand<T>>;
+  const int64_t channels = activation.channels, panel_size = panel_rows / group * kPanel<A>;
+  for_row_blocks<group, A>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
+    Vec<A> value[block.value];
+    activate_lanes<block.value, partial.value>(u + i * channels + c, channels, count, activation, c, value);
+    store_groups<block.value, T>(panels + c / kPanel<A> * panel_size + i / group * kPanel<A> + c % kPanel<A>, kPanel<A>,
+                                 value);
+  });
 }
 
 // The gradient at a convolution's output: P*h + Q*(y - MEAN) + O; P*h without y; h without grad_bn.
@@ -136,46 +153,60 @@ struct OutputGradient {
 };
 
 template <int rows, bool partial, class T>
-MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, int64_t channel, int count, Acc<T>* out,
-                              int64_t out_pitch) {
+MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, int64_t channel, int count,
+                              Vec<Acc<T>> (&value)[rows]) {
   using A = Acc<T>;
   const int64_t offset = row * gradient.channels + channel;
-  Vec<A> value[rows];
+#pragma GCC unroll 4
   for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(gradient.h + offset + i * gradient.channels, count);
   if (gradient.grad_bn) {
     const Vec<A> p = load_lanes<partial, A>(gradient.row(GRAD_P) + channel, count);
+#pragma GCC unroll 4
     for (int i = 0; i < rows; ++i) value[i] *= p;
     if (gradient.y) {
       const Vec<A> mean = load_lanes<partial, A>(gradient.row(GRAD_MEAN) + channel, count);
       const Vec<A> q = load_lanes<partial, A>(gradient.row(GRAD_Q) + channel, count);
       const Vec<A> o = load_lanes<partial, A>(gradient.row(GRAD_O) + channel, count);
+#pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) {
         const Vec<A> y = load_lanes<partial, T>(gradient.y + offset + i * gradient.channels, count);
         value[i] = fma(q, y - mean, value[i]) + o;
       }
     }
   }
-  for (int i = 0; i < rows; ++i) store<A>(out + i * out_pitch, value[i]);
 }
 
-// Rows [begin, begin + rows) of the gradient, tile_pitch apart.
+// Where the two products of a backward pass take the output gradient's tile from. The same memory, where an element is
+// one number.
 template <class T>
-inline void gradient_rows(const OutputGradient<T>& gradient, int64_t begin, int64_t rows, Acc<T>* tile) {
+struct GradientTile {
+  using E = Operand<T>;
+  static constexpr bool kApart = kGroup<E> > 1;
+
+  E* by_row;    // for the input gradient: rows tile_pitch apart
+  E* by_group;  // for the weight gradient, by column: groups of rows row_pitch apart; null: not wanted
+
+  static int64_t row_size(int64_t channels) { return tile_pitch<E>(channels); }
+  static int64_t group_size(int64_t channels) { return row_pitch<E>(channels); }
+};
+
+// Rows [begin, begin + rows) of the gradient.
+template <class T>
+inline void gradient_rows(const OutputGradient<T>& gradient, int64_t begin, int64_t rows, const GradientTile<T>& tile) {
   using A = Acc<T>;
-  const int64_t pitch = tile_pitch<A>(gradient.channels);
-  const auto block = [&](auto size, int64_t i) {
-    constexpr int block_rows = decltype(size)::value;
-    for (int64_t c = 0; c < gradient.channels; c += kLanes<A>) {
-      const int64_t count = gradient.channels - c;
-      if (count >= kLanes<A>)
-        gradient_lanes<block_rows, false>(gradient, begin + i, c, kLanes<A>, tile + i * pitch + c, pitch);
-      else
-        gradient_lanes<block_rows, true>(gradient, begin + i, c, int(count), tile + i * pitch + c, pitch);
+  using G = GradientTile<T>;
+  constexpr int group = kGroup<Operand<T>>;
+  const int64_t channels = gradient.channels, pitch = G::row_size(channels), group_pitch = G::group_size(channels);
+  for_row_blocks<group, A>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
+    Vec<A> value[block.value];
+    gradient_lanes<block.value, partial.value>(gradient, begin + i, c, count, value);
+    if (!G::kApart || tile.by_row) {
+#pragma GCC unroll 4
+      for (int k = 0; k < block.value; ++k) store_in_row<T>(tile.by_row + (i + k) * pitch, c, value[k]);
     }
-  };
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) block(Constant<4>{}, i);
-  for (; i < rows; ++i) block(Constant<1>{}, i);
+    if (G::kApart && tile.by_group)
+      store_groups<block.value, T>(tile.by_group + i / group * group_pitch + c, group_pitch, value);
+  });
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

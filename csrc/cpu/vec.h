@@ -142,11 +142,16 @@ MX_INLINE U16 narrow(U32 x) {  // x < 65536
 
 MX_INLINE Vec<float> bf16_to_float(U16 x) { return (Vec<float>)(widen(x) << 16); }
 
-// The float's bits rounded to bfloat16 (nearest, ties to even), still in the upper half of 32 bits.
+// The float's bits rounded to bfloat16 (nearest, ties to even), still in the upper half of 32 bits. The instruction for
+// it makes subnormal numbers 0.
 MX_INLINE U32 round_to_bf16(Vec<float> v) {
+#if defined(MX_ISA_AVX512_BF16)
+  return widen((U16)_mm512_cvtneps_pbh((__m512)v)) << 16;
+#else
   const U32 x = (U32)v;
   const U32 rounded = (x + 0x7fff + ((x >> 16) & 1)) & 0xffff0000u;
   return v != v ? U32{} + 0x7fc00000u : rounded;
+#endif
 }
 
 #if defined(MX_ISA_AVX512)

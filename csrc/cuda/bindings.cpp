@@ -12,7 +12,11 @@ struct Backend {
   static constexpr const char* kDeviceName = kDevice == torch::headeronly::DeviceType::CUDA ? "CUDA" : "CPU";
   static constexpr bool kFloat64 = false;
 
-  explicit Backend(const torch::stable::Tensor& tensor) : runtime(tensor) {}
+  explicit Backend(const torch::stable::Tensor& tensor) : device(tensor.device()), runtime(tensor) {}
+
+  Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
+    return empty_channels_last(n, c, h, w, type, device);
+  }
 
 #define MX_LAUNCH(kernel, Args) \
   void kernel(const Args& args) const { Runtime::check(cuda::kernel(args, runtime.launch()), #kernel); }
@@ -28,6 +32,7 @@ struct Backend {
   MX_LAUNCH(bn_from_running, RunningArgs)
 #undef MX_LAUNCH
 
+  torch::stable::Device device;
   Runtime runtime;
 };
 
