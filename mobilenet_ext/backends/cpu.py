@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ if not LIBRARY.exists():
 torch.ops.load_library(str(LIBRARY))  # also defines the schemas of the op set
 
 kernels = torch.ops.mobilenet_ext_cpu
+
+
+def isa() -> str:
+    """The instruction set that the kernels chose for this machine."""
+    chosen = ctypes.CDLL(str(LIBRARY)).mx_cpu_isa
+    chosen.restype = ctypes.c_char_p
+    return chosen().decode()
 
 
 def why_not() -> str | None:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mobilenet_ext.cli import doctor, eval, predict, sweep, train
+from mobilenet_ext.cli import bench, doctor, eval, predict, sweep, train
 from mobilenet_ext.train.errors import TrainError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mobilenet-ext", description="Train, measure and use MobileNetV1 on fused kernels."
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (train, sweep, eval, predict, doctor):
+    for command in (train, sweep, eval, predict, bench, doctor):
         command.add_parser(subparsers).set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import os
 import platform
@@ -76,7 +75,7 @@ def _environment() -> Iterator[tuple[str, str]]:
     yield "CUDA toolkit", f"{toolkit.version}, {toolkit.home} ({toolkit.found_by})" if toolkit else "not found"
     yield "C++ compiler", _compiler()
     yield from _host_module()
-    yield "instruction set", _instruction_set()
+    yield "instruction set", backends.cpu.isa()
     yield "threads", f"{torch.get_num_threads()}"
     yield "GPU", _gpu()
 
@@ -110,12 +109,6 @@ def _host_module() -> Iterator[tuple[str, str]]:
     yield "flags", build["flags"]
     yield "CUDA kernels", ", for ".join(filter(None, [build["cuda"], build["cuda_architectures"]]))
     yield "CPU features", " ".join(name for name, usable in _host.cpu_features().items() if usable) or "none known"
-
-
-def _instruction_set() -> str:
-    chosen = ctypes.CDLL(str(backends.cpu.LIBRARY)).mx_cpu_isa
-    chosen.restype = ctypes.c_char_p
-    return chosen().decode()
 
 
 def _gpu() -> str:

@@ -1,0 +1,156 @@
+"""``mobilenet-ext bench``: one module a subcommand's work, this one the options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mobilenet_ext as mx
+from benchmarks import compare as compare_module
+from benchmarks import comparison, kernels, limits, pictures, readme, results, scaling, table
+from benchmarks.network import DTYPES, Workload
+from benchmarks.peers import NAMES, OURS
+
+INFERENCE_BATCHES = {"cpu": [1, 32], "cuda": [1, 32, 256]}
+TRAINING_BATCH = {"cpu": [32], "cuda": [256]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status; 1 where our own output was wrong or a file is none of ours."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"mobilenet-ext bench: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mobilenet-ext bench",
+        description="Times mobilenet_ext beside everything else that is installed and runs the network. Every output "
+        "is checked against float64 before it is timed; times are taken in turn.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    help_of = {
+        "kernels": "layer by layer: our kernels and PyTorch's modules",
+        "inference": "the whole network in eval mode",
+        "training": "a training step: forward, backward, SGD with momentum",
+        "scaling": "time and memory against batch, resolution and width",
+    }
+    for name, text in help_of.items():
+        command = commands.add_parser(name, help=text, description=text)
+        _add_options(command, name)
+        command.set_defaults(run=_measure, bench=name)
+    command = commands.add_parser("compare", help="what changed between two results beyond noise")
+    command.add_argument("before", type=Path)
+    command.add_argument("after", type=Path)
+    command.set_defaults(run=_compare)
+    command = commands.add_parser("readme", help="write the README's figures anew from benchmarks/results")
+    command.add_argument("--check", action="store_true", help="write nothing; 1 if something would change")
+    command.set_defaults(run=lambda args: readme.update(check=args.check))
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"[{device}]")
+    parser.add_argument("--backend", default="auto", help="of mobilenet_ext [auto]")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="16 bits: autocast "
+                        "in training, weights and activations in inference [float32 bfloat16]")  # fmt: skip
+    parser.add_argument("--width", type=_positive(float), default=1.0, help="multiplier [1]")
+    parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
+    batch = "1 32 256, on a CPU 1 32" if bench == "inference" else "256, on a CPU 32"
+    parser.add_argument("--batch", nargs="+", type=_positive(int), help=f"[{batch}]")
+    parser.add_argument("--rounds", type=_positive(int), default=9, help="samples of each runner [9]")
+    parser.add_argument("--threads", type=_positive(int), help="of a CPU [torch's choice]")
+    if bench in ("inference", "training"):
+        parser.add_argument("--peers", nargs="+", metavar="PEER", choices=NAMES, default=list(NAMES),
+                            help=f"of {', '.join(map(repr, NAMES))} [all]")  # fmt: skip
+    if bench == "kernels":
+        parser.add_argument("--passes", nargs="+", choices=kernels.PASSES, default=list(kernels.PASSES))
+    if bench == "scaling":
+        parser.add_argument("--task", choices=("training", "inference"), default="training")
+    if bench != "kernels":
+        parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out, which takes a process "
+                            "of its own for each runner")  # fmt: skip
+    parser.add_argument("--fp32-precision", choices=("ieee", "tf32"), default="ieee", help="of products on a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--save", action="store_true", help="write it, with pictures, to benchmarks/results/<device>/")
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _measure(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU")
+    mx.backends.set(args.backend)
+    torch.backends.cudnn.conv.fp32_precision = args.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = args.fp32_precision
+    effort = comparison.Effort(args.rounds, memory=not getattr(args, "no_memory", False))
+    report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
+    report["command"] = "mobilenet-ext bench " + " ".join(_given(args))
+    for dtype in args.dtype:
+        bounds = limits.measure_limits(args.device, dtype)
+        report["limits"][dtype] = bounds._asdict()
+        report["results"] += _results(args, dtype, bounds, effort)
+    print(table.heading(report))
+    print(table.tables(report))
+    if args.json:
+        results.write(args.json, report)
+    if args.save:
+        path = results.default_file(args.bench, report["about"])
+        results.write(path, report)
+        for picture in pictures.draw(report, path):
+            print(picture)
+    ours = [row for result in report["results"] for row in result["rows"] if row["runner"] == OURS]
+    return 1 if any("refused" in row for row in ours) else 0
+
+
+def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort: comparison.Effort) -> list[Any]:
+    task = {"inference": "inference", "scaling": getattr(args, "task", "training")}.get(args.bench, "training")
+    batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
+    found = []
+    for batch in args.batch or batches:
+        work = Workload(task, args.width, args.resolution, batch, dtype, args.device)
+        print(work, file=sys.stderr, flush=True)
+        if args.bench == "kernels":
+            for pass_ in args.passes:
+                found += kernels.compare_layers(work, pass_, bounds, effort)
+        elif args.bench == "scaling":
+            found += scaling.measure_scaling(work, bounds, effort)
+        else:
+            found.append(comparison.compare_runners(work, args.peers, bounds, effort))
+    return found
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """The options that reproduce a run, those that choose files left out."""
+    words = [args.bench]
+    for name, value in vars(args).items():
+        if name in ("run", "bench", "json", "save") or value in (None, False):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *(f"'{v}'" if " " in str(v) else str(v) for v in values)]
+    return words
+
+
+def _compare(args: argparse.Namespace) -> int:
+    print(compare_module.report(results.read(args.before), results.read(args.after)))
+    return 0

@@ -1,0 +1,196 @@
+"""Layer by layer: our kernel op, and PyTorch's convolution, BatchNorm and ReLU for the same layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.comparison import Effort
+from benchmarks.limits import Limits
+from benchmarks.network import Layer, Workload, layers_of
+from benchmarks.peers import OURS
+from benchmarks.timing import Call, interleave
+from mobilenet_ext import backends, ops
+
+PASSES = ("forward", "backward", "inference")
+# Relative errors against float64 of the same inputs: a peer in 16 bits rounds what we keep in float32.
+ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
+EPS = 1e-5
+
+
+def compare_layers(work: Workload, pass_: str, limits: Limits, effort: Effort) -> list[dict[str, Any]]:
+    """A result for each distinct layer of a pass, with ``count``, how often the network has it; rows as in
+    ``comparison.compare_runners``."""
+    layers = layers_of(work.width, work.resolution, pass_)
+    results = []
+    for layer in dict.fromkeys(layers):
+        print(f"  {pass_} {layer.name}", file=sys.stderr, flush=True)
+        calls, rows = {}, []
+        for name, make in RUNNERS.items():
+            call, error = make(layer, pass_, work)
+            if name == OURS and not error <= ALLOWED[work.dtype]:
+                raise ValueError(f"our {pass_} of {layer.name} is wrong: relative error {error:.1e}")
+            if error <= ALLOWED[work.dtype]:
+                calls[name] = call
+                rows.append({"runner": name, "error": error})
+            else:
+                rows.append({"runner": name, "error": error, "refused": f"wrong output: relative error {error:.1e}"})
+        samples = interleave(calls, work.device, effort.rounds, effort.burst_s, pause_s=0.1)
+        for row in rows:
+            row["seconds"] = samples.get(row["runner"], [])
+        moved = layer.bytes_moved(pass_, work.batch, work.torch_dtype.itemsize)
+        operations = layer.operations(pass_, work.batch)
+        results.append(
+            {
+                "workload": {**work._asdict(), "pass": pass_, "layer": layer.name},
+                "count": layers.count(layer),
+                "bytes": moved,
+                "operations": operations,
+                "limit_seconds": limits.seconds(moved, operations),
+                "rows": [row for row in rows if row["seconds"] or "refused" in row],
+            }
+        )
+    return results
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
+    """The layer's kernel op on random data, as a step of the network calls it."""
+    kind, k, n, stride, size = layer
+    device, dtype, batch = work.device, work.torch_dtype, work.batch
+    generator = torch.Generator().manual_seed(0)
+
+    def activation(channels: int, size: int) -> Tensor:
+        data = torch.randn(batch, size, size, channels, generator=generator)
+        return data.to(device=device, dtype=dtype).permute(0, 3, 1, 2)
+
+    def weight(*shape: int) -> Tensor:
+        fan_in = shape[1] * shape[2] * shape[3]
+        return (torch.randn(shape, generator=generator) / fan_in**0.5).to(device=device, dtype=dtype)
+
+    def rows(count: int, channels: int) -> Tensor:
+        return (torch.rand(count, channels, generator=generator) + 0.5).to(device)
+
+    u, bn_u = activation(k, size), rows(5, k)
+    if kind == "block":
+        return bind(ops.block_inference, u, bn_u, weight(k, 1, 3, 3), stride, rows(5, n), weight(n, k, 1, 1))
+    if kind == "pool":
+        if pass_ == "forward":
+            return bind(ops.bn_relu_pool_forward, u, bn_u)
+        return bind(ops.bn_relu_pool_backward, activation(k, 1), u, bn_u, True)
+    filters = {"stem": (n, k, 3, 3), "depthwise": (n, 1, 3, 3), "pointwise": (n, k, 1, 1)}[kind]
+    geometry = () if kind == "pointwise" else (stride, 1)
+    source = (u, weight(*filters), *geometry) if kind == "stem" else (u, bn_u, weight(*filters), *geometry)
+    if pass_ == "inference":
+        return bind(getattr(ops, f"{kind}_inference"), u, rows(5, n), source[1], *geometry, True)
+    if pass_ == "forward":
+        return bind(getattr(ops, f"{kind}_forward"), *source, *rows(2, n).unbind(), EPS, True)
+    output = (activation(n, layer.out_size), activation(n, layer.out_size), rows(6, n))
+    if kind == "stem":
+        return bind(ops.stem_backward, *output, *source, False, True)
+    return bind(getattr(ops, f"{kind}_backward"), *output, *source[:2], True, *source[2:], True, True)
+
+
+def bind(op: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    return lambda: op(*args)
+
+
+def _ours(layer: Layer, pass_: str, work: Workload) -> tuple[Call, float]:
+    # One image is compared: the reference backend in float32 is slow.
+    call = kernel_call(layer, pass_, work._replace(batch=1))
+
+    def outputs() -> tuple[Tensor, ...]:
+        result = call()
+        return result if isinstance(result, tuple) else (result,)
+
+    actual = outputs()
+    with backends.use("reference"):
+        expected = outputs()
+    pairs = zip(actual, expected, strict=True)
+    error = max(_error(a, e) for a, e in pairs if e.numel() and e.dim() == 4)
+    return kernel_call(layer, pass_, work), error
+
+
+# --- PyTorch's --------------------------------------------------------------------------------------------------------
+
+
+def _modules(layer: Layer) -> nn.Sequential:
+    """The layer as a user of plain PyTorch has it. Our kernel normalises its input and PyTorch's modules their output:
+    one BatchNorm and one ReLU a convolution either way."""
+    torch.manual_seed(0)
+    kind, k, n, stride, _ = layer
+
+    def unit(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    if kind == "block":
+        return nn.Sequential(*unit(k, k, 3, stride, k), *unit(k, n, 1, 1, 1))
+    if kind == "pool":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(*unit(k, n, 1 if kind == "pointwise" else 3, stride, k if kind == "depthwise" else 1))
+
+
+class _Module:
+    """One pass of plain modules. 16 bits by autocast in training, in the weights for inference, as users do."""
+
+    def __init__(self, module: nn.Module, x: Tensor, pass_: str, dtype: torch.dtype, compiled: bool) -> None:
+        self.pass_, self.dtype = pass_, dtype
+        self.module = module.train(pass_ != "inference")
+        if pass_ == "inference":
+            self.module.requires_grad_(False).to(dtype)
+            x = x.to(dtype)
+        self.forward = torch.compile(self.module) if compiled else self.module
+        self.x = x.to(dtype).requires_grad_(pass_ == "backward" and x.shape[1] != 3)
+        if pass_ == "backward":
+            self.y = self._run()
+            self.grad = torch.randn_like(self.y)
+            self.wanted = [t for t in (self.x, *self.module.parameters()) if t.requires_grad]
+
+    def _run(self) -> Tensor:
+        with torch.autocast(
+            self.x.device.type, self.dtype, enabled=self.pass_ != "inference" and self.dtype.itemsize == 2
+        ):
+            return self.forward(self.x)
+
+    def __call__(self) -> Any:
+        if self.pass_ == "backward":
+            return torch.autograd.grad(self.y, self.wanted, self.grad, retain_graph=True)
+        with torch.set_grad_enabled(self.pass_ == "forward"):
+            return self._run()
+
+
+def _theirs(memory_format: torch.memory_format, compiled: bool = False):
+    def make(layer: Layer, pass_: str, work: Workload) -> tuple[Call, float]:
+        module = _modules(layer).to(device=work.device, memory_format=memory_format)
+        exact = _modules(layer).double().train(pass_ != "inference")
+        x = torch.randn(work.batch, layer.in_channels, layer.size, layer.size)
+        with torch.no_grad():
+            expected = exact(x[:2].double())
+        torch._dynamo.reset()
+        x = x.to(device=work.device, memory_format=memory_format)
+        check = _Module(module, x[:2].contiguous(memory_format=memory_format), "forward", work.torch_dtype, compiled)
+        if pass_ == "inference":
+            check = _Module(module, check.x, pass_, work.torch_dtype, compiled)
+        error = _error(check().detach().cpu(), expected)
+        return _Module(module, x, pass_, work.torch_dtype, compiled), error
+
+    return make
+
+
+RUNNERS: dict[str, Callable[[Layer, str, Workload], tuple[Call, float]]] = {
+    OURS: _ours,
+    "eager NCHW": _theirs(torch.contiguous_format),
+    "eager channels_last": _theirs(torch.channels_last),
+    "torch.compile": _theirs(torch.channels_last, compiled=True),
+}

@@ -1,0 +1,155 @@
+"""PyTorch's own ways to run the network, timm's network, and mobilenet_ext."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mobilenet_ext as mx
+from benchmarks.network import CLASSES, Plain, Workload
+from benchmarks.peers.base import FirstStep, Peer
+
+LEARNING_RATE, MOMENTUM, LABEL_SMOOTHING = 0.01, 0.9, 0.1
+
+
+class Inference:
+    """Weights and images in the workload's dtype."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.model, self.images = model, images
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            self.output = self.model(self.images)
+        return self.output
+
+    def logits(self) -> Tensor:
+        return self.output
+
+
+class Training:
+    """Parameters in float32; 16 bits by autocast."""
+
+    def __init__(self, model: nn.Module, images: Tensor, work: Workload, parameters: nn.Module) -> None:
+        self.model, self.images, self.work, self.parameters = model, images, work, parameters
+        self.labels = work.labels()
+        self.optimizer = torch.optim.SGD(parameters.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad()
+        dtype = self.work.torch_dtype
+        with torch.autocast(self.work.device, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(self.model(self.images), self.labels, label_smoothing=LABEL_SMOOTHING)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def first_step(self) -> FirstStep:
+        loss = self()
+        weights = [m.weight for m in self.parameters.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        stem, classifier = (weight.grad.float().cpu() for weight in (weights[0], weights[-1]))
+        return FirstStep(loss.item(), classifier, stem)
+
+
+class TorchPeer(Peer):
+    version_of = "torch"
+    memory_format = torch.channels_last
+
+    def network(self, work: Workload) -> nn.Module:
+        return Plain(work.model())
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def _ready(self, work: Workload) -> tuple[nn.Module, Tensor]:
+        if work.device == "cuda":
+            torch.backends.cudnn.benchmark = True
+        network = self.network(work).to(memory_format=self.memory_format)
+        return network, work.images().contiguous(memory_format=self.memory_format)
+
+    def inference(self, work: Workload) -> Inference:
+        network, images = self._ready(work)
+        dtype = work.torch_dtype
+        return Inference(self.compiled(network.eval().requires_grad_(False).to(dtype)), images.to(dtype))
+
+    def training(self, work: Workload) -> Training:
+        network, images = self._ready(work)
+        return Training(self.compiled(network), images, work, network)
+
+
+class MobileNetExt(TorchPeer):
+    """``freeze`` for inference, the drop-in model for training."""
+
+    version_of = "mobilenet_ext"
+
+    def network(self, work: Workload) -> nn.Module:
+        return mx.freeze(work.model()) if work.task == "inference" else work.model()
+
+
+class EagerNchw(TorchPeer):
+    memory_format = torch.contiguous_format
+
+
+class EagerChannelsLast(TorchPeer):
+    pass
+
+
+class Compile(TorchPeer):
+    """``torch.compile`` in its default mode, channels_last."""
+
+    mode: str | None = None
+
+    def refuses(self, work: Workload) -> str | None:
+        if work.device == "cuda" and importlib.util.find_spec("triton") is None:
+            return "torch.compile needs triton on a GPU"
+        return None
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        torch._dynamo.reset()
+        return torch.compile(model, mode=self.mode)
+
+
+class CompileMaxAutotune(Compile):
+    mode = "max-autotune"
+
+
+class _Frozen(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):  # read when the first call compiles
+            return self.model(x)
+
+
+class CompileFreezing(Compile):
+    """``torch.compile`` with its own folding of BatchNorm and packing of weights."""
+
+    def refuses(self, work: Workload) -> str | None:
+        return "freezing is for inference" if work.task == "training" else super().refuses(work)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return _Frozen(super().compiled(model))
+
+
+class Timm(TorchPeer):
+    """timm's ``mobilenetv1_100`` with ReLU for its ReLU6, and our weights."""
+
+    module = version_of = "timm"
+
+    def refuses(self, work: Workload) -> str | None:
+        return None if work.width == 1 else "mobilenetv1_100 has width 1"
+
+    def network(self, work: Workload) -> nn.Module:
+        import timm
+
+        theirs = timm.create_model("mobilenetv1_100", num_classes=CLASSES, act_layer="relu").to(work.device)
+        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+        ours = [module for module in work.model().modules() if isinstance(module, kinds)]
+        for to, from_ in zip((m for m in theirs.modules() if isinstance(m, kinds)), ours, strict=True):
+            to.load_state_dict(from_.state_dict())
+        return theirs.train(work.task == "training")

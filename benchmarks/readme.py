@@ -1,0 +1,100 @@
+"""The README's figures, from the results in ``benchmarks/results``: between two comments, and nowhere else by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.network import Workload
+from benchmarks.peers import OURS
+from benchmarks.table import best_peer, milliseconds, paired_ratio
+from benchmarks.timing import summary
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: mobilenet-ext bench readme -->", "<!-- end of figures -->"
+
+
+def update(check: bool = False) -> int:
+    """Writes the section; 1 where ``check`` finds that it would change.
+
+    Raises:
+        ValueError: the README lacks the comments, or a result is none of ours.
+    """
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n{section(results.FOLDER)}{END}{after}"
+    if check:
+        if new != text:
+            print("README.md: the figures are not those of benchmarks/results: run `mobilenet-ext bench readme`")
+        return int(new != text)
+    README.write_text(new)
+    print(f"written: {README}", file=sys.stderr)
+    return 0
+
+
+def section(folder: Path) -> str:
+    """Markdown, a part for each device."""
+    parts = []
+    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for bench in ("training", "inference"):
+            file = device / f"{bench}.json"
+            if file.is_file():
+                parts.append(_part(results.read(file), file))
+        kernels = device / "kernels.svg"
+        if kernels.is_file():
+            parts.append(f"![each layer under the machine's limits]({_link(kernels)})\n")
+    return "\n".join(parts)
+
+
+def _link(path: Path) -> str:
+    return path.relative_to(README.parent).as_posix()
+
+
+def _part(report: dict[str, Any], file: Path) -> str:
+    about, found = report["about"], report["results"]
+    works = [Workload(**result["workload"]) for result in found]
+    runners = dict.fromkeys(row["runner"] for result in found for row in result["rows"])
+    what = "Training step" if report["bench"] == "training" else "Inference"
+    first = works[0]
+    size = f"MobileNetV1 {first.width:g}, {first.resolution}x{first.resolution}"
+    versions = {row["runner"]: row.get("version") for result in found for row in result["rows"]}
+    lines = [
+        f"**{what}** of {size} on {about['device']}: milliseconds, the median of {_rounds(found)} rounds taken in "
+        "turn and the quartiles; lower is better.",
+        "",
+        "| | " + " | ".join(f"batch {work.batch}, {work.dtype}" for work in works) + " |",
+        "|---|" + "---:|" * len(works),
+    ]
+    for runner in runners:
+        name = f"**{runner}**" if runner == OURS else f"{runner} {versions[runner] or ''}".strip()
+        lines.append(f"| {name} | " + " | ".join(_cell(result, runner) for result in found) + " |")
+    ratios = []
+    for result in found:
+        best = best_peer(result["rows"])
+        ours = next(row for row in result["rows"] if row["runner"] == OURS)
+        timed = best is not None and ours.get("seconds")
+        ratios.append(f"{paired_ratio(best['seconds'], ours['seconds']).median:.2f}" if timed else "")
+    lines.append("| best peer / mobilenet_ext | " + " | ".join(ratios) + " |")
+    picture = file.with_suffix(".svg")
+    if picture.is_file():
+        lines += ["", f"![{what.lower()} beside the peers]({_link(picture)})"]
+    source = f"commit {about['commit']}, {about['date'][:10]}; raw: [{file.name}]({_link(file)})"
+    lines += ["", f"`{report['command']}`, {source}"]
+    return "\n".join(lines) + "\n"
+
+
+def _rounds(found: list[dict[str, Any]]) -> int:
+    return max(len(row.get("seconds", [])) for result in found for row in result["rows"])
+
+
+def _cell(result: dict[str, Any], runner: str) -> str:
+    row = next((row for row in result["rows"] if row["runner"] == runner), {})
+    if not row.get("seconds"):
+        return "-"
+    time = summary(row["seconds"])
+    return f"{milliseconds(time.median)} ({milliseconds(time.low)} to {milliseconds(time.high)})"

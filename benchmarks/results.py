@@ -1,0 +1,72 @@
+"""Results as JSON: where and with what they were taken, and every raw sample."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mobilenet_ext as mx
+from mobilenet_ext.backends import cpu
+
+FORMAT = 1  # of the files; raised when a reader of old ones would misread new ones
+FOLDER = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    """For people: the GPU's name, or the processor with its threads and the instruction set of our kernels."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads, {cpu.isa()}"
+
+
+def about(device: str) -> dict[str, Any]:
+    """The machine, versions and commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "backend": mx.backends.current(device),
+        "versions": {"mobilenet_ext": mx.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "float32_products": torch.backends.cudnn.conv.fp32_precision if device == "cuda" else "ieee",
+    }
+
+
+def default_file(bench: str, about: dict[str, Any]) -> Path:
+    """``benchmarks/results/<device>/<bench>.json``."""
+    folder = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return FOLDER / folder / f"{bench}.json"
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"format": FORMAT, **report}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is none of ours."""
+    try:
+        report = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a result of `mobilenet-ext bench` in format {FORMAT}")
+    return report

@@ -1,0 +1,162 @@
+"""What is done with results: files, comparisons of two, pictures, the README."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mobilenet_ext.cli as command_line
+from benchmarks import cli, compare, pictures, readme, results, scaling
+from benchmarks.network import Workload
+from benchmarks.peers import OURS
+from mobilenet_ext.cli import bench
+
+WORK = Workload("training", 1.0, 224, 32, "float32", "cpu")
+ABOUT = {"device": "a CPU", "versions": {"torch": "2"}, "commit": "c0ffee", "date": "2026-01-01T00:00:00+00:00"}
+
+
+def samples(median: float, seed: int, spread: float = 0.05, rounds: int = 9) -> list[float]:
+    """As a shared machine gives them: some per cent apart, now and then one far off."""
+    generator = random.Random(seed)
+    times = [median * (1 + generator.gauss(0, spread)) for _ in range(rounds)]
+    times[generator.randrange(rounds)] *= 1.5
+    return times
+
+
+def report(seed: int, ours: float = 1.0, peer: float = 2.0, work: Workload = WORK) -> dict[str, Any]:
+    rows = [
+        {"runner": OURS, "version": "1", "error": 1e-6, "seconds": samples(ours, seed), "peak_bytes": 2**20},
+        {"runner": "eager", "version": "2", "error": 1e-6, "seconds": samples(peer, seed + 1000)},
+        {"runner": "absent", "version": None, "skipped": "absent is not installed"},
+    ]
+    result = {"workload": work._asdict(), "bytes": 10, "operations": 20, "limit_seconds": 0.1, "rows": rows}
+    limits = {"float32": {"bytes_per_second": 1e9, "operations_per_second": 1e10}}
+    return {
+        "format": results.FORMAT, "bench": work.task, "about": ABOUT, "limits": limits, "results": [result],
+        "command": "mobilenet-ext bench training",
+    }  # fmt: skip
+
+
+def test_a_slowdown_of_a_fifth_is_reported_and_noise_is_not() -> None:
+    found = missed = false = 0
+    for seed in range(100):
+        slower = compare.changes(report(seed), report(seed + 5000, ours=1.2))
+        found += sum(c.beyond_noise for c in slower if c.runner == OURS)
+        missed += sum(not c.beyond_noise for c in slower if c.runner == OURS)
+        same = compare.changes(report(seed), report(seed + 5000))
+        false += sum(c.beyond_noise for c in same)
+    assert found >= 95, f"{missed} of 100 planted slowdowns missed"
+    assert false <= 6, f"{false} of 200 unchanged measurements reported"
+
+
+def test_the_report_names_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    results.write(before, report(1))
+    results.write(after, report(2, ours=1.2))
+    assert cli.main(["compare", str(before), str(after)]) == 0
+    text = capsys.readouterr().out
+    assert f"slower  {OURS}: training 1.0 224 32 float32 cpu" in text and "eager:" not in text
+    results.write(after, report(2))
+    cli.main(["compare", str(before), str(after)])
+    assert "no change of 5% or more beyond noise" in capsys.readouterr().out
+    assert "faster" in compare.report(report(1, ours=1.5), report(2))
+
+
+def test_nothing_in_common_and_other_machines_are_said() -> None:
+    assert "nothing in common" in compare.report(report(1), report(2, work=WORK._replace(batch=1)))
+    other = report(2)
+    other["about"] = {**ABOUT, "device": "another CPU"}
+    assert "different machines" in compare.report(report(1), other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}'])
+def test_files_of_others_are_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert cli.main(["compare", str(path), str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def kernels_report() -> dict[str, Any]:
+    layers = []
+    for pass_ in ("forward", "backward", "inference"):
+        for layer, operations in (("depthwise 32-32 8x8", 50), ("pointwise 32-64 8x8", 5000), ("pool 8-8 2x2", 0)):
+            work = {**WORK._asdict(), "pass": pass_, "layer": layer}
+            rows = [{"runner": OURS, "error": 0.0, "seconds": [1e-6, 2e-6]}]
+            layers.append({"workload": work, "count": 1, "bytes": 100, "operations": operations,
+                           "limit_seconds": 1e-6, "rows": rows})  # fmt: skip
+    return {**report(1), "bench": "kernels", "results": layers}
+
+
+def scaling_report() -> dict[str, Any]:
+    points = []
+    for axis, values in scaling.POINTS.items():
+        for value in values:
+            (result,) = report(1, work=WORK._replace(**{axis: value}))["results"]
+            result["rows"][1]["runner"] = scaling.RUNNERS[1]
+            points.append({"axis": axis, **result, "operations": 1000 * value})
+    return {**report(1), "bench": "scaling", "results": points}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: report(1), kernels_report, scaling_report], ids=["bars", "roofline", "growth"]
+)
+def test_pictures(make: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first, again = (pictures.draw(make(), tmp_path / f"{name}.json")[0].read_text() for name in ("a", "b"))
+    assert first == again and "<svg" in first and "a CPU" in first
+
+
+def test_the_readme_is_written_from_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", file)
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    file.write_text("no section")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        readme.update()
+    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    results.write(tmp_path / "results" / "a-cpu" / "training.json", report(1))
+    assert readme.update(check=True) == 1
+    assert readme.update() == 0 and readme.update(check=True) == 0
+    text = file.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| best peer / mobilenet_ext | 2" in text or "| best peer / mobilenet_ext | 1.9" in text
+    assert "| absent | - |" in text and "(results/a-cpu/training.json)" in text
+
+
+def test_the_readme_of_this_checkout_is_current() -> None:
+    assert readme.update(check=True) == 0
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "inference.json"
+    options = "--device cpu --width 0.25 --resolution 33 --batch 1 2 --dtype float32 --rounds 2 --no-memory".split()
+    chosen = ["--peers", OURS, "eager channels_last", "--json", str(path)]
+    assert command_line.main(["bench", "inference", *options, *chosen]) == 0
+    saved = results.read(path)
+    assert [r["workload"]["batch"] for r in saved["results"]] == [1, 2]
+    assert {"device", "versions", "commit", "date"} <= set(saved["about"]) and saved["limits"]["float32"]
+    assert saved["command"].startswith("mobilenet-ext bench inference --device cpu")
+    assert "'eager channels_last'" in saved["command"] and "best peer / it" in capsys.readouterr().out
+    assert compare.changes(saved, json.loads(path.read_text()))[0].ratio == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inference", "--batch", "0"], ["training", "--peers", "nobody"], ["kernels", "--dtype", "int8"], []]
+)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        command_line.main(["bench", *arguments])
+    assert error.value.code == 2 and "mobilenet-ext bench" in capsys.readouterr().err
+
+
+def test_without_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    assert command_line.main(["bench", "kernels"]) == 2
+    assert "source checkout" in capsys.readouterr().err
