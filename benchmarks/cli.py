@@ -101,8 +101,9 @@ def _measure(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU")
     mx.backends.set(args.backend)
-    torch.backends.cudnn.conv.fp32_precision = args.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = args.fp32_precision
+    if args.device == "cuda":
+        for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
+            part.fp32_precision = args.fp32_precision
     effort = comparison.Effort(args.rounds, memory=not getattr(args, "no_memory", False))
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
     report["command"] = "mobilenet-ext bench " + " ".join(_given(args))

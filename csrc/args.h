@@ -69,6 +69,7 @@ struct BlockArgs {
   const void* depthwise_weight;
   const void* pointwise_bn;
   const void* pointwise_weight;
+  const void* packed;  // pointwise_weight as the backend's product wants it; null: not given
   void* y;
 };
 

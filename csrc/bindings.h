@@ -6,6 +6,7 @@
 // Backend is a class that is made of a call's first tensor and lives as long as the call, with
 //   kDevice, kDeviceName, kFloat64            where its tensors live, and whether float64 is among their dtypes
 //   empty_activation(n, c, h, w, type)        allocates a channels_last tensor
+//   packed_weight(type, c_out, c_in)          type and size of what may come as `packed`
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -314,7 +315,8 @@ struct Bindings {
   }
 
   static Tensor block_inference(const Tensor& x, const Tensor& depthwise_bn, const Tensor& depthwise_weight,
-                                int64_t stride, const Tensor& pointwise_bn, const Tensor& pointwise_weight) {
+                                int64_t stride, const Tensor& pointwise_bn, const Tensor& pointwise_weight,
+                                const OptionalTensor& packed) {
     const Call<Backend> call(x);
     ConvShape s = call.check_conv(Conv::depthwise, x, depthwise_weight, stride, 1);
     const int64_t c = s.g.c_in;
@@ -335,6 +337,11 @@ struct Bindings {
     args.depthwise_weight = data(depthwise_weight);
     args.pointwise_bn = data(pointwise_bn);
     args.pointwise_weight = data(pointwise_weight);
+    if (packed) {
+      const auto [type, size] = call.backend.packed_weight(s.type, c_out, c);
+      call.check_dense(*packed, "packed", type, {size});
+      args.packed = data(packed);
+    }
     args.y = y.mutable_data_ptr();
     call.backend.block_inference(args);
     return y;

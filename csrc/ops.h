@@ -50,7 +50,7 @@ enum GradBnRow { GRAD_P, GRAD_Q, GRAD_MEAN, GRAD_O, GRAD_GAMMA, GRAD_BETA, GRAD_
   X("pointwise_inference(Tensor x, Tensor? bn_y, Tensor weight, bool relu) -> Tensor")                                 \
   X("stem_inference(Tensor x, Tensor? bn_y, Tensor weight, int stride, int padding, bool relu) -> Tensor")             \
   X("block_inference(Tensor x, Tensor depthwise_bn, Tensor depthwise_weight, int stride, Tensor pointwise_bn, "        \
-    "Tensor pointwise_weight) -> Tensor")
+    "Tensor pointwise_weight, Tensor? packed=None) -> Tensor")
 
 // Ops that are written once, in Python, over the kernel ops (mobilenet_ext/layers.py): the differentiable layers, whose
 // autograd edges all carry the true derivative, and the one op that mutates.

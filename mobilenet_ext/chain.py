@@ -52,6 +52,7 @@ class InferenceUnit(NamedTuple):
     padding: int
     weight: Tensor
     bn: Tensor
+    packed: Tensor | None = None  # of a pointwise unit: the weight as the backend wants it (``backends.cpu``)
 
     output_size = Unit.output_size
 
@@ -132,7 +133,7 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
     x = x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
     i = 0
     while i < len(units):
-        kind, stride, padding, weight, bn = units[i]
+        kind, stride, padding, weight, bn, _ = units[i]
         weight = weight.to(dtype).contiguous()
         i += 1
         relu = i < len(units) or end != "linear"
@@ -141,7 +142,10 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
         elif kind == "pointwise":
             x = ops.pointwise_inference(x, bn, weight, relu)
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
-            x = ops.block_inference(x, bn, weight, stride, units[i].bn, units[i].weight.to(dtype).contiguous())
+            second = units[i]
+            pointwise = second.weight.to(dtype).contiguous()
+            packed = second.packed if second.weight.dtype == dtype else None
+            x = ops.block_inference(x, bn, weight, stride, second.bn, pointwise, packed)
             i += 1
         else:
             x = ops.depthwise_inference(x, bn, weight, stride, padding, relu)

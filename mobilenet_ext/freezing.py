@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from mobilenet_ext import chain, fusion
+from mobilenet_ext import backends, chain, fusion
 from mobilenet_ext.ops import acc_dtype
 
 
@@ -59,20 +59,47 @@ class FrozenChain(nn.Module):
         self.end: chain.End = "pool" if pool else "relu"
         self.geometry = []
         for i, unit in enumerate(units):
-            kind, stride, padding, weight, bn = chain.fold(fusion.as_tensors(unit))
+            kind, stride, padding, weight, bn, _ = chain.fold(fusion.as_tensors(unit))
             self.geometry.append((kind, stride, padding))
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
         self.training = False
+        self._packed: tuple[list[object], list[Tensor | None], list[Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._checked_dtype(x)
         units = [
-            chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"))
-            for i, geometry in enumerate(self.geometry)
+            chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"), packed)
+            for i, (geometry, packed) in enumerate(zip(self.geometry, self._packed_weights(), strict=True))
         ]
         out = chain.infer(x, units, self.end, dtype)
         return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
+
+    def _packed_weights(self) -> list[Tensor | None]:
+        """The pointwise weights as the CPU kernels read them, packed anew when a weight is another or was changed."""
+        weights = [getattr(self, f"weight{i}") for i in range(len(self.geometry))]
+        # A compiled graph would take the packed weights of today for ever, and other backends pack none. Inference
+        # tensors have no version: their changes would go unnoticed.
+        if (
+            torch.compiler.is_compiling()
+            or weights[0].device.type != "cpu"
+            or backends.current("cpu") != "cpu"
+            or any(weight.is_inference() for weight in weights)
+        ):
+            return [None] * len(weights)
+        state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
+        if self._packed is None or self._packed[0] != state:
+            with torch.no_grad():
+                pointwise = [kind == "pointwise" for kind, _, _ in self.geometry]
+                packed = [
+                    backends.cpu.pack_weight(w.contiguous()) if p else None
+                    for w, p in zip(weights, pointwise, strict=True)
+                ]
+            self._packed = state, packed, weights  # which keeps their addresses from coming again
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_packed": None}  # another machine may want another layout
 
     def extra_repr(self) -> str:
         return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")

@@ -143,6 +143,6 @@ def stem_inference(x, bn_y, weight, stride, padding, relu):
 
 
 @_kernel_op
-def block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight):
+def block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight, packed=None):
     h, w = (conv_output_size(size, 3, stride, 1) for size in x.shape[2:])
     return _image(x, x.shape[0], pointwise_weight.shape[0], h, w)

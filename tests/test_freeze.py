@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import mobilenet_ext as mx
+from mobilenet_ext import backends
 from mobilenet_ext.freezing import FrozenChain
+from mobilenet_ext.ops import acc_dtype
 
 
 @pytest.fixture
@@ -245,3 +247,37 @@ def test_compiles(model, x):
     frozen = mx.freeze(model)
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), frozen(x), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (1, 1), (33, 17), (40, 24), (130, 5)], ids=str)
+def test_packed_weights_give_the_same_bits(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    n, k = shape
+    x = torch.randn(2, k, 9, 7).to(dtype=dtype, memory_format=torch.channels_last)
+    bns = [(torch.rand(5, channels) + 0.5).to(acc_dtype(dtype)) for channels in (k, n)]
+    weights = torch.randn(k, 1, 3, 3).to(dtype), torch.randn(n, k, 1, 1).to(dtype)
+    args = (x, bns[0], weights[0], 1, bns[1], weights[1])
+    kernel = backends.cpu.kernels.block_inference
+    packed = backends.cpu.pack_weight(weights[1])
+    assert torch.equal(kernel(*args, packed), kernel(*args, None))
+    with pytest.raises(RuntimeError, match="packed"):
+        kernel(*args, packed[1:].clone())
+
+
+def test_weights_are_packed_once_and_anew_when_changed(model, x, monkeypatch):
+    calls = []
+    pack = backends.cpu.pack_weight
+    monkeypatch.setattr(backends.cpu, "pack_weight", lambda weight: calls.append(weight) or pack(weight))
+    frozen = mx.freeze(model)
+    if backends.current("cpu") != "cpu":
+        return
+    before = frozen(x)
+    assert torch.equal(frozen(x), before) and len(calls) == 13
+    other = mx.freeze(randomise_(copy.deepcopy(model)))
+    frozen.load_state_dict(other.state_dict())
+    assert_close(frozen(x), other(x), 1e-12)
+    assert len(calls) == 3 * 13 and not torch.equal(frozen(x), before)
+    single = copy.deepcopy(frozen).float()
+    assert single(x.float()).dtype == torch.float32 and len(calls) == 4 * 13
+    restored = pickle.loads(pickle.dumps(frozen))
+    assert restored.feature[0]._packed is None and torch.equal(restored(x), frozen(x))

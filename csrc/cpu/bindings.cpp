@@ -59,6 +59,15 @@ struct Backend {
     return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
   }
 
+  std::pair<ScalarType, int64_t> packed_weight(ScalarType type, int64_t c_out, int64_t c_in) const {
+    const PackedLayout layout = kernels().packed_layout(type == ScalarType::Double     ? Dtype::f64
+                                                        : type == ScalarType::BFloat16 ? Dtype::bf16
+                                                                                       : Dtype::f32);
+    const int64_t panels = (c_out + layout.columns - 1) / layout.columns;
+    const int64_t groups = (c_in + layout.group - 1) / layout.group;
+    return {layout.group > 1 ? type : acc_type(type), panels * groups * layout.columns * layout.group};
+  }
+
   void depthwise_forward(const ForwardArgs& args) const { kernels().depthwise_forward(args); }
   void depthwise_backward(const BackwardArgs& args) const { kernels().depthwise_backward(args); }
   void pointwise_forward(const ForwardArgs& args) const { kernels().pointwise_forward(args); }

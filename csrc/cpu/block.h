@@ -108,6 +108,7 @@ inline void block_inference_of(const BlockArgs& args) {
   product.depth = g.c_in;
   product.columns = g.c_out;
   product.weight = static_cast<const T*>(args.pointwise_weight);
+  product.packed = static_cast<const Operand<T>*>(args.packed);
   product.y = static_cast<T*>(args.y);
   product.epilogue_bn = static_cast<const A*>(args.pointwise_bn);
   product.epilogue_relu = true;

@@ -16,6 +16,9 @@ constexpr size_t kHugePage = size_t(2) << 20, kPage = size_t(64) << 10;  // of e
 // a hundred.
 constexpr uint64_t kKeptCalls = 512;
 
+// Marking a small block, page by page, takes longer than filling it.
+constexpr size_t kMarked = size_t(16) << 20;
+
 struct FreeBlock {
   void* data;
   uint64_t returned_at;
@@ -45,7 +48,7 @@ class Blocks {
   void put(void* data) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sizes_.find(data);
-    madvise(data, found->second, MADV_FREE);
+    if (found->second >= kMarked) madvise(data, found->second, MADV_FREE);
     free_.insert({found->second, {data, calls_}});
     sizes_.erase(found);
   }

@@ -3,7 +3,7 @@
 // A fresh block costs more than the kernel that fills it: the system hands out pages one fault at a time and zeroes
 // them, which takes several times as long as writing them (benchmarks/NOTES.md), and malloc gives blocks of this size
 // back at once. A network's activations have the same few sizes step after step, so the blocks of one step serve the
-// next. Kept blocks are marked: the system takes their pages back when it is short of memory.
+// next. Large ones are marked while they wait: the system takes their pages back when it is short of memory.
 #pragma once
 
 #include <stddef.h>

@@ -182,6 +182,24 @@ inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Ope
   }
 }
 
+// Of pack_transposed's panels.
+template <class T>
+constexpr PackedLayout kPackedLayout = {kPanel<Acc<T>>, kGroup<Operand<T>>};
+
+inline PackedLayout packed_layout(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32:
+      return kPackedLayout<float>;
+    case Dtype::f64:
+      return kPackedLayout<double>;
+    case Dtype::bf16:
+      return kPackedLayout<bf16>;
+    case Dtype::f16:
+      return kPackedLayout<f16>;
+  }
+  return {};
+}
+
 // The panel for a product over the weight's first dimension: with elements of one number, out[d][j] =
 // weight[d*pitch + j].
 template <class T>

@@ -16,8 +16,16 @@ int max_threads();
 // undefined. Slot 0: a kernel's shared workspace, taken by the calling thread; slots 1 and up: per worker.
 void* scratch(int slot, size_t bytes);
 
+// The layout of a packed weight [columns, depth]: [panels][groups][columns of a panel][group], a group being the
+// numbers along the depth that one instruction multiplies; filled up with 0. Groups of one are in the accumulation
+// type.
+struct PackedLayout {
+  int columns, group;
+};
+
 struct Kernels {
   const char* isa;
+  PackedLayout (*packed_layout)(Dtype);
   void (*depthwise_forward)(const ForwardArgs&);
   void (*depthwise_backward)(const BackwardArgs&);
   void (*pointwise_forward)(const ForwardArgs&);

@@ -24,7 +24,8 @@ template <class T>
 struct ForwardProduct {
   using A = Acc<T>;
   int64_t rows, depth, columns;
-  const T* weight;  // [columns][depth]
+  const T* weight;           // [columns][depth]
+  const Operand<T>* packed;  // the same in panels; null: packed here
   T* y;
   // Training: batch statistics.
   A* bn_y;
@@ -43,6 +44,7 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
           depth,
           g.c_out,
           weight,
+          nullptr,
           static_cast<T*>(args.y),
           static_cast<A*>(args.bn_y),
           static_cast<const A*>(args.gamma),
@@ -59,34 +61,53 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
   using E = Operand<T>;
   const int64_t pitch = tile_pitch<E>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
   const int64_t groups_deep = groups_of<E>(p.depth), panel_size = groups_deep * kPanel<A>;
-  const RowTiles tiles = row_tiles(p.rows, pitch * sizeof(E));
-  const int64_t groups = min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
+  // Rows that fit in the L2 all together are built once, for all workers, which then divide the columns: each panel is
+  // read once. Otherwise each worker builds tiles of its own.
+  constexpr int64_t kTogetherBytes = 512 << 10;
+  const bool together = p.rows > 0 && p.rows * pitch * int64_t(sizeof(E)) <= kTogetherBytes;
+  const RowTiles tiles =
+      together ? even_tiles(p.rows, ceil_div(kWantedTasks, panels)) : row_tiles(p.rows, pitch * sizeof(E));
+  const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
+  const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
   const bool training = p.bn_y != nullptr;
   const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
-  Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(panels * panel_size) + Workspace::bytes<A>(moments_size)));
-  E* const packed = shared.take<E>(panels * panel_size);
+  const int64_t packed_size = p.packed ? 0 : panels * panel_size;
+  Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(packed_size) + Workspace::bytes<E>(rows_size) +
+                                            Workspace::bytes<A>(moments_size)));
+  E* const all_rows = shared.take<E>(rows_size);
+  E* const own_panels = shared.take<E>(packed_size);
+  const E* const packed = p.packed ? p.packed : own_panels;
   A* const moments = shared.take<A>(moments_size);
 
   const auto pack = [&](int64_t panel) {
     const int64_t column = panel * kPanel<A>;
-    pack_transposed<T>(p.weight + column * p.depth, p.columns - column, p.depth, packed + panel * panel_size);
+    pack_transposed<T>(p.weight + column * p.depth, p.columns - column, p.depth, own_panels + panel * panel_size);
   };
   // With one tile, a panel has one user, which packs it just before; it is still in that core's cache then.
-  const bool pack_first = tiles.count > 1;
+  const bool pack_first = !p.packed && tiles.count > 1, pack_between = !p.packed && !pack_first;
   if (pack_first)
     parallel(panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) pack(panel);
     });
 
+  if (together) {
+    const RowTiles pieces = even_tiles(p.rows, kWantedTasks);
+    parallel(pieces.count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) build(pieces.begin(i), pieces.size(i), all_rows + pieces.begin(i) * pitch);
+    });
+  }
+
   parallel(tiles.count * groups, [&](int64_t begin, int64_t end) {
-    E* const tile = static_cast<E*>(scratch(kWorkerSlot, Workspace::bytes<E>(tiles.rows * pitch)));
+    E* const own = static_cast<E*>(scratch(kWorkerSlot, together ? 0 : Workspace::bytes<E>(tiles.rows * pitch)));
     int64_t built = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t = task / groups, group = task % groups, rows = tiles.size(t);
-      if (t != built) build(tiles.begin(t), rows, tile);
+      const int64_t t = together ? task % tiles.count : task / groups, rows = tiles.size(t);
+      const int64_t group = together ? task / tiles.count : task % groups;
+      if (!together && t != built) build(tiles.begin(t), rows, own);
       built = t;
+      const E* const tile = together ? all_rows + tiles.begin(t) * pitch : own;
       for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
-        if (!pack_first) pack(panel);
+        if (pack_between) pack(panel);
         const E* const b = packed + panel * panel_size;
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;

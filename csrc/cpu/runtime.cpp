@@ -112,3 +112,9 @@ extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() {
   const mx::cpu::Kernels* chosen = mx::cpu::chosen_kernels();
   return chosen ? chosen->isa : nullptr;
 }
+
+extern "C" __attribute__((visibility("default"))) void mx_cpu_packed_layout(int dtype, int* columns, int* group) {
+  const mx::cpu::PackedLayout layout = mx::cpu::kernels().packed_layout(mx::Dtype(dtype));
+  *columns = layout.columns;
+  *group = layout.group;
+}

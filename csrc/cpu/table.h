@@ -15,10 +15,10 @@
 namespace mx::cpu {
 
 const Kernels MX_KERNEL_TABLE = {
-    MX_STRING(MX_ISA_NAMESPACE),         MX_ISA_NAMESPACE::depthwise_forward,  MX_ISA_NAMESPACE::depthwise_backward,
-    MX_ISA_NAMESPACE::pointwise_forward, MX_ISA_NAMESPACE::pointwise_backward, MX_ISA_NAMESPACE::stem_forward,
-    MX_ISA_NAMESPACE::stem_backward,     MX_ISA_NAMESPACE::normalise_forward,  MX_ISA_NAMESPACE::normalise_backward,
-    MX_ISA_NAMESPACE::block_inference,
+    MX_STRING(MX_ISA_NAMESPACE),          MX_ISA_NAMESPACE::packed_layout,     MX_ISA_NAMESPACE::depthwise_forward,
+    MX_ISA_NAMESPACE::depthwise_backward, MX_ISA_NAMESPACE::pointwise_forward, MX_ISA_NAMESPACE::pointwise_backward,
+    MX_ISA_NAMESPACE::stem_forward,       MX_ISA_NAMESPACE::stem_backward,     MX_ISA_NAMESPACE::normalise_forward,
+    MX_ISA_NAMESPACE::normalise_backward, MX_ISA_NAMESPACE::block_inference,
 };
 
 }  // namespace mx::cpu

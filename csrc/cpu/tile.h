@@ -21,6 +21,12 @@ struct RowTiles {
   int64_t size(int64_t tile) const { return min_of(rows, total - tile * rows); }
 };
 
+// About `count` tiles of the same size.
+inline RowTiles even_tiles(int64_t total, int64_t count) {
+  const int64_t rows = round_up(ceil_div(total, count), kTileStep);
+  return {total, rows, ceil_div(total, rows)};
+}
+
 // As many rows as fit in 256 KiB, a quarter to a half of an L2 cache, but small inputs still give 16 tiles of 48 rows.
 inline RowTiles row_tiles(int64_t total, int64_t bytes_per_row) {
   if (total == 0) return {0, kTileStep, 0};

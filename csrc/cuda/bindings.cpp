@@ -18,6 +18,9 @@ struct Backend {
     return empty_channels_last(n, c, h, w, type, device);
   }
 
+  // The kernels take weights as they are.
+  std::pair<ScalarType, int64_t> packed_weight(ScalarType type, int64_t, int64_t) const { return {type, 0}; }
+
 #define MX_LAUNCH(kernel, Args) \
   void kernel(const Args& args) const { Runtime::check(cuda::kernel(args, runtime.launch()), #kernel); }
   MX_LAUNCH(depthwise_forward, ForwardArgs)

@@ -213,6 +213,6 @@ def stem_inference(x, bn_y, weight, stride, padding, relu):
     return _inference(x, bn_y, weight, stride, padding, 1, relu)
 
 
-def block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight):
+def block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight, packed=None):
     a = _inference(_acc(x), depthwise_bn, _acc(depthwise_weight), stride, 1, x.shape[1], True)
     return _store(_inference(a, pointwise_bn, _acc(pointwise_weight), 1, 0, 1, True), x)

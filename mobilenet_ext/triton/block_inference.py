@@ -22,9 +22,9 @@ from mobilenet_ext.triton.stem_forward import tile_origin
 
 def block_inference(
     x: Tensor, depthwise_bn: Tensor, depthwise_weight: Tensor, stride: int, pointwise_bn: Tensor,
-    pointwise_weight: Tensor,
+    pointwise_weight: Tensor, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """relu(bn(pointwise(relu(bn(depthwise(x)))))), with a padding of 1."""
+    """relu(bn(pointwise(relu(bn(depthwise(x)))))), with a padding of 1; the weight is taken as it is, not packed."""
     n, channels, height, width = x.shape
     filters = pointwise_weight.shape[0]
     out_h, out_w = (height - 1) // stride + 1, (width - 1) // stride + 1
