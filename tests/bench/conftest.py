@@ -11,5 +11,5 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 @pytest.fixture(autouse=True)
 def one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests set that of cuDNN's convolutions, and torch's ONNX export asks for that of all of cuDNN."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torch.backends.cudnn.conv.fp32_precision)
+    """torch's ONNX export refuses a setting of cuDNN's convolutions alone, which the other tests make."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", torch.backends.cudnn.rnn.fp32_precision)
