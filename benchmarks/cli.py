@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ TRAINING_BATCH = {"cpu": [32], "cuda": [256]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; 1 where our own output was wrong or a file is none of ours."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    args.words = words
     try:
         return args.run(args)
     except ValueError as error:
@@ -106,7 +109,7 @@ def _measure(args: argparse.Namespace) -> int:
             part.fp32_precision = args.fp32_precision
     effort = comparison.Effort(args.rounds, memory=not getattr(args, "no_memory", False))
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
-    report["command"] = "mobilenet-ext bench " + " ".join(_given(args))
+    report["command"] = shlex.join(["mobilenet-ext", "bench", *_without_files(args.words)])
     for dtype in args.dtype:
         bounds = limits.measure_limits(args.device, dtype)
         report["limits"][dtype] = bounds._asdict()
@@ -141,15 +144,10 @@ def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort
     return found
 
 
-def _given(args: argparse.Namespace) -> list[str]:
-    """The options that reproduce a run, those that choose files left out."""
-    words = [args.bench]
-    for name, value in vars(args).items():
-        if name in ("run", "bench", "json", "save") or value in (None, False):
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *(f"'{v}'" if " " in str(v) else str(v) for v in values)]
-    return words
+def _without_files(words: list[str]) -> list[str]:
+    """The words that reproduce a run, those that choose files left out."""
+    kept = [word for word, before in zip(words, ["", *words[:-1]], strict=True) if before != "--json"]
+    return [word for word in kept if word not in ("--json", "--save")]
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.network import Workload
 from benchmarks.peers import OURS
 from benchmarks.scaling import POINTS, RUNNERS
+from benchmarks.table import milliseconds
 from benchmarks.timing import summary
 
 OUR_COLOUR, PEER_COLOUR = "#c2410c", "#94a3b8"
@@ -44,14 +46,17 @@ def _bars(report: dict[str, Any]):
         rows = [row for row in result["rows"] if row.get("seconds")]
         times = [summary(row["seconds"]) for row in rows]
         rows = sorted(zip(times, rows, strict=True), key=lambda pair: -pair[0].median)
+        # A runner many times slower than the others would leave them no room: its bar is cut off.
+        middle = statistics.median(time.median for time, _ in rows)
+        end = 1e3 * max(time.high for time, _ in rows if time.median <= 4 * middle)
         for i, (time, row) in enumerate(rows):
             spread = [[1e3 * (time.median - time.low)], [1e3 * (time.high - time.median)]]
             colour = OUR_COLOUR if row["runner"] == OURS else PEER_COLOUR
             axis.barh(i, 1e3 * time.median, xerr=spread, color=colour, ecolor="#475569")
-            axis.text(1e3 * time.high, i, f"  {1e3 * time.median:.3g}", va="center", fontsize=8)
+            axis.text(min(1e3 * time.high, end), i, f"  {milliseconds(time.median)}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row["runner"] for _, row in rows], fontsize=8)
         axis.set_xlabel("ms, median and quartiles")
-        axis.margins(x=0.15)
+        axis.set_xlim(0, 1.2 * end)
         work = Workload(**result["workload"])
         axis.set_title(f"{work.task}, batch {work.batch}, {work.dtype}", fontsize=10)
     figure.suptitle(report["about"]["device"], fontsize=9)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import pictures, results
 from benchmarks.network import Workload
 from benchmarks.peers import OURS
 from benchmarks.table import best_peer, milliseconds, paired_ratio
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- figures: mobilenet-ext bench readme -->", "<!-- end of figure
 
 
 def update(check: bool = False) -> int:
-    """Writes the section; 1 where ``check`` finds that it would change.
+    """Draws the pictures and writes the section; 1 where ``check`` finds that it would change.
 
     Raises:
         ValueError: the README lacks the comments, or a result is none of ours.
@@ -25,16 +25,23 @@ def update(check: bool = False) -> int:
     text = README.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n{section(results.FOLDER)}{END}{after}"
     if check:
-        if new != text:
+        current = section_in(text) == text
+        if not current:
             print("README.md: the figures are not those of benchmarks/results: run `mobilenet-ext bench readme`")
-        return int(new != text)
-    README.write_text(new)
+        return int(not current)
+    for file in sorted(results.FOLDER.glob("*/*.json")):
+        pictures.draw(results.read(file), file)
+    README.write_text(section_in(text))  # with the links to the pictures just drawn
     print(f"written: {README}", file=sys.stderr)
     return 0
+
+
+def section_in(text: str) -> str:
+    """The README's text with the section of today."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section(results.FOLDER)}{END}{after}"
 
 
 def section(folder: Path) -> str:
@@ -58,7 +65,8 @@ def _link(path: Path) -> str:
 def _part(report: dict[str, Any], file: Path) -> str:
     about, found = report["about"], report["results"]
     works = [Workload(**result["workload"]) for result in found]
-    runners = dict.fromkeys(row["runner"] for result in found for row in result["rows"])
+    timed_rows = (row for result in found for row in result["rows"] if row.get("seconds"))
+    runners = dict.fromkeys(row["runner"] for row in timed_rows)
     what = "Training step" if report["bench"] == "training" else "Inference"
     first = works[0]
     size = f"MobileNetV1 {first.width:g}, {first.resolution}x{first.resolution}"

@@ -11,7 +11,7 @@ from benchmarks.timing import Summary, summary
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
+    return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"
 
 
 def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

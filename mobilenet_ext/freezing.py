@@ -76,7 +76,8 @@ class FrozenChain(nn.Module):
         return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
 
     def _packed_weights(self) -> list[Tensor | None]:
-        """The pointwise weights as the CPU kernels read them, packed anew when a weight is another or was changed."""
+        """The pointwise weights as the CPU kernels read them, packed anew when a weight is another or was changed
+        (but for changes through ``.data``, which leave no trace)."""
         weights = [getattr(self, f"weight{i}") for i in range(len(self.geometry))]
         # A compiled graph would take the packed weights of today for ever, and other backends pack none. Inference
         # tensors have no version: their changes would go unnoticed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 
 import pytest
 import torch
@@ -113,14 +112,19 @@ def test_runners_take_turns() -> None:
     assert all(len(times) == 3 for times in samples.values())
 
 
-def test_a_sample_is_the_mean_of_a_burst() -> None:
-    def call() -> None:
-        until = time.perf_counter() + 2e-3
-        while time.perf_counter() < until:
-            pass
+def test_a_sample_is_the_mean_of_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
 
-    (samples,) = timing.interleave({"a": call}, "cpu", rounds=4, burst_s=0.02, pause_s=0.0).values()
-    assert 2e-3 <= min(samples) and timing.summary(samples).median < 4e-3
+    def call() -> None:
+        nonlocal now, calls
+        calls += 1
+        now += 2e-3 if calls % 2 else 4e-3
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    samples = timing.interleave({"a": call}, "cpu", rounds=4, burst_s=0.02, pause_s=0.0)["a"]
+    assert samples == pytest.approx([3e-3] * 4, rel=0.1)
+    before_bursts = timing.WARM_UP + 1
+    assert calls == before_bursts + 4 * (10 + 1), "bursts of 0.02 s, each after a call that is not counted"
 
 
 def test_summary() -> None:
