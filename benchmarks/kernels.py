@@ -179,9 +179,10 @@ def _theirs(memory_format: torch.memory_format, compiled: bool = False):
             expected = exact(x[:2].double())
         torch._dynamo.reset()
         x = x.to(device=work.device, memory_format=memory_format)
-        check = _Module(module, x[:2].contiguous(memory_format=memory_format), "forward", work.torch_dtype, compiled)
-        if pass_ == "inference":
-            check = _Module(module, check.x, pass_, work.torch_dtype, compiled)
+        few = x[:2].contiguous(memory_format=memory_format)
+        # Of a backward pass its forward is compared.
+        compared = "inference" if pass_ == "inference" else "forward"
+        check = _Module(module, few, compared, work.torch_dtype, compiled)
         error = _error(check().detach().cpu(), expected)
         return _Module(module, x, pass_, work.torch_dtype, compiled), error
 

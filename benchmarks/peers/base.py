@@ -52,7 +52,9 @@ class Peer:
         return None
 
     def inference(self, work: Workload) -> InferenceRunner:
-        raise NotImplementedError
+        """Ready to be called. A peer that refuses every inference needs none."""
+        raise NotImplementedError(f"{type(self).__name__} refuses inference")
 
     def training(self, work: Workload) -> TrainingRunner:
-        raise NotImplementedError
+        """Ready to be called. A peer that refuses every training step needs none."""
+        raise NotImplementedError(f"{type(self).__name__} refuses training")
