@@ -3,6 +3,7 @@
 
 #include "../ops.h"
 #include "gemm.h"
+#include "streaming.h"
 #include "tile.h"
 #include "vec.h"
 
@@ -24,17 +25,39 @@ MX_INLINE void with_lanes(int64_t columns, const F& f) {
     f(Constant<1>{});
 }
 
+// The rows of a register block, pitch apart; past the cache if streaming, and then every vector is full.
+template <int rows, int vectors, class T>
+MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool streaming,
+                          const Vec<Acc<T>> (&values)[rows][vectors]) {
+  using A = Acc<T>;
+  if (kCanStream<T, vectors> && streaming) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+      if (i < count) store_streaming<T, vectors>(to + i * pitch, values[i]);
+    return;
+  }
+  with_lanes<vectors, A>(columns, [&](auto partial) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v)
+        if (i < count)
+          store_lanes<decltype(partial)::value, T>(to + i * pitch + v * kLanes<A>, values[i][v],
+                                                   lanes_in<decltype(partial)::value, A>(columns, v));
+  });
+}
+
 // y = the product, and the moments of y as stored about the mean of the tile's first block (see statistics.h).
 template <class T>
 struct StoreWithMoments {
   using A = Acc<T>;
   T* y;  // the tile's first row, the panel's first column
   int64_t pitch, columns;
-  bool moments;
+  bool moments, streaming;
   Vec<A> shift[kPanelVectors], sum[kPanelVectors], squares[kPanelVectors];
 
-  StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool moments)
-      : y(y), pitch(pitch), columns(columns), moments(moments) {
+  StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool moments, bool streaming)
+      : y(y), pitch(pitch), columns(columns), moments(moments), streaming(streaming) {
     for (int v = 0; v < kPanelVectors; ++v) shift[v] = sum[v] = squares[v] = zero<A>();
   }
 
@@ -45,15 +68,7 @@ struct StoreWithMoments {
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
-    with_lanes<vectors, A>(columns, [&](auto partial) {
-#pragma GCC unroll 12
-      for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v)
-          if (i < count)
-            store_lanes<decltype(partial)::value, T>(y + (row + i) * pitch + v * kLanes<A>, sums[i][v],
-                                                     lanes_in<decltype(partial)::value, A>(columns, v));
-    });
+    store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
     if (moments) add_moments(row, count, sums);
   }
 
@@ -104,7 +119,7 @@ struct StoreNormalised {
   int64_t pitch, columns;
   Activation<A> activation;  // plain: no normalisation
   int64_t channel;           // the panel's first
-  bool rectify;
+  bool rectify, streaming;
 
   template <int rows, int vectors>
   MX_INLINE void begin(int64_t, int, Vec<A> (&sums)[rows][vectors]) {
@@ -130,11 +145,9 @@ struct StoreNormalised {
 #pragma GCC unroll 12
           for (int i = 0; i < rows; ++i) sums[i][v] = relu(sums[i][v]);
         }
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; ++i)
-          if (i < count) store_lanes<partial, T>(y + (row + i) * pitch + v * kLanes<A>, sums[i][v], lanes);
       }
     });
+    store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
   }
 };
 
@@ -147,6 +160,7 @@ struct StoreInputGradient {
   const T* u;  // likewise
   Activation<A> activation;
   int64_t channel, columns;  // the panel's
+  bool streaming;
   Vec<A> sum[kPanelVectors] = {}, centred[kPanelVectors] = {};
 
   template <int rows, int vectors>
@@ -182,11 +196,9 @@ struct StoreInputGradient {
           sum[v] += block_sum;
           centred[v] += block_centred;
         }
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; ++i)
-          if (i < count) store_lanes<partial, T>(h_u + offset + i * pitch, sums[i][v], lanes);
       }
     });
+    store_rows<rows, vectors, T>(h_u + row * activation.channels, activation.channels, columns, count, streaming, sums);
   }
 
   void finish(A* sums_out, A* centred_out) const {

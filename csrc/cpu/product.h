@@ -69,7 +69,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
       together ? even_tiles(p.rows, ceil_div(kWantedTasks, panels)) : row_tiles(p.rows, pitch * sizeof(E));
   const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
   const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
-  const bool training = p.bn_y != nullptr;
+  const bool training = p.bn_y != nullptr, streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
   const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
   const int64_t packed_size = p.packed ? 0 : panels * panel_size;
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(packed_size) + Workspace::bytes<E>(rows_size) +
@@ -112,10 +112,11 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;
         if (p.epilogue_bn || p.epilogue_relu) {
-          StoreNormalised<T> epilogue{y, p.columns, columns, {p.epilogue_bn, p.columns}, column, p.epilogue_relu};
+          StoreNormalised<T> epilogue{y,      p.columns,       columns,  {p.epilogue_bn, p.columns},
+                                      column, p.epilogue_relu, streaming};
           multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
         } else {
-          StoreWithMoments<T> epilogue(y, p.columns, columns, training);
+          StoreWithMoments<T> epilogue(y, p.columns, columns, training, streaming);
           multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
           if (training) {
             epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
@@ -123,6 +124,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
         }
       }
     }
+    if (streaming) finish_streaming();
   });
 
   if (training)
@@ -152,7 +154,8 @@ class BackwardTiles {
   using A = Acc<T>;
   using E = Operand<T>;
 
-  BackwardTiles(const BackwardProduct<T>& p, RowTiles tiles) : p_(p), tiles_(tiles) {}
+  BackwardTiles(const BackwardProduct<T>& p, RowTiles tiles)
+      : p_(p), tiles_(tiles), streaming_(streams<T, kPanelVectors>(p.h_u, p.rows, p.depth)) {}
 
   int64_t panels() const { return ceil_div(p_.depth, kPanel<A>); }
   int64_t panel_size() const { return groups_of<E>(p_.columns) * kPanel<A>; }
@@ -175,7 +178,8 @@ class BackwardTiles {
   void input_gradient(int64_t t, const E* dy) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
-      StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset, p_.activation, channel, p_.depth - channel};
+      StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset,      p_.activation,
+                                     channel,         p_.depth - channel, streaming_};
       multiply_tile<false>(dy, GradientTile<T>::row_size(p_.columns), tiles_.size(t), packed_ + i * panel_size(),
                            epilogue.columns, groups_of<E>(p_.columns), epilogue);
       if (p_.grad_bn_u) {
@@ -183,6 +187,7 @@ class BackwardTiles {
         epilogue.finish(sums, sums + p_.depth);
       }
     }
+    if (streaming_) finish_streaming();
   }
 
   void merge_sums() const {
@@ -194,6 +199,7 @@ class BackwardTiles {
  private:
   const BackwardProduct<T>& p_;
   RowTiles tiles_;
+  bool streaming_;
   E* packed_ = nullptr;
   A* sums_ = nullptr;
 };

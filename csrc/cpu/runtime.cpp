@@ -6,14 +6,22 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <string>
 
 namespace mx::cpu {
 
 void parallel_for(int64_t n, void* context, RangeFunction fn) {
   if (n <= 0) return;
-  // A grain of one: PyTorch then cuts [0, n) evenly over all its threads. Results do not depend on the cut.
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { fn(context, begin, end); });
+  // Each worker comes back for more, because cores that are busy with something else too are slower than the others.
+  constexpr int64_t kPiecesPerWorker = 16;
+  const int64_t workers = n < max_threads() ? n : max_threads();
+  const int64_t piece = n / (workers * kPiecesPerWorker) > 1 ? n / (workers * kPiecesPerWorker) : 1;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;)
+      fn(context, begin, begin + piece < n ? begin + piece : n);
+  });
 }
 
 int max_threads() { return int(torch::stable::get_num_threads()); }

@@ -8,23 +8,42 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 
 constexpr int kCacheLine = 64;
 
-// Whether a vector of this type is a whole cache line, the only thing worth writing past the cache.
-template <class T>
-constexpr bool kCanStream = false;
+// Whether so many vectors of this type are whole cache lines, the only thing worth writing past the cache.
 #if defined(MX_ISA_AVX512)
-template <>
-inline constexpr bool kCanStream<float> = true;
-template <>
-inline constexpr bool kCanStream<double> = true;
+template <class T, int vectors>
+constexpr bool kCanStream = vectors * kLanes<Acc<T>> * int(sizeof(T)) % kCacheLine == 0;
+#else
+template <class T, int vectors>
+constexpr bool kCanStream = false;
 #endif
 
-// As store, past the cache where the type allows; p is then 64-byte aligned.
+// As store of neighbours, past the cache where kCanStream; p is then 64-byte aligned.
+template <class T, int vectors>
+MX_INLINE void store_streaming(T* p, const Vec<Acc<T>> (&v)[vectors]) {
+#if defined(MX_ISA_AVX512)
+  if constexpr (kCanStream<T, vectors>) {
+#pragma GCC unroll 2
+    for (int i = 0; i < vectors; i += kCacheLine / (kLanes<Acc<T>> * int(sizeof(T)))) {
+      __m512i line;
+      if constexpr (sizeof(T) == 2) {
+        const T* const type = nullptr;
+        line = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_storage(v[i], type)),
+                                  (__m256i)to_storage(v[i + 1], type), 1);
+      } else {
+        line = (__m512i)v[i];
+      }
+      _mm512_stream_si512((__m512i*)(p + i * kLanes<Acc<T>>), line);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 2
+  for (int i = 0; i < vectors; ++i) store<T>(p + i * kLanes<Acc<T>>, v[i]);
+}
 template <class T>
 MX_INLINE void store_streaming(T* p, Vec<Acc<T>> v) {
-#if defined(MX_ISA_AVX512)
-  if constexpr (kCanStream<T>) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#endif
-  store<T>(p, v);
+  const Vec<Acc<T>> vectors[1] = {v};
+  store_streaming<T, 1>(p, vectors);
 }
 
 // Orders the streaming stores of this thread before whatever tells another that they are done.
@@ -34,11 +53,11 @@ MX_INLINE void finish_streaming() {
 #endif
 }
 
-// Whether an output of `pixels` pixels is worth it, and every vector in it aligned.
-template <class T>
+// Whether an output of `pixels` pixels is worth it, written `vectors` vectors at a time, and each of them aligned.
+template <class T, int vectors = 1>
 inline bool streams(const void* output, int64_t pixels, int64_t channels) {
   constexpr int64_t kStreamBytes = 16 << 20;
-  return kCanStream<T> && pixels * channels * int64_t(sizeof(T)) >= kStreamBytes &&
+  return kCanStream<T, vectors> && pixels * channels * int64_t(sizeof(T)) >= kStreamBytes &&
          channels * int64_t(sizeof(T)) % kCacheLine == 0 && reinterpret_cast<uintptr_t>(output) % kCacheLine == 0;
 }
 
