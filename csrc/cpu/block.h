@@ -112,12 +112,15 @@ inline void block_inference_of(const BlockArgs& args) {
   product.y = static_cast<T*>(args.y);
   product.epilogue_bn = static_cast<const A*>(args.pointwise_bn);
   product.epilogue_relu = true;
-  forward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* tile) {
-    if (g.stride == 1)
-      depthwise.template build<1>(begin, rows, tile, pitch);
-    else
-      depthwise.template build<2>(begin, rows, tile, pitch);
-  });
+  forward_product(
+      product,
+      [&](int64_t begin, int64_t rows, Operand<T>* tile) {
+        if (g.stride == 1)
+          depthwise.template build<1>(begin, rows, tile, pitch);
+        else
+          depthwise.template build<2>(begin, rows, tile, pitch);
+      },
+      [&](int64_t row) { return reach_of_taps(depthwise.x, g, row); });
 }
 
 inline void block_inference(const BlockArgs& args) { MX_DISPATCH(block_inference_of, args) }

@@ -47,21 +47,75 @@ MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
     for (int v = 0; v < vectors; ++v) sums[i][v] = zero<A>();
 }
 
+// Memory to ask for while products run, so that it is in the L2 cache when the next tile is built from it: products
+// leave the way to memory idle, and building a tile waits for little else.
+class Ahead {
+ public:
+  static constexpr int kMostRanges = 3;
+  static constexpr int64_t kStep = 16;  // groups of depth between two requests
+
+  Ahead() = default;
+  // To be spread over `products` multiplications of a number by a number.
+  explicit Ahead(double products) : steps_(products / (kStep * kBlockRows * kPanelVectors * 16) + 1) {}
+
+  void add(const void* begin, const void* end) {
+    if (begin >= end) return;
+    ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(end)};
+    lines_ += double(static_cast<const char*>(end) - static_cast<const char*>(begin)) / kLine;
+    per_step_ = int64_t(lines_ / steps_) + 1;
+  }
+
+  MX_INLINE void step() {
+    if (next_ >= end_) {
+      if (count_ == 0) return;
+      --count_;
+      next_ = ranges_[count_].begin;
+      end_ = ranges_[count_].end;
+    }
+    for (int64_t i = 0; i < per_step_; ++i, next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Range {
+    const char *begin, *end;
+  };
+  Range ranges_[kMostRanges];
+  int count_ = 0;
+  double steps_ = 1, lines_ = 0;
+  int64_t per_step_ = 0;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
 // sums[i][v] += sum over d < groups of tile(i, d) * panel[d][v], where tile(i, d) is tile[i*pitch + d], or
 // tile[d*pitch + i] if by_column.
 template <bool by_column, int rows, int vectors, class E>
-MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t groups,
+MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t groups, Ahead& ahead,
                         Vec<Acc<E>> (&sums)[rows][vectors]) {
   using A = Acc<E>;
+  // The addresses of the rows, in a form that needs few registers: compilers else keep one for each row, and fetch them
+  // back from vector registers, by instructions that take the place of multiplications.
+  constexpr int kApart = 3, kPointers = by_column ? 1 : (rows + kApart - 1) / kApart;
+  const int64_t row_bytes = pitch * int64_t(sizeof(E)), step = by_column ? row_bytes : int64_t(sizeof(E));
+  const char* at[kPointers];
+#pragma GCC unroll 4
+  for (int k = 0; k < kPointers; ++k) at[k] = reinterpret_cast<const char*>(tile) + k * kApart * row_bytes;
   for (int64_t d = 0; d < groups; ++d) {
+    if (d % Ahead::kStep == 0) ahead.step();
     Vec<A> b[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) b[v] = load_elements<E>(panel + d * kPanel<A> + v * kLanes<A>);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
-      const Vec<A> a = broadcast_element<E>(by_column ? tile[d * pitch + i] : tile[i * pitch + d]);
+      const char* const from = by_column ? at[0] + i * sizeof(E) : at[i / kApart] + i % kApart * row_bytes;
+      const Vec<A> a = broadcast_element<E>(*reinterpret_cast<const E*>(from));
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sums[i][v] = multiply_add<E>(a, b[v], sums[i][v]);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kPointers; ++k) {
+      at[k] += step;
+      asm("" : "+r"(at[k]));
     }
   }
 }
@@ -72,35 +126,35 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
 //   end(row, count, sums)     takes the result
 template <bool by_column, int rows, int vectors, class E, class Epilogue>
 __attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row,
-                                              int count, Epilogue& epilogue) {
+                                              int count, Ahead& ahead, Epilogue& epilogue) {
   Vec<Acc<E>> sums[rows][vectors];
   epilogue.begin(row, count, sums);
-  multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, groups, sums);
+  multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, groups, ahead, sums);
   epilogue.end(row, count, sums);
 }
 
 template <bool by_column, int vectors, class E, class Epilogue>
-inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups,
+inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups, Ahead& ahead,
                            Epilogue& epilogue) {
   int64_t row = 0;
   for (; rows - row > 2 * kRowStep; row += kBlockRows)
     multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, groups, row, int(min_of(rows - row, kBlockRows)),
-                                                   epilogue);
+                                                   ahead, epilogue);
   if (rows - row > kRowStep)
-    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), epilogue);
+    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), ahead, epilogue);
   else if (rows > row)
-    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), epilogue);
+    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), ahead, epilogue);
 }
 
 // All rows of a tile times one panel of `columns` columns. The tile must be readable, not meaningful, up to the next
 // multiple of kRowStep rows.
 template <bool by_column, class E, class Epilogue>
 inline void multiply_tile(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t columns, int64_t groups,
-                          Epilogue& epilogue) {
+                          Ahead& ahead, Epilogue& epilogue) {
   if (columns > kLanes<Acc<E>>)
-    multiply_panel<by_column, 2>(tile, pitch, rows, panel, groups, epilogue);
+    multiply_panel<by_column, 2>(tile, pitch, rows, panel, groups, ahead, epilogue);
   else
-    multiply_panel<by_column, 1>(tile, pitch, rows, panel, groups, epilogue);
+    multiply_panel<by_column, 1>(tile, pitch, rows, panel, groups, ahead, epilogue);
 }
 
 // --- panels of a weight [columns, depth] ----------------------------------------------------------------------------

@@ -10,10 +10,12 @@ inline void pointwise_forward_of(const ForwardArgs& args) {
   const T* const u = static_cast<const T*>(args.u);
   const int64_t channels = args.g.c_in;
   const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.bn_u), channels};
-  forward_product(forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
-                  [&](int64_t begin, int64_t rows, Operand<T>* tile) {
-                    activate_rows<T>(u + begin * channels, rows, activation, tile);
-                  });
+  forward_product(
+      forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
+      [&](int64_t begin, int64_t rows, Operand<T>* tile) {
+        activate_rows<T>(u + begin * channels, rows, activation, tile);
+      },
+      [&](int64_t row) { return u + row * channels; });
 }
 
 template <class T>
@@ -34,9 +36,12 @@ inline void pointwise_backward_of(const BackwardArgs& args) {
       static_cast<T*>(args.h_u),
       static_cast<A*>(args.grad_weight),
       static_cast<A*>(args.grad_bn_u)};
-  backward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
-    activate_panels<T>(u + begin * g.c_in, rows, activation, panels, panel_rows);
-  });
+  backward_product(
+      product,
+      [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
+        activate_panels<T>(u + begin * g.c_in, rows, activation, panels, panel_rows);
+      },
+      [&](int64_t row) { return u + row * g.c_in; });
 }
 
 inline void pointwise_forward(const ForwardArgs& args) { MX_DISPATCH(pointwise_forward_of, args) }

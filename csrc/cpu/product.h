@@ -54,9 +54,10 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
           args.epilogue_relu};
 }
 
-// build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a.
-template <class T, class Build>
-inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
+// build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a, for which
+// it reads memory up to reach(begin + rows), from about reach(begin) on for the first time.
+template <class T, class Build, class Reach>
+inline void forward_product(const ForwardProduct<T>& p, const Build& build, const Reach& reach) {
   using A = Acc<T>;
   using E = Operand<T>;
   const int64_t pitch = tile_pitch<E>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
@@ -67,7 +68,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
   const bool together = p.rows > 0 && p.rows * pitch * int64_t(sizeof(E)) <= kTogetherBytes;
   const RowTiles tiles =
       together ? even_tiles(p.rows, ceil_div(kWantedTasks, panels)) : row_tiles(p.rows, pitch * sizeof(E));
-  const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks, max_of(tiles.count, 1)));
+  const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks / 2, max_of(tiles.count, 1)));
   const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
   const bool training = p.bn_y != nullptr, streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
   const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
@@ -105,6 +106,11 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
       const int64_t group = together ? task / tiles.count : task % groups;
       if (!together && t != built) build(tiles.begin(t), rows, own);
       built = t;
+      Ahead ahead(double(rows) * p.depth * p.columns / groups);
+      if (!together && t + 1 < tiles.count) {
+        const int64_t next = tiles.begin(t + 1);
+        ahead.add(reach(next), reach(next + tiles.size(t + 1)));
+      }
       const E* const tile = together ? all_rows + tiles.begin(t) * pitch : own;
       for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
         if (pack_between) pack(panel);
@@ -114,10 +120,10 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build) {
         if (p.epilogue_bn || p.epilogue_relu) {
           StoreNormalised<T> epilogue{y,      p.columns,       columns,  {p.epilogue_bn, p.columns},
                                       column, p.epilogue_relu, streaming};
-          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
+          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, ahead, epilogue);
         } else {
           StoreWithMoments<T> epilogue(y, p.columns, columns, training, streaming);
-          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, epilogue);
+          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, ahead, epilogue);
           if (training) {
             epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
           }
@@ -174,14 +180,27 @@ class BackwardTiles {
 
   void set_sums(A* sums) { sums_ = sums; }
 
+  // What tile t will be made from, to be asked for during `products` products per row and column.
+  template <class Reach>
+  Ahead ahead(int64_t t, int products, const Reach& reach) const {
+    Ahead ahead(double(tiles_.rows) * p_.depth * p_.columns * products);
+    if (t < tiles_.count) {
+      const int64_t begin = tiles_.begin(t), end = begin + tiles_.size(t);
+      ahead.add(reach(begin), reach(end));
+      ahead.add(p_.gradient.h + begin * p_.columns, p_.gradient.h + end * p_.columns);
+      if (p_.gradient.y) ahead.add(p_.gradient.y + begin * p_.columns, p_.gradient.y + end * p_.columns);
+    }
+    return ahead;
+  }
+
   // h_u of tile t, whose output gradient is dy, by row.
-  void input_gradient(int64_t t, const E* dy) const {
+  void input_gradient(int64_t t, const E* dy, Ahead& ahead) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
       StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset,      p_.activation,
                                      channel,         p_.depth - channel, streaming_};
       multiply_tile<false>(dy, GradientTile<T>::row_size(p_.columns), tiles_.size(t), packed_ + i * panel_size(),
-                           epilogue.columns, groups_of<E>(p_.columns), epilogue);
+                           epilogue.columns, groups_of<E>(p_.columns), ahead, epilogue);
       if (p_.grad_bn_u) {
         A* const sums = sums_ + t * 2 * p_.depth + channel;
         epilogue.finish(sums, sums + p_.depth);
@@ -205,8 +224,8 @@ class BackwardTiles {
 };
 
 // Small weights: each chunk of tiles adds up a weight gradient of its own, in one pass over the data.
-template <class T, class BuildPanels>
-inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+template <class T, class BuildPanels, class Reach>
+inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& build_panels, const Reach& reach) {
   using A = Acc<T>;
   using E = Operand<T>;
   using Gradient = GradientTile<T>;
@@ -240,16 +259,17 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
       for (int64_t t = first; t < last; ++t) {
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
                          {rows_size ? by_row : nullptr, groups_size ? by_group : nullptr});
+        Ahead ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.h_u != nullptr), reach);
         if (p.grad_weight) {
           build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
           for (int64_t i = 0; i < panels; ++i) {
             const int64_t column = i * kPanel<A>;
             AddToRows<A> epilogue{partials + chunk * weight_size + column, p.depth, p.depth - column, t > first};
             multiply_tile<true>(by_group, group_pitch, p.columns, a + i * groups * kPanel<A>, epilogue.columns,
-                                groups_of<E>(tiles.size(t)), epilogue);
+                                groups_of<E>(tiles.size(t)), ahead, epilogue);
           }
         }
-        if (p.h_u) backward.input_gradient(t, by_row);
+        if (p.h_u) backward.input_gradient(t, by_row, ahead);
       }
     }
   });
@@ -270,8 +290,8 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
 // Large weights: a partial gradient per chunk would cost more traffic than the activations. Instead, stretches of rows
 // go through two steps: row tiles (dy and a are built and kept, h_u is made), then blocks of the weight gradient over
 // all rows of the stretch, which is short enough for what was kept to be still in cache.
-template <class T, class BuildPanels>
-inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+template <class T, class BuildPanels, class Reach>
+inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels, const Reach& reach) {
   using A = Acc<T>;
   using E = Operand<T>;
   using Gradient = GradientTile<T>;
@@ -307,12 +327,14 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
                          {p.h_u || !Gradient::kApart ? by_row : nullptr, by_group});
         build_panels(tiles.begin(t), tiles.size(t), a + group * kPanel<A>, stretch_groups * kGroup<E>);
-        if (p.h_u) backward.input_gradient(t, by_row);
+        Ahead ahead = backward.ahead(t + 1, 1, reach);
+        if (p.h_u) backward.input_gradient(t, by_row, ahead);
       }
     });
     const int64_t blocks = ceil_div(p.columns, kBlocks);
     parallel(ceil_div(panels, kGroupPanels) * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
+        Ahead none;
         const int64_t n = task % blocks * kBlocks, panel = task / blocks * kGroupPanels;
         for (int64_t d = 0; d < rows; d += kDepth)
           for (int64_t i = panel; i < min_of(panel + kGroupPanels, panels); ++i) {
@@ -320,7 +342,7 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
             AddToRows<A> epilogue{p.grad_weight + n * p.depth + column, p.depth, p.depth - column, first + d > 0};
             multiply_tile<true>(dy + group * group_pitch + n, group_pitch, min_of(kBlocks, p.columns - n),
                                 a + (i * stretch_groups + group) * kPanel<A>, epilogue.columns,
-                                groups_of<E>(min_of(kDepth, rows - d)), epilogue);
+                                groups_of<E>(min_of(kDepth, rows - d)), none, epilogue);
           }
       }
     });
@@ -329,17 +351,17 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
 }
 
 // build_panels(begin, rows, panels, panel_rows) fills panels (see activate_panels) with rows [begin, begin + rows) of
-// a.
-template <class T, class BuildPanels>
-inline void backward_product(const BackwardProduct<T>& p, const BuildPanels& build_panels) {
+// a; reach as in forward_product.
+template <class T, class BuildPanels, class Reach>
+inline void backward_product(const BackwardProduct<T>& p, const BuildPanels& build_panels, const Reach& reach) {
   constexpr int64_t kLargeWeight = 256 * 256;
   if (p.rows == 0 && p.grad_weight) {
     __builtin_memset(p.grad_weight, 0, p.columns * p.depth * sizeof(Acc<T>));
     BackwardTiles<T>(p, {}).merge_sums();
   } else if (p.grad_weight && p.columns * p.depth > kLargeWeight) {
-    backward_in_stretches(p, build_panels);
+    backward_in_stretches(p, build_panels, reach);
   } else {
-    backward_in_chunks(p, build_panels);
+    backward_in_chunks(p, build_panels, reach);
   }
 }
 

@@ -8,19 +8,39 @@
 
 #include <atomic>
 #include <string>
+#include <vector>
 
 namespace mx::cpu {
 
+namespace {
+
+// A worker's share of a range, which it takes in pieces, and the others too when they are done with theirs.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+}  // namespace
+
 void parallel_for(int64_t n, void* context, RangeFunction fn) {
   if (n <= 0) return;
-  // Each worker comes back for more, because cores that are busy with something else too are slower than the others.
-  constexpr int64_t kPiecesPerWorker = 16;
+  // Shares are stretches, so that a worker goes through memory in order. Cores that are busy with something else too are
+  // slower than the others, so work moves from them.
+  constexpr int64_t kPieces = 16;
   const int64_t workers = n < max_threads() ? n : max_threads();
-  const int64_t piece = n / (workers * kPiecesPerWorker) > 1 ? n / (workers * kPiecesPerWorker) : 1;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;)
-      fn(context, begin, begin + piece < n ? begin + piece : n);
+  std::vector<Share> shares(workers);
+  for (int64_t i = 0; i < workers; ++i) {
+    shares[i].next.store(i * n / workers, std::memory_order_relaxed);
+    shares[i].end = (i + 1) * n / workers;
+  }
+  const int64_t piece = n / (workers * kPieces) > 1 ? n / (workers * kPieces) : 1;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker)
+      for (int64_t i = 0; i < workers; ++i) {
+        Share& share = shares[(worker + i) % workers];
+        for (int64_t begin; (begin = share.next.fetch_add(piece, std::memory_order_relaxed)) < share.end;)
+          fn(context, begin, begin + piece < share.end ? begin + piece : share.end);
+      }
   });
 }
 

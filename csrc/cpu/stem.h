@@ -87,11 +87,14 @@ inline void stem_forward_of(const ForwardArgs& args) {
   T* const weight = static_cast<T*>(scratch(kWeightSlot, g.c_out * depth * sizeof(T)));
   taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
   const T* const x = static_cast<const T*>(args.u);
-  forward_product(forward_product_of<T>(args, depth, weight), [&](int64_t begin, int64_t rows, Operand<T>* tile) {
-    for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-      activate_rows<T>(taps, pixels, Activation<A>{nullptr, depth}, tile + done * pitch);
-    });
-  });
+  forward_product(
+      forward_product_of<T>(args, depth, weight),
+      [&](int64_t begin, int64_t rows, Operand<T>* tile) {
+        for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
+          activate_rows<T>(taps, pixels, Activation<A>{nullptr, depth}, tile + done * pitch);
+        });
+      },
+      [&](int64_t row) { return reach_of_taps(x, g, row); });
 }
 
 // The input gradient. Each input row is one task, which adds up the output rows that reach it, in the order of ky.
@@ -116,6 +119,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
     E* const dy = own.take<E>(dy_size);
     A* const taps = own.take<A>(taps_size);
     A* const line = own.take<A>(line_size);
+    Ahead ahead;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / g.h, iy = task % g.h;
       __builtin_memset(line, 0, line_size * sizeof(A));
@@ -128,7 +132,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
           for (int64_t i = 0; i < panels; ++i) {
             AddToRows<A> epilogue{taps + i * kPanel<A>, columns, columns - i * kPanel<A>, false};
             multiply_tile<false>(dy, pitch, pixels, packed + (ky * panels + i) * panel_size, epilogue.columns,
-                                 groups_of<E>(g.c_out), epilogue);
+                                 groups_of<E>(g.c_out), ahead, epilogue);
           }
           for (int64_t p = 0; p < pixels; ++p)
             for (int64_t kx = 0; kx < 3; ++kx) {
@@ -164,12 +168,15 @@ inline void stem_backward_of(const BackwardArgs& args) {
     product.columns = g.c_out;
     product.gradient = gradient;
     product.grad_weight = grad_weight;
-    backward_product(product, [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
-      for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-        activate_panels<T>(taps, pixels, Activation<A>{nullptr, depth}, panels + done / kGroup<Operand<T>> * kPanel<A>,
-                           panel_rows);
-      });
-    });
+    backward_product(
+        product,
+        [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
+          for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
+            activate_panels<T>(taps, pixels, Activation<A>{nullptr, depth},
+                               panels + done / kGroup<Operand<T>> * kPanel<A>, panel_rows);
+          });
+        },
+        [&](int64_t row) { return reach_of_taps(x, g, row); });
     taps_first_to_last(grad_weight, g.c_out, g.c_in, static_cast<A*>(args.grad_weight));
   }
   if (args.h_u) {

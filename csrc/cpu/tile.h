@@ -27,13 +27,21 @@ inline RowTiles even_tiles(int64_t total, int64_t count) {
   return {total, rows, ceil_div(total, rows)};
 }
 
-// As many rows as fit in 256 KiB, a quarter to a half of an L2 cache, but small inputs still give 16 tiles of 48 rows.
+// As many rows as fit in 256 KiB, a quarter to a half of an L2 cache, but small inputs still give 32 tiles of 48 rows.
 inline RowTiles row_tiles(int64_t total, int64_t bytes_per_row) {
   if (total == 0) return {0, kTileStep, 0};
   const int64_t most = min_of(max_of(256 * 1024 / bytes_per_row, 5 * kTileStep), 32 * kTileStep);
-  const int64_t wanted = min_of(most / kTileStep * kTileStep, max_of(ceil_div(total, 16), 4 * kTileStep));
+  const int64_t wanted = min_of(most / kTileStep * kTileStep, max_of(ceil_div(total, 32), 4 * kTileStep));
   const int64_t rows = round_up(ceil_div(total, ceil_div(total, wanted)), kTileStep);
   return {total, rows, ceil_div(total, rows)};
+}
+
+// Behind the input pixels of a 3x3 convolution that its outputs before `pixel`, counted through all images, read.
+template <class T>
+MX_INLINE const T* reach_of_taps(const T* x, const Geometry& g, int64_t pixel) {
+  const int64_t ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h, image = pixel / (g.out_w * g.out_h);
+  const int64_t ix = min_of(ox * g.stride - g.padding + 3, g.w), iy = min_of(oy * g.stride - g.padding + 2, g.h - 1);
+  return x + min_of((image * g.h + iy) * g.w + ix, g.n * g.h * g.w) * g.c_in;
 }
 
 // Hands out consecutive pieces of one scratch allocation, 64-byte aligned.
