@@ -24,8 +24,8 @@ struct alignas(64) Share {
 
 void parallel_for(int64_t n, void* context, RangeFunction fn) {
   if (n <= 0) return;
-  // Shares are stretches, so that a worker goes through memory in order. Cores that are busy with something else too are
-  // slower than the others, so work moves from them.
+  // Shares are stretches, so that a worker goes through memory in order. Cores that are busy with something else too
+  // are slower than the others, so work moves from them.
   constexpr int64_t kPieces = 16;
   const int64_t workers = n < max_threads() ? n : max_threads();
   std::vector<Share> shares(workers);
