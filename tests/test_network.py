@@ -110,9 +110,14 @@ def test_some_batch_norms_in_eval(backend: str, device: str) -> None:
 
 def test_ten_training_steps(backend: str, device: str) -> None:
     """SGD with momentum. Before each step both networks and optimisers are set to the reference's state, rounded to
-    float32: the step is judged, not the chaos of the steps before it."""
+    float32: the step is judged, not the chaos of the steps before it.
+
+    The learning rate is one at which no channel of the stem dies (at 0.05 some end at bias / weight = -3.4: a BatchNorm
+    follows them with no pointwise convolution between, which divides by next to nothing, and the gradient of the weight
+    is off by up to 9e-4 on every backend, the reference included). Of 150 such steps, 15 seeds, the worst gradient was
+    off by 5.1e-5 on the cpu backend and 7.2e-5 on the reference backend."""
     fused, expected = pair(0.25, device)
-    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
     optimiser = torch.optim.SGD(fused.parameters(), **settings)
     reference_optimiser = torch.optim.SGD(expected.parameters(), **settings)
     losses = []
@@ -124,7 +129,7 @@ def test_ten_training_steps(backend: str, device: str) -> None:
         fused.load_state_dict(expected.state_dict())
         optimiser.load_state_dict(copy.deepcopy(reference_optimiser.state_dict()))
 
-        x, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
+        x, labels = torch.randn(2 * BATCH, 3, SIZE, SIZE), torch.randint(10, (2 * BATCH,))
         out, wanted = forward_with_masks(fused, expected, x, device)
         loss = nn.functional.cross_entropy(out, labels.to(device))
         reference_loss = nn.functional.cross_entropy(wanted, labels)
