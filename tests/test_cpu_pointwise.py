@@ -286,3 +286,22 @@ def test_other_instruction_sets(isa: str) -> None:
         isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__
     )
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [64, 96])
+def test_outputs_past_the_cache(dtype, channels):
+    """From 16 MiB on, outputs are written past the cache: the same bits as of each image alone."""
+    images = 12 if dtype is torch.float32 else 24
+    u = torch.randn(images, 32, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 32, 1, 1).to(dtype)
+    h = torch.randn(images, channels, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert h.numel() * h.element_size() >= 16 << 20
+    y = ops.pointwise_inference(u, None, weight, False)
+    back = weight.transpose(0, 1).contiguous()  # [32, channels]: its input gradient is the large one
+    h_u = ops.pointwise_backward(u, None, None, h, None, False, back, True, False)[0]
+    for i in range(images):
+        one = slice(i, i + 1)
+        assert torch.equal(y[one], ops.pointwise_inference(u[one], None, weight, False))
+        alone = ops.pointwise_backward(u[one], None, None, h[one], None, False, back, True, False)[0]
+        assert torch.equal(h_u[one], alone)
