@@ -54,8 +54,8 @@ def cpu_library() -> Extension:
     """The stable-ABI library. The kernels choose their instruction set themselves, so no -march here."""
     return CppExtension(
         "mobilenet_ext._cpu",
-        files("csrc/ops.cpp", "csrc/cpu/*.cpp"),
-        depends=files("csrc/*.h", "csrc/cpu/*.h"),
+        files("csrc/ops.cpp", "csrc/cpu/*.cpp", "csrc/host/cpu_features.cpp"),
+        depends=files("csrc/*.h", "csrc/cpu/*.h", "csrc/host/cpu_features.h"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("TORCH_STABLE_ONLY", None)],
         extra_compile_args=COMPILE_FLAGS.copy(),

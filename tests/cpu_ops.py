@@ -26,6 +26,7 @@ ISAS = {  # what the processor needs for each
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "amx_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"},
 }
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -68,7 +69,7 @@ def in_float64(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, .
 
 def rounds_operands(dtype: torch.dtype) -> bool:
     """Whether matrix products round their operands to ``dtype``, and do not keep them in float32."""
-    return dtype == torch.bfloat16 and ISA == "avx512_bf16"
+    return dtype == torch.bfloat16 and ISA in ("avx512_bf16", "amx_bf16")
 
 
 def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

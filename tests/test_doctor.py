@@ -32,7 +32,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_report_names_the_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("instruction set")]
-    assert line.split()[-1] in {"baseline", "avx2", "avx512", "avx512_bf16"}
+    assert line.split()[-1] in {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"}
 
 
 def scaled_output(y: torch.Tensor) -> torch.Tensor:

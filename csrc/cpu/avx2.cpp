@@ -10,8 +10,9 @@
 #define MX_ISA_NAMESPACE avx2
 #define MX_ISA_AVX2
 #define MX_VECTOR_BYTES 32
-#define MX_KERNEL_TABLE avx2_kernels
 #include "table.h"
+
+const mx::cpu::Kernels mx::cpu::avx2_kernels[kDtypes] = MX_ALL_KERNELS;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,8 +11,9 @@
 #define MX_ISA_NAMESPACE avx512
 #define MX_ISA_AVX512
 #define MX_VECTOR_BYTES 64
-#define MX_KERNEL_TABLE avx512_kernels
 #include "table.h"
+
+const mx::cpu::Kernels mx::cpu::avx512_kernels[kDtypes] = MX_ALL_KERNELS;
 
 #if defined(__clang__)
 #pragma clang attribute pop

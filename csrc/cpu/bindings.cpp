@@ -59,24 +59,22 @@ struct Backend {
     return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
   }
 
-  std::pair<ScalarType, int64_t> packed_weight(ScalarType type, int64_t c_out, int64_t c_in) const {
-    const PackedLayout layout = kernels().packed_layout(type == ScalarType::Double     ? Dtype::f64
-                                                        : type == ScalarType::BFloat16 ? Dtype::bf16
-                                                                                       : Dtype::f32);
+  std::pair<ScalarType, int64_t> packed_weight(Dtype dtype, ScalarType type, int64_t c_out, int64_t c_in) const {
+    const PackedLayout layout = kernels(dtype).packed_layout;
     const int64_t panels = (c_out + layout.columns - 1) / layout.columns;
-    const int64_t groups = (c_in + layout.group - 1) / layout.group;
-    return {layout.group > 1 ? type : acc_type(type), panels * groups * layout.columns * layout.group};
+    const int64_t steps = (c_in + layout.depth - 1) / layout.depth;
+    return {layout.group > 1 ? type : acc_type(type), panels * layout.columns * steps * layout.depth};
   }
 
-  void depthwise_forward(const ForwardArgs& args) const { kernels().depthwise_forward(args); }
-  void depthwise_backward(const BackwardArgs& args) const { kernels().depthwise_backward(args); }
-  void pointwise_forward(const ForwardArgs& args) const { kernels().pointwise_forward(args); }
-  void pointwise_backward(const BackwardArgs& args) const { kernels().pointwise_backward(args); }
-  void stem_forward(const ForwardArgs& args) const { kernels().stem_forward(args); }
-  void stem_backward(const BackwardArgs& args) const { kernels().stem_backward(args); }
-  void normalise_forward(const NormaliseArgs& args) const { kernels().normalise_forward(args); }
-  void normalise_backward(const NormaliseArgs& args) const { kernels().normalise_backward(args); }
-  void block_inference(const BlockArgs& args) const { kernels().block_inference(args); }
+  void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
+  void depthwise_backward(const BackwardArgs& args) const { kernels(args.dtype).depthwise_backward(args); }
+  void pointwise_forward(const ForwardArgs& args) const { kernels(args.dtype).pointwise_forward(args); }
+  void pointwise_backward(const BackwardArgs& args) const { kernels(args.dtype).pointwise_backward(args); }
+  void stem_forward(const ForwardArgs& args) const { kernels(args.dtype).stem_forward(args); }
+  void stem_backward(const BackwardArgs& args) const { kernels(args.dtype).stem_backward(args); }
+  void normalise_forward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_forward(args); }
+  void normalise_backward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_backward(args); }
+  void block_inference(const BlockArgs& args) const { kernels(args.dtype).block_inference(args); }
   void bn_from_running(const RunningArgs& args) const {
     args.running_mean.dtype == Dtype::f64 ? write_bn<double>(args) : write_bn<float>(args);
   }

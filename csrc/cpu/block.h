@@ -90,7 +90,7 @@ struct DepthwiseRows {
 };
 
 template <class T>
-inline void block_inference_of(const BlockArgs& args) {
+inline void block_inference(const BlockArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t pitch = tile_pitch<Operand<T>>(g.c_in), weight_pitch = round_up(g.c_in, kLanes<A>);
@@ -122,7 +122,5 @@ inline void block_inference_of(const BlockArgs& args) {
       },
       [&](int64_t row) { return reach_of_taps(depthwise.x, g, row); });
 }
-
-inline void block_inference(const BlockArgs& args) { MX_DISPATCH(block_inference_of, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

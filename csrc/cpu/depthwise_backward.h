@@ -307,7 +307,7 @@ inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials
 }
 
 template <class T>
-inline void depthwise_backward_typed(const BackwardArgs& args) {
+inline void depthwise_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
@@ -328,7 +328,5 @@ inline void depthwise_backward_typed(const BackwardArgs& args) {
     merge_grad_bn<A>(grid.places(), channels, kBackwardSums * channels, partials, g.n * g.h * g.w,
                      static_cast<const A*>(args.bn_u), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));
 }
-
-inline void depthwise_backward(const BackwardArgs& args) { MX_DISPATCH(depthwise_backward_typed, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -225,7 +225,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
 }
 
 template <class T>
-inline void depthwise_forward_typed(const ForwardArgs& args) {
+inline void depthwise_forward(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
@@ -248,7 +248,5 @@ inline void depthwise_forward_typed(const ForwardArgs& args) {
         grid.places(), channels, partials, [&](int64_t place) { return grid.at_place(place).pixels(); },
         static_cast<const A*>(args.gamma), static_cast<const A*>(args.beta), args.eps, static_cast<A*>(args.bn_y));
 }
-
-inline void depthwise_forward(const ForwardArgs& args) { MX_DISPATCH(depthwise_forward_typed, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

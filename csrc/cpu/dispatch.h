@@ -1,21 +1,8 @@
-// From the untyped interface to typed kernels: choice of the storage type, and parallel_for over any callable.
+// What all kernels use: parallel_for over any callable, constants as types, small integer functions.
 #pragma once
 
 #include "kernels.h"
 #include "vec.h"
-
-// Calls function<T>(args) with the storage type T that args.dtype names.
-#define MX_DISPATCH(function, args)  \
-  switch ((args).dtype) {            \
-    case Dtype::f32:                 \
-      return function<float>(args);  \
-    case Dtype::f64:                 \
-      return function<double>(args); \
-    case Dtype::bf16:                \
-      return function<bf16>(args);   \
-    case Dtype::f16:                 \
-      return function<f16>(args);    \
-  }
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 

@@ -9,8 +9,8 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// An epilogue serves one panel of `columns` columns (at most kPanel) of one tile. Vector v of the panel holds this
-// many:
+// An epilogue serves one panel of `columns` columns (at most kPanel) of one tile. kAdds: its sums do not start from 0.
+// Vector v of the panel holds this many columns:
 template <bool partial, class A>
 MX_INLINE int lanes_in(int64_t columns, int v) {
   return partial ? int(min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>)) : kLanes<A>;
@@ -51,6 +51,7 @@ MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool
 template <class T>
 struct StoreWithMoments {
   using A = Acc<T>;
+  static constexpr bool kAdds = false;
   T* y;  // the tile's first row, the panel's first column
   int64_t pitch, columns;
   bool moments, streaming;
@@ -59,11 +60,6 @@ struct StoreWithMoments {
   StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool moments, bool streaming)
       : y(y), pitch(pitch), columns(columns), moments(moments), streaming(streaming) {
     for (int v = 0; v < kPanelVectors; ++v) shift[v] = sum[v] = squares[v] = zero<A>();
-  }
-
-  template <int rows, int vectors>
-  MX_INLINE void begin(int64_t, int, Vec<A> (&sums)[rows][vectors]) {
-    clear<rows, vectors, A>(sums);
   }
 
   template <int rows, int vectors>
@@ -115,16 +111,12 @@ struct StoreWithMoments {
 template <class T>
 struct StoreNormalised {
   using A = Acc<T>;
+  static constexpr bool kAdds = false;
   T* y;
   int64_t pitch, columns;
   Activation<A> activation;  // plain: no normalisation
   int64_t channel;           // the panel's first
   bool rectify, streaming;
-
-  template <int rows, int vectors>
-  MX_INLINE void begin(int64_t, int, Vec<A> (&sums)[rows][vectors]) {
-    clear<rows, vectors, A>(sums);
-  }
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
@@ -156,17 +148,13 @@ struct StoreNormalised {
 template <class T>
 struct StoreInputGradient {
   using A = Acc<T>;
+  static constexpr bool kAdds = false;
   T* h_u;      // the tile's first row, the panel's first column
   const T* u;  // likewise
   Activation<A> activation;
   int64_t channel, columns;  // the panel's
   bool streaming;
   Vec<A> sum[kPanelVectors] = {}, centred[kPanelVectors] = {};
-
-  template <int rows, int vectors>
-  MX_INLINE void begin(int64_t, int, Vec<A> (&sums)[rows][vectors]) {
-    clear<rows, vectors, A>(sums);
-  }
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
@@ -213,6 +201,7 @@ struct StoreInputGradient {
 // grad (rows of `pitch` elements) = or += the product.
 template <class A>
 struct AddToRows {
+  static constexpr bool kAdds = true;
   A* grad;
   int64_t pitch, columns;
   bool add;

@@ -12,13 +12,14 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 
 // The register block is kBlockRows rows by kPanelVectors vectors: 12x2 sums, 2 vectors of the panel and a broadcast
 // fill the 32 registers of AVX-512 and NEON, 6x2 the 16 of AVX2. Blocks at the end of a tile have one or two
-// thirds of the rows.
-#if defined(MX_ISA_AVX512) || defined(__aarch64__)
-constexpr int kRowStep = 4;
+// thirds of the rows. AMX's (gemm_amx.h) have all rows or half of them.
+#if defined(MX_ISA_AMX_BF16)
+constexpr int kRowStep = 16, kBlockRows = 2 * kRowStep;
+#elif defined(MX_ISA_AVX512) || defined(__aarch64__)
+constexpr int kRowStep = 4, kBlockRows = 3 * kRowStep;
 #else
-constexpr int kRowStep = 2;
+constexpr int kRowStep = 2, kBlockRows = 3 * kRowStep;
 #endif
-constexpr int kBlockRows = 3 * kRowStep;
 constexpr int kPanelVectors = 2;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
@@ -52,7 +53,7 @@ MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
 class Ahead {
  public:
   static constexpr int kMostRanges = 3;
-  static constexpr int64_t kStep = 16;  // groups of depth between two requests
+  static constexpr int64_t kStep = 16;  // groups of depth between two requests (in AMX one step of 32 numbers)
 
   Ahead() = default;
   // To be spread over `products` multiplications of a number by a number.
@@ -122,13 +123,16 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
 
 // One register block. The epilogue's member functions, with count = the rows that exist (the block's others hold
 // nothing of meaning):
-//   begin(row, count, sums)   sets the sums to start from
+//   begin(row, count, sums)   only if it kAdds: sets the sums to start from
 //   end(row, count, sums)     takes the result
 template <bool by_column, int rows, int vectors, class E, class Epilogue>
 __attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row,
                                               int count, Ahead& ahead, Epilogue& epilogue) {
   Vec<Acc<E>> sums[rows][vectors];
-  epilogue.begin(row, count, sums);
+  if constexpr (Epilogue::kAdds)
+    epilogue.begin(row, count, sums);
+  else
+    clear<rows, vectors, Acc<E>>(sums);
   multiply<by_column>(tile + row * (by_column ? 1 : pitch), pitch, panel, groups, ahead, sums);
   epilogue.end(row, count, sums);
 }
@@ -238,21 +242,7 @@ inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Ope
 
 // Of pack_transposed's panels.
 template <class T>
-constexpr PackedLayout kPackedLayout = {kPanel<Acc<T>>, kGroup<Operand<T>>};
-
-inline PackedLayout packed_layout(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32:
-      return kPackedLayout<float>;
-    case Dtype::f64:
-      return kPackedLayout<double>;
-    case Dtype::bf16:
-      return kPackedLayout<bf16>;
-    case Dtype::f16:
-      return kPackedLayout<f16>;
-  }
-  return {};
-}
+constexpr PackedLayout kPackedLayout = {kPanel<Acc<T>>, kGroup<Operand<T>>, kDepthStep<Operand<T>>};
 
 // The panel for a product over the weight's first dimension: with elements of one number, out[d][j] =
 // weight[d*pitch + j].
@@ -260,7 +250,8 @@ template <class T>
 inline void pack_rows(const T* weight, int64_t pitch, int64_t columns, int64_t depth, Operand<T>* out) {
   using A = Acc<T>;
   constexpr int group = kGroup<Operand<T>>;
-  for (int64_t d = 0; d < depth; d += group, out += kPanel<A>)
+  const int64_t filled = groups_of<Operand<T>>(depth) * group;
+  for (int64_t d = 0; d < filled; d += group, out += kPanel<A>)
     for (int v = 0; v < kPanelVectors; ++v) {
       const int count = int(min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>));
       Vec<A> values[group];
@@ -273,3 +264,16 @@ inline void pack_rows(const T* weight, int64_t pitch, int64_t columns, int64_t d
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE
+
+#if defined(MX_ISA_AMX_BF16)
+#include "gemm_amx.h"
+#else
+namespace mx::cpu::MX_ISA_NAMESPACE {
+
+// What products need from the thread that multiplies: nothing.
+struct MatrixUnit {
+  MatrixUnit() {}
+};
+
+}  // namespace mx::cpu::MX_ISA_NAMESPACE
+#endif

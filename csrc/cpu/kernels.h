@@ -17,15 +17,15 @@ int max_threads();
 void* scratch(int slot, size_t bytes);
 
 // The layout of a packed weight [columns, depth]: [panels][groups][columns of a panel][group], a group being the
-// numbers along the depth that one instruction multiplies; filled up with 0. Groups of one are in the accumulation
-// type.
+// numbers along the depth that lie together; filled up with 0 to whole panels and a multiple of `depth` numbers. Groups
+// of one are in the accumulation type.
 struct PackedLayout {
-  int columns, group;
+  int columns, group, depth;
 };
 
+// The kernels of one instruction set for activations of one dtype.
 struct Kernels {
-  const char* isa;
-  PackedLayout (*packed_layout)(Dtype);
+  PackedLayout packed_layout;
   void (*depthwise_forward)(const ForwardArgs&);
   void (*depthwise_backward)(const BackwardArgs&);
   void (*pointwise_forward)(const ForwardArgs&);
@@ -37,11 +37,14 @@ struct Kernels {
   void (*block_inference)(const BlockArgs&);
 };
 
-extern const Kernels baseline_kernels;
+constexpr int kDtypes = 4;
+extern const Kernels baseline_kernels[kDtypes];  // by Dtype
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
+extern const Kernels avx2_kernels[kDtypes];
+extern const Kernels avx512_kernels[kDtypes];
+// For bfloat16, the only dtype that these instructions know.
 extern const Kernels avx512_bf16_kernels;
+extern const Kernels amx_bf16_kernels;
 #endif
 
 }  // namespace mx::cpu

@@ -88,7 +88,7 @@ inline void pool_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sum
 }
 
 template <class T>
-inline void normalise_forward_typed(const NormaliseArgs& args) {
+inline void normalise_forward(const NormaliseArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   if (!args.pool) {
@@ -166,7 +166,7 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
 }
 
 template <class T>
-inline void normalise_backward_typed(const NormaliseArgs& args) {
+inline void normalise_backward(const NormaliseArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * 2 * args.c));
@@ -181,8 +181,5 @@ inline void normalise_backward_typed(const NormaliseArgs& args) {
   merge_grad_bn<A>(grid.tiles(), args.c, 2 * args.c, partials, args.n * args.hw, static_cast<const A*>(args.bn_y),
                    args.batch_stats, static_cast<A*>(args.grad_bn_y));
 }
-
-inline void normalise_forward(const NormaliseArgs& args) { MX_DISPATCH(normalise_forward_typed, args) }
-inline void normalise_backward(const NormaliseArgs& args) { MX_DISPATCH(normalise_backward_typed, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

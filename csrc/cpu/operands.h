@@ -3,7 +3,7 @@
 //
 // An element is a number of the accumulation type, or, where the machine multiplies bfloat16 itself (AVX512-BF16), a
 // pair of bfloat16 numbers that are neighbours along the depth of the product: one instruction multiplies both and
-// adds both. Odd depths are filled up with 0 on both sides.
+// adds both.
 #pragma once
 
 #include "dispatch.h"
@@ -34,9 +34,18 @@ constexpr int kGroup = 1;
 template <>
 inline constexpr int kGroup<Pair> = 2;
 
+// The numbers that one step along the depth multiplies; depths are filled up with 0 on both sides.
+template <class E>
+constexpr int kDepthStep = kGroup<E>;
+#if defined(MX_ISA_AMX_BF16)
+template <>
+inline constexpr int kDepthStep<Pair> = 32;
+#endif
+
+// In a filled up depth.
 template <class E>
 MX_INLINE int64_t groups_of(int64_t depth) {
-  return ceil_div(depth, kGroup<E>);
+  return ceil_div(depth, kDepthStep<E>) * (kDepthStep<E> / kGroup<E>);
 }
 
 // As many elements as a Vec<Acc<E>> has lanes; of a Pair, Vec<float> holds the bits.

@@ -6,7 +6,7 @@
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
 template <class T>
-inline void pointwise_forward_of(const ForwardArgs& args) {
+inline void pointwise_forward(const ForwardArgs& args) {
   const T* const u = static_cast<const T*>(args.u);
   const int64_t channels = args.g.c_in;
   const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.bn_u), channels};
@@ -19,7 +19,7 @@ inline void pointwise_forward_of(const ForwardArgs& args) {
 }
 
 template <class T>
-inline void pointwise_backward_of(const BackwardArgs& args) {
+inline void pointwise_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const T* const u = static_cast<const T*>(args.u);
@@ -43,8 +43,5 @@ inline void pointwise_backward_of(const BackwardArgs& args) {
       },
       [&](int64_t row) { return u + row * g.c_in; });
 }
-
-inline void pointwise_forward(const ForwardArgs& args) { MX_DISPATCH(pointwise_forward_of, args) }
-inline void pointwise_backward(const BackwardArgs& args) { MX_DISPATCH(pointwise_backward_of, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

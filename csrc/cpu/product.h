@@ -94,17 +94,25 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   if (together) {
     const RowTiles pieces = even_tiles(p.rows, kWantedTasks);
     parallel(pieces.count, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) build(pieces.begin(i), pieces.size(i), all_rows + pieces.begin(i) * pitch);
+      for (int64_t i = begin; i < end; ++i) {
+        E* const tile = all_rows + pieces.begin(i) * pitch;
+        build(pieces.begin(i), pieces.size(i), tile);
+        fill_up_rows(tile, pieces.size(i), p.depth);
+      }
     });
   }
 
   parallel(tiles.count * groups, [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
     E* const own = static_cast<E*>(scratch(kWorkerSlot, together ? 0 : Workspace::bytes<E>(tiles.rows * pitch)));
     int64_t built = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t = together ? task % tiles.count : task / groups, rows = tiles.size(t);
       const int64_t group = together ? task / tiles.count : task % groups;
-      if (!together && t != built) build(tiles.begin(t), rows, own);
+      if (!together && t != built) {
+        build(tiles.begin(t), rows, own);
+        fill_up_rows(own, rows, p.depth);
+      }
       built = t;
       Ahead ahead(double(rows) * p.depth * p.columns / groups);
       if (!together && t + 1 < tiles.count) {
@@ -199,8 +207,8 @@ class BackwardTiles {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
       StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset,      p_.activation,
                                      channel,         p_.depth - channel, streaming_};
-      multiply_tile<false>(dy, GradientTile<T>::row_size(p_.columns), tiles_.size(t), packed_ + i * panel_size(),
-                           epilogue.columns, groups_of<E>(p_.columns), ahead, epilogue);
+      multiply_tile<false>(dy, tile_pitch<E>(p_.columns), tiles_.size(t), packed_ + i * panel_size(), epilogue.columns,
+                           groups_of<E>(p_.columns), ahead, epilogue);
       if (p_.grad_bn_u) {
         A* const sums = sums_ + t * 2 * p_.depth + channel;
         epilogue.finish(sums, sums + p_.depth);
@@ -231,10 +239,11 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
   using Gradient = GradientTile<T>;
   constexpr int64_t kMostChunks = 64;
   const int64_t weight_size = p.columns * p.depth, panels = ceil_div(p.depth, kPanel<A>);
-  const int64_t row_pitch = Gradient::row_size(p.columns), group_pitch = Gradient::group_size(p.columns);
+  const int64_t row_pitch = tile_pitch<E>(p.columns);
   const int64_t row_bytes = (row_pitch + ceil_div(panels * kPanel<A>, kGroup<E>)) * sizeof(E);
   const RowTiles tiles = row_tiles(p.rows, row_bytes);
   const int64_t groups = tiles.rows / kGroup<E>;
+  const AcrossLayout<E> layout(groups, p.columns);
   BackwardTiles<T> backward(p, tiles);
   const int64_t chunks = p.grad_weight ? min_of(tiles.count, kMostChunks) : tiles.count;
   const int64_t partials_size = p.grad_weight ? chunks * weight_size : 0;
@@ -246,27 +255,29 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
   A* const partials = shared.take<A>(partials_size);
 
   parallel(chunks, [&](int64_t begin, int64_t end) {
-    const int64_t rows_size = p.h_u || !Gradient::kApart ? tiles.rows * row_pitch : 0;
-    const int64_t groups_size = p.grad_weight && Gradient::kApart ? groups * group_pitch : 0;
+    const MatrixUnit unit;
+    const int64_t rows_size = p.h_u || !Gradient::kApart || Gradient::kTransposed ? tiles.rows * row_pitch : 0;
+    const int64_t across_size = p.grad_weight && Gradient::kApart ? layout.size : 0;
     const int64_t a_size = p.grad_weight ? panels * groups * kPanel<A> : 0;
     Workspace own(scratch(
-        kWorkerSlot, Workspace::bytes<E>(rows_size) + Workspace::bytes<E>(groups_size) + Workspace::bytes<E>(a_size)));
+        kWorkerSlot, Workspace::bytes<E>(rows_size) + Workspace::bytes<E>(across_size) + Workspace::bytes<E>(a_size)));
     E* const by_row = own.take<E>(rows_size);
-    E* const by_group = Gradient::kApart ? own.take<E>(groups_size) : by_row;
+    E* const across = Gradient::kApart ? own.take<E>(across_size) : by_row;
     E* const a = own.take<E>(a_size);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * tiles.count / chunks, last = (chunk + 1) * tiles.count / chunks;
       for (int64_t t = first; t < last; ++t) {
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
-                         {rows_size ? by_row : nullptr, groups_size ? by_group : nullptr});
+                         {rows_size ? by_row : nullptr, across_size ? across : nullptr, layout.pitch});
         Ahead ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.h_u != nullptr), reach);
         if (p.grad_weight) {
           build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
+          fill_up_panels(a, tiles.size(t), panels, tiles.rows);
           for (int64_t i = 0; i < panels; ++i) {
             const int64_t column = i * kPanel<A>;
             AddToRows<A> epilogue{partials + chunk * weight_size + column, p.depth, p.depth - column, t > first};
-            multiply_tile<true>(by_group, group_pitch, p.columns, a + i * groups * kPanel<A>, epilogue.columns,
-                                groups_of<E>(tiles.size(t)), ahead, epilogue);
+            multiply_tile<layout.kByColumn>(across, layout.pitch, p.columns, a + i * groups * kPanel<A>,
+                                            epilogue.columns, groups_of<E>(tiles.size(t)), ahead, epilogue);
           }
         }
         if (p.h_u) backward.input_gradient(t, by_row, ahead);
@@ -295,44 +306,47 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
   using A = Acc<T>;
   using E = Operand<T>;
   using Gradient = GradientTile<T>;
-  constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kBlocks = 20 * kBlockRows;
+  constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kBlocks = 240 / kBlockRows * kBlockRows;
   constexpr int64_t kGroupPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
-  static_assert(kDepth % kGroup<E> == 0 && kTileStep % kGroup<E> == 0);
-  const int64_t panels = ceil_div(p.depth, kPanel<A>);
-  const int64_t row_pitch = Gradient::row_size(p.columns), group_pitch = Gradient::group_size(p.columns);
+  static_assert(kDepth % kDepthStep<E> == 0 && kTileStep % kDepthStep<E> == 0);
+  const int64_t panels = ceil_div(p.depth, kPanel<A>), row_pitch = tile_pitch<E>(p.columns);
   const int64_t row_bytes = (row_pitch + ceil_div(panels * kPanel<A>, kGroup<E>)) * sizeof(E);
   const RowTiles tiles = row_tiles(p.rows, row_bytes);
   BackwardTiles<T> backward(p, tiles);
   const int64_t stretch_tiles = min_of(max_of(kStretchBytes / (tiles.rows * row_bytes), 1), tiles.count);
   const int64_t stretch_groups = stretch_tiles * tiles.rows / kGroup<E>;
-  const int64_t dy_size = stretch_groups * group_pitch, a_size = panels * stretch_groups * kPanel<A>;
-  const int64_t rows_size = p.h_u && Gradient::kApart ? tiles.rows * row_pitch : 0;
+  const AcrossLayout<E> layout(stretch_groups, p.columns);
+  const int64_t a_size = panels * stretch_groups * kPanel<A>;
+  const int64_t rows_size = Gradient::kTransposed || (p.h_u && Gradient::kApart) ? tiles.rows * row_pitch : 0;
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(backward.packed_size()) +
-                                            Workspace::bytes<A>(backward.sums_size()) + Workspace::bytes<E>(dy_size) +
-                                            Workspace::bytes<E>(a_size)));
+                                            Workspace::bytes<A>(backward.sums_size()) +
+                                            Workspace::bytes<E>(layout.size) + Workspace::bytes<E>(a_size)));
   backward.pack(shared.take<E>(backward.packed_size()));
   backward.set_sums(shared.take<A>(backward.sums_size()));
-  E* const dy = shared.take<E>(dy_size);
+  E* const dy = shared.take<E>(layout.size);
   E* const a = shared.take<E>(a_size);
 
   for (int64_t first = 0; first < tiles.count; first += stretch_tiles) {
     const int64_t stretch = min_of(stretch_tiles, tiles.count - first);
     const int64_t rows = min_of(stretch * tiles.rows, p.rows - tiles.begin(first));
     parallel(stretch, [&](int64_t begin, int64_t end) {
+      const MatrixUnit unit;
       E* const own = static_cast<E*>(scratch(kWorkerSlot, Workspace::bytes<E>(rows_size)));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = first + i, group = i * tiles.rows / kGroup<E>;
-        E* const by_group = dy + group * group_pitch;
-        E* const by_row = Gradient::kApart ? own : by_group;
+        E* const across = dy + layout.at(group, 0);
+        E* const by_row = Gradient::kApart ? own : across;
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
-                         {p.h_u || !Gradient::kApart ? by_row : nullptr, by_group});
+                         {rows_size || !Gradient::kApart ? by_row : nullptr, across, layout.pitch});
         build_panels(tiles.begin(t), tiles.size(t), a + group * kPanel<A>, stretch_groups * kGroup<E>);
+        fill_up_panels(a + group * kPanel<A>, tiles.size(t), panels, stretch_groups * kGroup<E>);
         Ahead ahead = backward.ahead(t + 1, 1, reach);
         if (p.h_u) backward.input_gradient(t, by_row, ahead);
       }
     });
     const int64_t blocks = ceil_div(p.columns, kBlocks);
     parallel(ceil_div(panels, kGroupPanels) * blocks, [&](int64_t begin, int64_t end) {
+      const MatrixUnit unit;
       for (int64_t task = begin; task < end; ++task) {
         Ahead none;
         const int64_t n = task % blocks * kBlocks, panel = task / blocks * kGroupPanels;
@@ -340,9 +354,9 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
           for (int64_t i = panel; i < min_of(panel + kGroupPanels, panels); ++i) {
             const int64_t column = i * kPanel<A>, group = d / kGroup<E>;
             AddToRows<A> epilogue{p.grad_weight + n * p.depth + column, p.depth, p.depth - column, first + d > 0};
-            multiply_tile<true>(dy + group * group_pitch + n, group_pitch, min_of(kBlocks, p.columns - n),
-                                a + (i * stretch_groups + group) * kPanel<A>, epilogue.columns,
-                                groups_of<E>(min_of(kDepth, rows - d)), none, epilogue);
+            multiply_tile<layout.kByColumn>(dy + layout.at(group, n), layout.pitch, min_of(kBlocks, p.columns - n),
+                                            a + (i * stretch_groups + group) * kPanel<A>, epilogue.columns,
+                                            groups_of<E>(min_of(kDepth, rows - d)), none, epilogue);
           }
       }
     });

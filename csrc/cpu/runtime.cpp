@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "host/cpu_features.h"
+
 namespace mx::cpu {
 
 namespace {
@@ -81,68 +83,81 @@ namespace {
 
 const char* const kIsaVariable = "MOBILENET_EXT_CPU_ISA";
 
-constexpr int kMostKernels = 4;
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels[kDtypes];  // by Dtype
+};
 
-// From the narrowest to the widest that this machine runs.
-int supported_kernels(const Kernels* (&tables)[kMostKernels]) {
+constexpr int kMostSets = 5;
+
+InstructionSet all_dtypes(const char* name, const Kernels (&kernels)[kDtypes]) {
+  InstructionSet set{name, {}};
+  for (int i = 0; i < kDtypes; ++i) set.kernels[i] = &kernels[i];
+  return set;
+}
+
+// From the narrowest to the widest that this machine runs; the number of them.
+int supported_sets(InstructionSet (&sets)[kMostSets]) {
   int count = 0;
-  tables[count++] = &baseline_kernels;
+  sets[count++] = all_dtypes("baseline", baseline_kernels);
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  // __builtin_cpu_supports also asks the operating system whether it saves the wide registers. F16C, which Clang 14
-  // cannot ask for, came before AVX2.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    tables[count++] = &avx2_kernels;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      tables[count++] = &avx512_kernels;
-      if (__builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16_kernels;
-    }
-  }
+  const host::CpuFeatures cpu = host::cpu_features();
+  if (!(cpu.avx2 && cpu.fma && cpu.f16c)) return count;
+  sets[count++] = all_dtypes("avx2", avx2_kernels);
+  if (!(cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq)) return count;
+  InstructionSet avx512 = all_dtypes("avx512", avx512_kernels);
+  sets[count++] = avx512;
+  if (!cpu.avx512_bf16) return count;
+  avx512.name = "avx512_bf16";
+  avx512.kernels[int(Dtype::bf16)] = &avx512_bf16_kernels;
+  sets[count++] = avx512;
+  if (!cpu.amx_bf16) return count;
+  avx512.name = "amx_bf16";
+  avx512.kernels[int(Dtype::bf16)] = &amx_bf16_kernels;
+  sets[count++] = avx512;
 #endif
   return count;
 }
 
-// Null when MOBILENET_EXT_CPU_ISA names something this machine cannot run.
-const Kernels* choose_kernels() {
-  const Kernels* tables[kMostKernels];
-  const int count = supported_kernels(tables);
+// Without a name when MOBILENET_EXT_CPU_ISA names something this machine cannot run.
+InstructionSet choose_set() {
+  InstructionSet sets[kMostSets];
+  const int count = supported_sets(sets);
   const char* wanted = getenv(kIsaVariable);
-  if (wanted == nullptr || *wanted == '\0') return tables[count - 1];
+  if (wanted == nullptr || *wanted == '\0') return sets[count - 1];
   for (int i = 0; i < count; ++i)
-    if (strcmp(tables[i]->isa, wanted) == 0) return tables[i];
-  return nullptr;
+    if (strcmp(sets[i].name, wanted) == 0) return sets[i];
+  return {};
 }
 
-const Kernels* chosen_kernels() {
-  static const Kernels* const chosen = choose_kernels();
+const InstructionSet& chosen_set() {
+  static const InstructionSet chosen = choose_set();
   return chosen;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  const Kernels* chosen = chosen_kernels();
-  if (chosen == nullptr) {
-    const Kernels* tables[kMostKernels];
-    const int count = supported_kernels(tables);
+const Kernels& kernels(Dtype dtype) {
+  const InstructionSet& chosen = chosen_set();
+  if (chosen.name == nullptr) {
+    InstructionSet sets[kMostSets];
+    const int count = supported_sets(sets);
     std::string names;
-    for (int i = 0; i < count; ++i) names += (i ? ", " : "") + std::string(tables[i]->isa);
+    for (int i = 0; i < count; ++i) names += (i ? ", " : "") + std::string(sets[i].name);
     STD_TORCH_CHECK(false, "environment variable ", kIsaVariable, "=", getenv(kIsaVariable),
                     ": this machine runs the instruction sets ", names);
   }
-  return *chosen;
+  return *chosen.kernels[int(dtype)];
 }
 
 }  // namespace mx::cpu
 
-extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() {
-  const mx::cpu::Kernels* chosen = mx::cpu::chosen_kernels();
-  return chosen ? chosen->isa : nullptr;
-}
+extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() { return mx::cpu::chosen_set().name; }
 
-extern "C" __attribute__((visibility("default"))) void mx_cpu_packed_layout(int dtype, int* columns, int* group) {
-  const mx::cpu::PackedLayout layout = mx::cpu::kernels().packed_layout(mx::Dtype(dtype));
+extern "C" __attribute__((visibility("default"))) void mx_cpu_packed_layout(int dtype, int* columns, int* group,
+                                                                            int* depth) {
+  const mx::cpu::PackedLayout layout = mx::cpu::kernels(mx::Dtype(dtype)).packed_layout;
   *columns = layout.columns;
   *group = layout.group;
+  *depth = layout.depth;
 }

@@ -5,13 +5,14 @@
 
 namespace mx::cpu {
 
-// The widest instruction set that this machine runs, or the one that the environment variable MOBILENET_EXT_CPU_ISA
-// (baseline, avx2, avx512, avx512_bf16) names; read once. Throws where it names one that the machine cannot run.
-const Kernels& kernels();
+// The kernels for a dtype of the widest instruction set that this machine runs, or of the one that the environment
+// variable MOBILENET_EXT_CPU_ISA (baseline, avx2, avx512, avx512_bf16, amx_bf16) names; read once. Throws where it
+// names one that the machine cannot run.
+const Kernels& kernels(Dtype dtype);
 
 }  // namespace mx::cpu
 
 // The name of the instruction set in use, for Python by ctypes; null where MOBILENET_EXT_CPU_ISA is impossible.
 extern "C" const char* mx_cpu_isa();
 // The layout of packed weights (PackedLayout), for Python by ctypes; dtype is a Dtype.
-extern "C" void mx_cpu_packed_layout(int dtype, int* columns, int* group);
+extern "C" void mx_cpu_packed_layout(int dtype, int* columns, int* group, int* depth);

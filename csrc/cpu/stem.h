@@ -80,7 +80,7 @@ inline void taps_first_to_last(const A* from, int64_t columns, int64_t channels,
 }
 
 template <class T>
-inline void stem_forward_of(const ForwardArgs& args) {
+inline void stem_forward(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<Operand<T>>(depth);
@@ -102,9 +102,10 @@ template <class T>
 inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
   using A = Acc<T>;
   using E = Operand<T>;
-  constexpr int64_t kPixels = 8 * kTileStep;
+  constexpr int64_t kPixels = 96;
+  static_assert(kPixels % kTileStep == 0);
   const Geometry& g = args.g;
-  const int64_t c = g.c_in, columns = 3 * c, pitch = GradientTile<T>::row_size(g.c_out);
+  const int64_t c = g.c_in, columns = 3 * c, pitch = tile_pitch<E>(g.c_out);
   const int64_t panels = ceil_div(columns, kPanel<A>), panel_size = groups_of<E>(g.c_out) * kPanel<A>;
   E* const packed = static_cast<E*>(scratch(kSharedSlot, 3 * panels * panel_size * sizeof(E)));
   for (int64_t ky = 0; ky < 3; ++ky)
@@ -113,6 +114,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
                    packed + (ky * panels + i) * panel_size);
 
   parallel(g.n * g.h, [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
     const int64_t dy_size = kPixels * pitch, taps_size = kPixels * columns, line_size = g.w * c;
     Workspace own(scratch(
         kWorkerSlot, Workspace::bytes<E>(dy_size) + Workspace::bytes<A>(taps_size) + Workspace::bytes<A>(line_size)));
@@ -128,7 +130,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
         if (iy + g.padding < ky || oy >= g.out_h || (iy + g.padding - ky) % g.stride) continue;
         for (int64_t first = 0; first < g.out_w; first += kPixels) {
           const int64_t pixels = min_of(kPixels, g.out_w - first);
-          gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, {dy, nullptr});
+          gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, {dy, nullptr, 0});
           for (int64_t i = 0; i < panels; ++i) {
             AddToRows<A> epilogue{taps + i * kPanel<A>, columns, columns - i * kPanel<A>, false};
             multiply_tile<false>(dy, pitch, pixels, packed + (ky * panels + i) * panel_size, epilogue.columns,
@@ -152,7 +154,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
 }
 
 template <class T>
-inline void stem_backward_of(const BackwardArgs& args) {
+inline void stem_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, weight_size = g.c_out * depth;
@@ -185,8 +187,5 @@ inline void stem_backward_of(const BackwardArgs& args) {
     stem_input_gradient<T>(args, gradient, weight);
   }
 }
-
-inline void stem_forward(const ForwardArgs& args) { MX_DISPATCH(stem_forward_of, args) }
-inline void stem_backward(const BackwardArgs& args) { MX_DISPATCH(stem_backward_of, args) }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -1,5 +1,5 @@
-// The kernel table of one instruction set; the including file has set the target up (see vec.h) and defines
-// MX_ISA_NAMESPACE and MX_KERNEL_TABLE.
+// The kernels of one instruction set, by dtype; the including file has set the target up (see vec.h) and defines
+// MX_ISA_NAMESPACE.
 #pragma once
 
 #include "block.h"
@@ -9,16 +9,17 @@
 #include "pointwise.h"
 #include "stem.h"
 
-#define MX_STRING_OF(x) #x
-#define MX_STRING(x) MX_STRING_OF(x)
+namespace mx::cpu::MX_ISA_NAMESPACE {
 
-namespace mx::cpu {
-
-const Kernels MX_KERNEL_TABLE = {
-    MX_STRING(MX_ISA_NAMESPACE),          MX_ISA_NAMESPACE::packed_layout,     MX_ISA_NAMESPACE::depthwise_forward,
-    MX_ISA_NAMESPACE::depthwise_backward, MX_ISA_NAMESPACE::pointwise_forward, MX_ISA_NAMESPACE::pointwise_backward,
-    MX_ISA_NAMESPACE::stem_forward,       MX_ISA_NAMESPACE::stem_backward,     MX_ISA_NAMESPACE::normalise_forward,
-    MX_ISA_NAMESPACE::normalise_backward, MX_ISA_NAMESPACE::block_inference,
+template <class T>
+constexpr Kernels kKernels = {
+    kPackedLayout<T>, depthwise_forward<T>, depthwise_backward<T>, pointwise_forward<T>,  pointwise_backward<T>,
+    stem_forward<T>,  stem_backward<T>,     normalise_forward<T>,  normalise_backward<T>, block_inference<T>,
 };
 
-}  // namespace mx::cpu
+}  // namespace mx::cpu::MX_ISA_NAMESPACE
+
+// The table of all dtypes.
+#define MX_ALL_KERNELS                                                    \
+  {MX_ISA_NAMESPACE::kKernels<float>, MX_ISA_NAMESPACE::kKernels<double>, \
+   MX_ISA_NAMESPACE::kKernels<MX_ISA_NAMESPACE::bf16>, MX_ISA_NAMESPACE::kKernels<MX_ISA_NAMESPACE::f16>}

@@ -9,8 +9,9 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// Tiles have a multiple of this many rows, whatever the instruction set, so that only the last has a ragged end.
-constexpr int64_t kTileStep = 12;
+// Tiles have a multiple of this many rows, so that only the last has a ragged end; the same for all instruction sets
+// but AMX.
+constexpr int64_t kTileStep = kBlockRows > 12 ? kBlockRows : 12;
 static_assert(kTileStep % kBlockRows == 0);
 
 // The grid of row tiles. It depends on the shape alone.
@@ -30,8 +31,8 @@ inline RowTiles even_tiles(int64_t total, int64_t count) {
 // As many rows as fit in 256 KiB, a quarter to a half of an L2 cache, but small inputs still give 32 tiles of 48 rows.
 inline RowTiles row_tiles(int64_t total, int64_t bytes_per_row) {
   if (total == 0) return {0, kTileStep, 0};
-  const int64_t most = min_of(max_of(256 * 1024 / bytes_per_row, 5 * kTileStep), 32 * kTileStep);
-  const int64_t wanted = min_of(most / kTileStep * kTileStep, max_of(ceil_div(total, 32), 4 * kTileStep));
+  const int64_t most = min_of(max_of(256 * 1024 / bytes_per_row, 60), 384);
+  const int64_t wanted = min_of(most / kTileStep * kTileStep, max_of(ceil_div(total, 32), 48));
   const int64_t rows = round_up(ceil_div(total, ceil_div(total, wanted)), kTileStep);
   return {total, rows, ceil_div(total, rows)};
 }
@@ -190,37 +191,77 @@ MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, in
   }
 }
 
-// Where the two products of a backward pass take the output gradient's tile from. The same memory, where an element is
-// one number.
+// Where the gradient of the weight finds an element of the output gradient's tile: a group of rows, of one column.
+template <class E>
+struct AcrossLayout {
+  // How multiply_tile is to read it.
+#if defined(MX_ISA_AMX_BF16)
+  static constexpr bool kByColumn = false;
+#else
+  static constexpr bool kByColumn = true;
+#endif
+
+  int64_t pitch, size;
+
+  AcrossLayout(int64_t groups, int64_t columns)
+      : pitch(row_pitch<E>(kByColumn ? columns : groups)),
+        size(pitch * (kByColumn ? groups : round_up(columns, kBlockRows))) {}
+  int64_t at(int64_t group, int64_t column) const {
+    return kByColumn ? group * pitch + column : column * pitch + group;
+  }
+};
+
+// The output gradient's tile, for the two products of a backward pass. The same memory, where an element is one number.
 template <class T>
 struct GradientTile {
   using E = Operand<T>;
   static constexpr bool kApart = kGroup<E> > 1;
+  static constexpr bool kTransposed = kApart && !AcrossLayout<E>::kByColumn;  // `across` is made from by_row
 
-  E* by_row;    // for the input gradient: rows tile_pitch apart
-  E* by_group;  // for the weight gradient, by column: groups of rows row_pitch apart; null: not wanted
-
-  static int64_t row_size(int64_t channels) { return tile_pitch<E>(channels); }
-  static int64_t group_size(int64_t channels) { return row_pitch<E>(channels); }
+  E* by_row;  // for the input gradient: rows tile_pitch apart; null: not wanted
+  E* across;  // for the weight gradient; null: not wanted
+  int64_t across_pitch;
 };
+
+// Fills up a tile's rows, and panels with rows along the depth, with 0.
+template <class E>
+MX_INLINE void fill_up_rows(E* tile, int64_t rows, int64_t depth) {
+  const int64_t written = round_up(depth, kLanes<Acc<E>>) / kGroup<E>, filled = groups_of<E>(depth);
+  if (kDepthStep<E> == kGroup<E> || written >= filled) return;
+  for (int64_t i = 0; i < rows; ++i)
+    __builtin_memset(tile + i * tile_pitch<E>(depth) + written, 0, (filled - written) * sizeof(E));
+}
+template <class E>
+MX_INLINE void fill_up_panels(E* panels, int64_t rows, int64_t count, int64_t panel_rows) {
+  const int64_t written = ceil_div(rows, kGroup<E>), filled = groups_of<E>(rows);
+  constexpr int64_t columns = kPanel<Acc<E>>;
+  for (int64_t i = 0; written < filled && i < count; ++i)
+    __builtin_memset(panels + (i * (panel_rows / kGroup<E>)+written) * columns, 0,
+                     (filled - written) * columns * sizeof(E));
+}
 
 // Rows [begin, begin + rows) of the gradient.
 template <class T>
 inline void gradient_rows(const OutputGradient<T>& gradient, int64_t begin, int64_t rows, const GradientTile<T>& tile) {
   using A = Acc<T>;
+  using E = Operand<T>;
   using G = GradientTile<T>;
-  constexpr int group = kGroup<Operand<T>>;
-  const int64_t channels = gradient.channels, pitch = G::row_size(channels), group_pitch = G::group_size(channels);
+  constexpr int group = kGroup<E>;
+  const int64_t channels = gradient.channels, pitch = tile_pitch<E>(channels);
   for_row_blocks<group, A>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
     Vec<A> value[block.value];
     gradient_lanes<block.value, partial.value>(gradient, begin + i, c, count, value);
-    if (!G::kApart || tile.by_row) {
+    if (!G::kApart || G::kTransposed || tile.by_row) {
 #pragma GCC unroll 4
       for (int k = 0; k < block.value; ++k) store_in_row<T>(tile.by_row + (i + k) * pitch, c, value[k]);
     }
-    if (G::kApart && tile.by_group)
-      store_groups<block.value, T>(tile.by_group + i / group * group_pitch + c, group_pitch, value);
+    if (G::kApart && !G::kTransposed && tile.across)
+      store_groups<block.value, T>(tile.across + i / group * tile.across_pitch + c, tile.across_pitch, value);
   });
+  fill_up_rows(tile.by_row, rows, channels);
+#if defined(MX_ISA_AMX_BF16)
+  if (tile.across) transpose_pairs(tile.by_row, pitch, rows, channels, tile.across, tile.across_pitch);
+#endif
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

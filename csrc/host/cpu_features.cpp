@@ -11,13 +11,9 @@
 #endif
 
 namespace mx::host {
-namespace {
-
-struct Flags {
-  bool avx2, fma, f16c, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16, amx_bf16;
-};
 
 #if defined(__x86_64__)
+namespace {
 
 struct Registers {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -50,9 +46,11 @@ bool request_amx_permission() {
 #endif
 }
 
+}  // namespace
+
 // Bit numbers: Intel's manual, volume 2, CPUID; volume 1, chapter 13 (XCR0).
-Flags detect() {
-  Flags f = {};
+CpuFeatures cpu_features() {
+  CpuFeatures f = {};
   const Registers basic = cpuid(1, 0);
   if (!bit(basic.ecx, 27)) return f;  // OSXSAVE: without it xgetbv faults
   const uint64_t states = enabled_states();
@@ -75,20 +73,8 @@ Flags detect() {
 
 #else
 
-Flags detect() { return {}; }
+CpuFeatures cpu_features() { return {}; }
 
 #endif
-
-}  // namespace
-
-void cpu_features(CpuFeature (&features)[kCpuFeatures]) {
-  const Flags f = detect();
-  const CpuFeature found[kCpuFeatures] = {
-      {"avx2", f.avx2},         {"fma", f.fma},           {"f16c", f.f16c},         {"avx512f", f.avx512f},
-      {"avx512bw", f.avx512bw}, {"avx512vl", f.avx512vl}, {"avx512dq", f.avx512dq}, {"avx512_bf16", f.avx512_bf16},
-      {"amx_bf16", f.amx_bf16},
-  };
-  for (std::size_t i = 0; i < kCpuFeatures; ++i) features[i] = found[i];
-}
 
 }  // namespace mx::host

@@ -30,10 +30,17 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
   m.def(
       "cpu_features",
       [] {
-        mx::host::CpuFeature features[mx::host::kCpuFeatures];
-        mx::host::cpu_features(features);
+        const mx::host::CpuFeatures f = mx::host::cpu_features();
         py::dict d;
-        for (const mx::host::CpuFeature& f : features) d[f.name] = f.usable;
+        d["avx2"] = f.avx2;
+        d["fma"] = f.fma;
+        d["f16c"] = f.f16c;
+        d["avx512f"] = f.avx512f;
+        d["avx512bw"] = f.avx512bw;
+        d["avx512vl"] = f.avx512vl;
+        d["avx512dq"] = f.avx512dq;
+        d["avx512_bf16"] = f.avx512_bf16;
+        d["amx_bf16"] = f.amx_bf16;
         return d;
       },
       "dict of bool: the instruction sets that both CPU and operating system let this process use. Asks the operating "

@@ -36,11 +36,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     """A pointwise weight ``[N, K, 1, 1]`` as the product of the kernels reads it (``PackedLayout`` in ``kernels.h``),
     one-dimensional: what ``block_inference`` otherwise makes at each call."""
     library = ctypes.CDLL(str(LIBRARY))
-    columns, group = ctypes.c_int(), ctypes.c_int()
-    library.mx_cpu_packed_layout(_DTYPES.index(weight.dtype), ctypes.byref(columns), ctypes.byref(group))
+    columns, group, depth = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    library.mx_cpu_packed_layout(_DTYPES.index(weight.dtype), *map(ctypes.byref, (columns, group, depth)))
     dtype = weight.dtype if group.value > 1 else reference.acc_dtype(weight.dtype)
     n, k = weight.shape[:2]
-    padded = F.pad(weight.view(n, k).to(dtype), (0, -k % group.value, 0, -n % columns.value))
+    padded = F.pad(weight.view(n, k).to(dtype), (0, -k % depth.value, 0, -n % columns.value))
     panels = padded.view(-1, columns.value, padded.shape[1] // group.value, group.value)
     return panels.transpose(1, 2).contiguous().view(-1)
 
