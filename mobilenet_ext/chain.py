@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.autograd import refuse_double_backward
-from mobilenet_ext.backends.reference import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
+from mobilenet_ext.backends.reference import BN_MEAN, BN_SCALE, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
 from mobilenet_ext.layers import update_running_stats_
 
 Kind = Literal["stem", "depthwise", "pointwise"]
@@ -149,7 +148,14 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
             i += 1
         else:
             x = ops.depthwise_inference(x, bn, weight, stride, padding, relu)
-    return F.adaptive_avg_pool2d(x, 1) if end == "pool" else x
+    return ops.bn_relu_pool_forward(x, _identity_bn(x)) if end == "pool" else x
+
+
+def _identity_bn(x: Tensor) -> Tensor:
+    """The normalisation that changes nothing, for the channels of ``x``."""
+    bn = x.new_zeros((ops.BN_ROWS, x.shape[1]), dtype=ops.acc_dtype(x.dtype))
+    bn[BN_SCALE] = 1
+    return bn
 
 
 def _needs_grad(x: Tensor, units: list[Unit]) -> bool:

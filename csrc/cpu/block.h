@@ -6,60 +6,74 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// The depthwise half, with its weight as [tap][pitch] in the accumulation type.
+// The depthwise half. Channels are taken in blocks of kNeighbours, in the order of Neighbours (operands.h); vectors of
+// the channels are laid out likewise.
 template <class T>
 struct DepthwiseRows {
   using A = Acc<T>;
+  using N = Neighbours<T>;
   const T* x;
   Geometry g;
-  const A* weight;
-  int64_t weight_pitch;
-  Activation<A> activation;
+  const A* channels;  // [kChannelRows][pitch]: weights by tap, then MEAN, SCALE, SHIFT
+  int64_t pitch;      // whole blocks
 
-  // `pixels` neighbours in one output row, for the channels of one vector; the first has its left column at ix, and all
+  static constexpr int kChannelRows = kTaps + 3;
+
+  // `pixels` neighbours in one output row, for one block of channels; the first has its left column at ix, and all
   // columns exist unless check_columns. Taps outside the image are left out.
   template <int stride, int pixels, bool check_columns, bool partial>
-  MX_INLINE void compute(const T* (&lines)[3], int64_t ix, int64_t channel, int count, const Vec<A> (&w)[9],
-                         const Vec<A>& mean, const Vec<A>& scale, const Vec<A>& shift, Operand<T>* out,
-                         int64_t pitch) const {
-    Vec<A> sums[pixels] = {};
+  MX_INLINE void compute(const T* (&lines)[3], int64_t ix, int64_t channel, int count,
+                         const Vec<A> (&w)[kTaps][N::kVectors], Operand<T>* out, int64_t out_pitch) const {
+    Vec<A> sums[pixels][N::kVectors] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
       if (lines[ky] == nullptr) continue;
+      const T* from = lines[ky] + ix * g.c_in + channel;
 #pragma GCC unroll 9
-      for (int column = 0; column < (pixels - 1) * stride + 3; ++column) {
+      for (int column = 0; column < (pixels - 1) * stride + 3; ++column, from += g.c_in) {
         if (check_columns && (ix + column < 0 || ix + column >= g.w)) continue;
-        const Vec<A> value = load_lanes<partial, T>(lines[ky] + (ix + column) * g.c_in + channel, count);
+        Vec<A> value[N::kVectors];
+        N::template load<partial>(from, count, value);
 #pragma GCC unroll 4
         for (int p = 0; p < pixels; ++p) {
           const int kx = column - p * stride;
-          if (kx >= 0 && kx < 3) sums[p] = fma(value, w[ky * 3 + kx], sums[p]);
+          if (kx < 0 || kx > 2) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < N::kVectors; ++v) sums[p][v] = fma(value[v], w[ky * 3 + kx][v], sums[p][v]);
         }
       }
     }
+    const A* const bn = channels + kTaps * pitch + channel;
+#pragma GCC unroll 2
+    for (int v = 0; v < N::kVectors; ++v) {
+      const A* const of_vector = bn + v * kLanes<A>;
+      const Vec<A> mean = load<A>(of_vector), scale = load<A>(of_vector + pitch),
+                   shift = load<A>(of_vector + 2 * pitch);
 #pragma GCC unroll 4
-    for (int p = 0; p < pixels; ++p)
-      store_in_row<T>(out + p * pitch, channel, relu(normalise<A>(sums[p] - mean, scale, shift)));
+      for (int p = 0; p < pixels; ++p) sums[p][v] = relu(normalise<A>(sums[p][v] - mean, scale, shift));
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < pixels; ++p) N::store_in_row(out + p * out_pitch, channel, sums[p]);
   }
 
-  // Output pixels [begin, end) of one output row, for the channels of one vector.
+  // Output pixels [begin, end) of one output row, for one block of channels.
   template <int stride, bool partial>
   inline void run(const T* (&lines)[3], int64_t begin, int64_t end, int64_t channel, int count, Operand<T>* out,
-                  int64_t pitch) const {
-    Vec<A> w[9];
-    for (int tap = 0; tap < 9; ++tap) w[tap] = load<A>(weight + tap * weight_pitch + channel);
-    const Vec<A> mean = load_lanes<partial, A>(activation.row(BN_MEAN) + channel, count);
-    const Vec<A> scale = load_lanes<partial, A>(activation.row(BN_SCALE) + channel, count);
-    const Vec<A> shift = load_lanes<partial, A>(activation.row(BN_SHIFT) + channel, count);
+                  int64_t out_pitch) const {
+    Vec<A> w[kTaps][N::kVectors];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < kTaps; ++tap)
+#pragma GCC unroll 2
+      for (int v = 0; v < N::kVectors; ++v) w[tap][v] = load<A>(channels + tap * pitch + channel + v * kLanes<A>);
     int64_t ox = begin;
     while (ox < end) {
       const int64_t ix = ox * stride - g.padding;
-      Operand<T>* const to = out + (ox - begin) * pitch;
+      Operand<T>* const to = out + (ox - begin) * out_pitch;
       if (ox + 4 <= end && ix >= 0 && ix + 3 * stride + 3 <= g.w) {
-        compute<stride, 4, false, partial>(lines, ix, channel, count, w, mean, scale, shift, to, pitch);
+        compute<stride, 4, false, partial>(lines, ix, channel, count, w, to, out_pitch);
         ox += 4;
       } else {
-        compute<stride, 1, true, partial>(lines, ix, channel, count, w, mean, scale, shift, to, pitch);
+        compute<stride, 1, true, partial>(lines, ix, channel, count, w, to, out_pitch);
         ox += 1;
       }
     }
@@ -67,7 +81,7 @@ struct DepthwiseRows {
 
   // Output pixels [begin, begin + pixels) of all images, a row of the tile each.
   template <int stride>
-  inline void build(int64_t begin, int64_t pixels, Operand<T>* tile, int64_t pitch) const {
+  inline void build(int64_t begin, int64_t pixels, Operand<T>* tile, int64_t tile_pitch) const {
     for (int64_t done = 0; done < pixels;) {
       const int64_t pixel = begin + done, ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h;
       const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
@@ -76,13 +90,13 @@ struct DepthwiseRows {
         const int64_t iy = oy * stride - g.padding + ky;
         lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * g.c_in;
       }
-      for (int64_t channel = 0; channel < g.c_in; channel += kLanes<A>) {
-        Operand<T>* const out = tile + done * pitch;
+      for (int64_t channel = 0; channel < g.c_in; channel += N::kChannels) {
+        Operand<T>* const out = tile + done * tile_pitch;
         const int64_t count = g.c_in - channel;
-        if (count >= kLanes<A>)
-          run<stride, false>(lines, ox, ox + length, channel, kLanes<A>, out, pitch);
+        if (count >= N::kChannels)
+          run<stride, false>(lines, ox, ox + length, channel, N::kChannels, out, tile_pitch);
         else
-          run<stride, true>(lines, ox, ox + length, channel, int(count), out, pitch);
+          run<stride, true>(lines, ox, ox + length, channel, int(count), out, tile_pitch);
       }
       done += length;
     }
@@ -93,16 +107,20 @@ template <class T>
 inline void block_inference(const BlockArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t pitch = tile_pitch<Operand<T>>(g.c_in), weight_pitch = round_up(g.c_in, kLanes<A>);
-  A* const weight = static_cast<A*>(scratch(kWeightSlot, 9 * weight_pitch * sizeof(A)));
-  __builtin_memset(weight, 0, 9 * weight_pitch * sizeof(A));
+  using Rows = DepthwiseRows<T>;
+  const int64_t tile_row = tile_pitch<Operand<T>>(g.c_in), pitch = round_up(g.c_in, Neighbours<T>::kChannels);
+  A* const channels = static_cast<A*>(scratch(kWeightSlot, Rows::kChannelRows * pitch * sizeof(A)));
+  __builtin_memset(channels, 0, Rows::kChannelRows * pitch * sizeof(A));
   const T* const taps = static_cast<const T*>(args.depthwise_weight);
-  for (int64_t c = 0; c < g.c_in; ++c)
-    for (int tap = 0; tap < 9; ++tap)
-      store_partial<A>(weight + tap * weight_pitch + c, load_partial<T>(taps + c * 9 + tap, 1), 1);
+  const A* const bn = static_cast<const A*>(args.depthwise_bn);
+  for (int64_t c = 0; c < g.c_in; ++c) {
+    A* const of_channel = channels + Neighbours<T>::place(c);
+    for (int tap = 0; tap < kTaps; ++tap)
+      store_partial<A>(of_channel + tap * pitch, load_partial<T>(taps + c * kTaps + tap, 1), 1);
+    for (int row = BN_MEAN; row <= BN_SHIFT; ++row) of_channel[(kTaps + row) * pitch] = bn[row * g.c_in + c];
+  }
 
-  const DepthwiseRows<T> depthwise{
-      static_cast<const T*>(args.x), g, weight, weight_pitch, {static_cast<const A*>(args.depthwise_bn), g.c_in}};
+  const Rows depthwise{static_cast<const T*>(args.x), g, channels, pitch};
   ForwardProduct<T> product{};
   product.rows = g.n * g.out_h * g.out_w;
   product.depth = g.c_in;
@@ -116,9 +134,9 @@ inline void block_inference(const BlockArgs& args) {
       product,
       [&](int64_t begin, int64_t rows, Operand<T>* tile) {
         if (g.stride == 1)
-          depthwise.template build<1>(begin, rows, tile, pitch);
+          depthwise.template build<1>(begin, rows, tile, tile_row);
         else
-          depthwise.template build<2>(begin, rows, tile, pitch);
+          depthwise.template build<2>(begin, rows, tile, tile_row);
       },
       [&](int64_t row) { return reach_of_taps(depthwise.x, g, row); });
 }

@@ -30,20 +30,18 @@ template <int rows, int vectors, class T>
 MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool streaming,
                           const Vec<Acc<T>> (&values)[rows][vectors]) {
   using A = Acc<T>;
-  if (kCanStream<T, vectors> && streaming) {
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i)
-      if (i < count) store_streaming<T, vectors>(to + i * pitch, values[i]);
-    return;
-  }
   with_lanes<vectors, A>(columns, [&](auto partial) {
+    if constexpr (!partial.value) {
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i)
+      for (int i = 0; i < rows; ++i)
+        if (i < count) store_vectors<T, vectors>(to + i * pitch, streaming, values[i]);
+    } else {
+#pragma GCC unroll 12
+      for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v)
-        if (i < count)
-          store_lanes<decltype(partial)::value, T>(to + i * pitch + v * kLanes<A>, values[i][v],
-                                                   lanes_in<decltype(partial)::value, A>(columns, v));
+        for (int v = 0; v < vectors; ++v)
+          if (i < count) store_partial<T>(to + i * pitch + v * kLanes<A>, values[i][v], lanes_in<true, A>(columns, v));
+    }
   });
 }
 

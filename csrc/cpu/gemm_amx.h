@@ -34,14 +34,55 @@ class MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// Sums 0 to 3 (rows of tiles by columns of tiles, two by two) of a block.
-template <int row_tiles, int vectors>
-MX_INLINE void multiply_pairs(const Pair* tile, int64_t pitch, const Pair* panel, int64_t groups, Ahead& ahead) {
+// The product of a block, on its way from the tile registers to the epilogue, a few rows at a time.
+template <int vectors, class Epilogue>
+class Finish {
+ public:
+  Finish(const float* product, int64_t row, int64_t count, Epilogue& epilogue)
+      : product_(product), row_(row), count_(count), epilogue_(epilogue) {}
+
+  // All rows before `end` of the block, but for those of an unfinished step.
+  MX_INLINE void until(int64_t end) {
+    for (; done_ + kRows <= min_of(end, count_); done_ += kRows) rows(kRows);
+    if (end >= count_ && done_ < count_) {
+      rows(int(count_ - done_));
+      done_ = count_;
+    }
+  }
+
+ private:
+  static constexpr int kRows = 4;
+
+  MX_INLINE void rows(int count) {
+    Vec<float> sums[kRows][vectors];
+    if constexpr (Epilogue::kAdds) epilogue_.begin(row_ + done_, count, sums);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<float> added = load<float>(product_ + (done_ + i) * kPanel<float> + v * kLanes<float>);
+        sums[i][v] = Epilogue::kAdds ? sums[i][v] + added : added;
+      }
+    epilogue_.end(row_ + done_, count, sums);
+  }
+
+  const float* product_;
+  int64_t row_, count_, done_ = 0;
+  Epilogue& epilogue_;
+};
+
+// The product of row_tiles x vectors tile registers into `sums`, rows of kPanel; meanwhile the block before is
+// finished.
+template <int row_tiles, int vectors, class Before>
+MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel, int64_t groups, Ahead& ahead,
+                              float* sums, Before& before) {
   const int64_t row_bytes = pitch * int64_t(sizeof(Pair)), panel_bytes = kPanel<float> * int64_t(sizeof(Pair));
   _tile_zero(0);
   if constexpr (vectors > 1) _tile_zero(1);
   if constexpr (row_tiles > 1) _tile_zero(2);
   if constexpr (row_tiles > 1 && vectors > 1) _tile_zero(3);
+  const int64_t rows_a_step = (kBlockRows << 16) * kTilePairs / groups;  // in 1/65536
+  int64_t before_end = 0xffff;
   for (int64_t d = 0; d < groups; d += kTilePairs) {
     ahead.step();
     _tile_loadd(6, panel + d * kPanel<float>, panel_bytes);
@@ -56,58 +97,32 @@ MX_INLINE void multiply_pairs(const Pair* tile, int64_t pitch, const Pair* panel
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (vectors > 1) _tile_dpbf16ps(3, 5, 7);
     }
+    before.until((before_end += rows_a_step) >> 16);
   }
-}
-
-template <int row_tiles, int vectors>
-MX_INLINE void store_sums(float* sums) {
-  constexpr int pitch = kPanel<float>, bytes = pitch * int(sizeof(float));
-  _tile_stored(0, sums, bytes);
-  if constexpr (vectors > 1) _tile_stored(1, sums + kTileRows, bytes);
-  if constexpr (row_tiles > 1) _tile_stored(2, sums + kTileRows * pitch, bytes);
-  if constexpr (row_tiles > 1 && vectors > 1) _tile_stored(3, sums + kTileRows * pitch + kTileRows, bytes);
-}
-
-// Hands `count` rows of a block to the epilogue.
-template <int vectors, class Epilogue>
-MX_INLINE void finish_block(const float* product, int64_t row, int64_t count, Epilogue& epilogue) {
-  constexpr int kRows = 8;
-  const auto rows = [&](int64_t i, int rows) {
-    Vec<float> sums[kRows][vectors];
-    if constexpr (Epilogue::kAdds) epilogue.begin(row + i, rows, sums);
-#pragma GCC unroll 8
-    for (int k = 0; k < kRows; ++k)
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) {
-        const Vec<float> added = load<float>(product + (i + k) * kPanel<float> + v * kLanes<float>);
-        sums[k][v] = Epilogue::kAdds ? sums[k][v] + added : added;
-      }
-    epilogue.end(row + i, rows, sums);
-  };
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) rows(i, kRows);
-  if (i < count) rows(i, int(count - i));
+  constexpr int sums_pitch = kPanel<float>, sums_bytes = sums_pitch * int(sizeof(float));
+  _tile_stored(0, sums, sums_bytes);
+  if constexpr (vectors > 1) _tile_stored(1, sums + kTileRows, sums_bytes);
+  if constexpr (row_tiles > 1) _tile_stored(2, sums + kTileRows * sums_pitch, sums_bytes);
+  if constexpr (row_tiles > 1 && vectors > 1) _tile_stored(3, sums + kTileRows * sums_pitch + kTileRows, sums_bytes);
 }
 
 template <int vectors, class Epilogue>
 inline void multiply_panel(const Pair* tile, int64_t pitch, int64_t rows, const Pair* panel, int64_t groups,
                            Ahead& ahead, Epilogue& epilogue) {
+  asm volatile("" ::: "memory");  // loads of tile registers do not tell the compiler that they read
   alignas(64) float sums[2][kBlockRows * kPanel<float>];
-  for (int64_t row = 0; row < rows; row += kBlockRows) {
-    float* const own = sums[row / kBlockRows % 2];
-    const bool whole = rows - row > kTileRows;
-    if (whole)
-      multiply_pairs<2, vectors>(tile + row * pitch, pitch, panel, groups, ahead);
+  Epilogue own = epilogue;  // a copy that nobody else knows can stay in registers
+  int64_t last = 0;
+  for (int64_t row = 0; row < rows; last = row, row += kBlockRows) {
+    float* const product = sums[row / kBlockRows % 2];
+    Finish<vectors, Epilogue> before(sums[(row / kBlockRows + 1) % 2], last, row - last, own);
+    if (rows - row > kTileRows)
+      multiply_block<2, vectors>(tile + row * pitch, pitch, panel, groups, ahead, product, before);
     else
-      multiply_pairs<1, vectors>(tile + row * pitch, pitch, panel, groups, ahead);
-    if (row > 0) finish_block<vectors>(sums[(row / kBlockRows + 1) % 2], row - kBlockRows, kBlockRows, epilogue);
-    if (whole)
-      store_sums<2, vectors>(own);
-    else
-      store_sums<1, vectors>(own);
+      multiply_block<1, vectors>(tile + row * pitch, pitch, panel, groups, ahead, product, before);
   }
-  const int64_t last = (rows - 1) / kBlockRows * kBlockRows;
-  if (rows > 0) finish_block<vectors>(sums[last / kBlockRows % 2], last, rows - last, epilogue);
+  if (rows > 0) Finish<vectors, Epilogue>(sums[last / kBlockRows % 2], last, rows - last, own).until(rows - last);
+  epilogue = own;
 }
 
 // As gemm.h's, whose `by_column` AMX does not have.

@@ -28,6 +28,18 @@ struct OperandOf<bf16> {
 template <class T>
 using Operand = typename OperandOf<T>::type;
 
+// Whether a row of elements holds the bits of a row of the storage type.
+template <class T>
+constexpr bool kStoredOperands = false;
+template <>
+inline constexpr bool kStoredOperands<float> = true;
+template <>
+inline constexpr bool kStoredOperands<double> = true;
+#if defined(MX_ISA_AVX512_BF16)
+template <>
+inline constexpr bool kStoredOperands<bf16> = true;
+#endif
+
 // Numbers in an element E.
 template <class E>
 constexpr int kGroup = 1;
@@ -83,6 +95,24 @@ MX_INLINE void store_group(Operand<T>* to, const Vec<Acc<T>> (&values)[1]) {
   store<Acc<T>>(to, values[0]);
 }
 
+// A block of neighbouring channels in vectors, in an order in which loading and storing them is cheap.
+template <class T>
+struct Neighbours {
+  static constexpr int kVectors = 1, kChannels = kLanes<Acc<T>>;
+
+  // Of a channel, in arrays that are loaded as vectors.
+  static int64_t place(int64_t channel) { return channel; }
+
+  // The `count` channels that exist; the others are 0.
+  template <bool partial>
+  MX_INLINE static void load(const T* p, int count, Vec<Acc<T>> (&values)[1]) {
+    values[0] = load_lanes<partial, T>(p, count);
+  }
+  MX_INLINE static void store_in_row(Operand<T>* row, int64_t channel, const Vec<Acc<T>> (&values)[1]) {
+    mx::cpu::MX_ISA_NAMESPACE::store_in_row<T>(row, channel, values[0]);
+  }
+};
+
 #if defined(MX_ISA_AVX512_BF16)
 template <>
 MX_INLINE Vec<float> broadcast_element<Pair>(const Pair& element) {
@@ -119,6 +149,27 @@ MX_INLINE void store_group(Pair* to, const Vec<float> (&values)[2]) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(zip.lane), both));
 }
+
+// A 32-bit lane holds two channels. Shifted up, it is the even one as a float, and without its lower half the odd one:
+// one instruction a vector, where widening takes two.
+template <>
+struct Neighbours<bf16> {
+  static constexpr int kVectors = 2, kChannels = 2 * kLanes<float>;
+
+  static int64_t place(int64_t channel) {
+    return channel / kChannels * kChannels + channel % 2 * kLanes<float> + channel % kChannels / 2;
+  }
+
+  template <bool partial>
+  MX_INLINE static void load(const bf16* p, int count, Vec<float> (&values)[2]) {
+    const U32 pairs = (U32)load_row_elements<partial, bf16>(p, count);
+    values[0] = (Vec<float>)(pairs << 16);
+    values[1] = (Vec<float>)(pairs & 0xffff0000u);
+  }
+  MX_INLINE static void store_in_row(Pair* row, int64_t channel, const Vec<float> (&values)[2]) {
+    store_group<bf16>(row + channel / 2, values);
+  }
+};
 #endif
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -12,44 +12,61 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 // Copies `count` values, zeros if from is null.
 template <class T>
 MX_INLINE void copy_taps(const T* from, int64_t count, T* to) {
-  constexpr int lanes = kLanes<Acc<T>>;
+#if defined(MX_ISA_AVX512)
+  constexpr int lanes = MX_VECTOR_BYTES / int(sizeof(T));
   for (int64_t i = 0; i < count; i += lanes) {
-    const int piece = int(min_of(count - i, lanes));
-    store_partial<T>(to + i, from ? load_partial<T>(from + i, piece) : zero<Acc<T>>(), piece);
+    const uint32_t mask = count - i < lanes ? (uint32_t(1) << (count - i)) - 1 : ~uint32_t(0);
+    const __m512i none = _mm512_setzero_si512();
+    if constexpr (sizeof(T) == 2)
+      _mm512_mask_storeu_epi16(to + i, mask, from ? _mm512_maskz_loadu_epi16(mask, from + i) : none);
+    else if constexpr (sizeof(T) == 4)
+      _mm512_mask_storeu_epi32(to + i, __mmask16(mask), from ? _mm512_maskz_loadu_epi32(mask, from + i) : none);
+    else
+      _mm512_mask_storeu_epi64(to + i, __mmask8(mask), from ? _mm512_maskz_loadu_epi64(mask, from + i) : none);
   }
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = from ? from[i] : T{};
+#endif
 }
 
-// The taps of output pixels [begin, begin + pixels), a row each, without gaps.
+// The taps of output pixels [begin, begin + pixels), a row each, filled up with 0 to `filled` values, `pitch` values
+// apart.
 template <class T>
-inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* row) {
-  const int64_t c = g.c_in;
-  int64_t ox = begin % g.out_w, oy = begin / g.out_w % g.out_h, image = begin / (g.out_w * g.out_h);
-  for (int64_t i = 0; i < pixels; ++i) {
-    const int64_t ix = ox * g.stride - g.padding;
-    const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
-    for (int ky = 0; ky < 3; ++ky, row += 3 * c) {
+inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* rows, int64_t filled,
+                        int64_t pitch) {
+  const int64_t c = g.c_in, line_taps = 3 * c;
+  for (int64_t done = 0; done < pixels;) {
+    const int64_t pixel = begin + done, ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h;
+    const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
+    const T* lines[3];
+    for (int ky = 0; ky < 3; ++ky) {
       const int64_t iy = oy * g.stride - g.padding + ky;
-      if (iy < 0 || iy >= g.h) {
-        copy_taps<T>(nullptr, 3 * c, row);
-      } else {
-        const T* const line = x + ((image * g.h + iy) * g.w + ix) * c;
-        copy_taps<T>(nullptr, left * c, row);
-        copy_taps<T>(line + left * c, (right - left) * c, row + left * c);
-        copy_taps<T>(nullptr, (3 - right) * c, row + right * c);
-      }
+      lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * c;
     }
-    if (++ox == g.out_w) {
-      ox = 0;
-      if (++oy == g.out_h) {
-        oy = 0;
-        ++image;
+    for (int64_t ix = ox * g.stride - g.padding, end = ix + length * g.stride; ix < end;
+         ix += g.stride, rows += pitch) {
+      const bool interior = ix >= 0 && ix + 3 <= g.w;
+      const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
+#pragma GCC unroll 3
+      for (int ky = 0; ky < 3; ++ky) {
+        T* const row = rows + ky * line_taps;
+        const T* const from = lines[ky] ? lines[ky] + ix * c : nullptr;
+        if (interior || from == nullptr) {
+          copy_taps<T>(from, line_taps, row);
+        } else {
+          copy_taps<T>(nullptr, left * c, row);
+          copy_taps<T>(from + left * c, (right - left) * c, row + left * c);
+          copy_taps<T>(nullptr, (3 - right) * c, row + right * c);
+        }
       }
+      copy_taps<T>(nullptr, filled - kTaps * c, rows + kTaps * c);
     }
+    done += length;
   }
 }
 
-// Calls use(taps, pixels, done) with the taps of a few pixels at a time of [begin, begin + pixels), of which `done`
-// came before: as many as stay in the L1 cache.
+// Calls use(taps, pixels, done) with the taps of a few pixels at a time of [begin, begin + pixels), rows without gaps,
+// of which `done` came before: as many as stay in the L1 cache.
 template <class T, class Use>
 inline void for_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, const Use& use) {
   const int64_t depth = kTaps * g.c_in;
@@ -57,7 +74,7 @@ inline void for_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixel
   T* const taps = static_cast<T*>(scratch(kTapsSlot, most * depth * sizeof(T)));
   for (int64_t done = 0; done < pixels; done += most) {
     const int64_t count = min_of(most, pixels - done);
-    gather_taps<T>(x, g, begin + done, count, taps);
+    gather_taps<T>(x, g, begin + done, count, taps, depth, depth);
     use(taps, count, done);
   }
 }
@@ -90,6 +107,10 @@ inline void stem_forward(const ForwardArgs& args) {
   forward_product(
       forward_product_of<T>(args, depth, weight),
       [&](int64_t begin, int64_t rows, Operand<T>* tile) {
+        using E = Operand<T>;
+        if constexpr (kStoredOperands<T>)
+          return gather_taps<T>(x, g, begin, rows, reinterpret_cast<T*>(tile), groups_of<E>(depth) * kGroup<E>,
+                                pitch * kGroup<E>);
         for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
           activate_rows<T>(taps, pixels, Activation<A>{nullptr, depth}, tile + done * pitch);
         });

@@ -17,22 +17,22 @@ template <class T, int vectors>
 constexpr bool kCanStream = false;
 #endif
 
-// As store of neighbours, past the cache where kCanStream; p is then 64-byte aligned.
+// Stores neighbours, past the cache if streaming and kCanStream; p is then 64-byte aligned.
 template <class T, int vectors>
-MX_INLINE void store_streaming(T* p, const Vec<Acc<T>> (&v)[vectors]) {
+MX_INLINE void store_vectors(T* p, bool streaming, const Vec<Acc<T>> (&v)[vectors]) {
 #if defined(MX_ISA_AVX512)
   if constexpr (kCanStream<T, vectors>) {
 #pragma GCC unroll 2
     for (int i = 0; i < vectors; i += kCacheLine / (kLanes<Acc<T>> * int(sizeof(T)))) {
       __m512i line;
-      if constexpr (sizeof(T) == 2) {
-        const T* const type = nullptr;
-        line = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_storage(v[i], type)),
-                                  (__m256i)to_storage(v[i + 1], type), 1);
-      } else {
+      if constexpr (sizeof(T) == 2)
+        line = to_storage(v[i], v[i + 1], p);
+      else
         line = (__m512i)v[i];
-      }
-      _mm512_stream_si512((__m512i*)(p + i * kLanes<Acc<T>>), line);
+      if (streaming)
+        _mm512_stream_si512((__m512i*)(p + i * kLanes<Acc<T>>), line);
+      else
+        _mm512_storeu_si512(p + i * kLanes<Acc<T>>, line);
     }
     return;
   }
@@ -43,7 +43,7 @@ MX_INLINE void store_streaming(T* p, const Vec<Acc<T>> (&v)[vectors]) {
 template <class T>
 MX_INLINE void store_streaming(T* p, Vec<Acc<T>> v) {
   const Vec<Acc<T>> vectors[1] = {v};
-  store_streaming<T, 1>(p, vectors);
+  store_vectors<T, 1>(p, true, vectors);
 }
 
 // Orders the streaming stores of this thread before whatever tells another that they are done.
@@ -56,7 +56,7 @@ MX_INLINE void finish_streaming() {
 // Whether an output of `pixels` pixels is worth it, written `vectors` vectors at a time, and each of them aligned.
 template <class T, int vectors = 1>
 inline bool streams(const void* output, int64_t pixels, int64_t channels) {
-  constexpr int64_t kStreamBytes = 16 << 20;
+  constexpr int64_t kStreamBytes = 8 << 20;
   return kCanStream<T, vectors> && pixels * channels * int64_t(sizeof(T)) >= kStreamBytes &&
          channels * int64_t(sizeof(T)) % kCacheLine == 0 && reinterpret_cast<uintptr_t>(output) % kCacheLine == 0;
 }

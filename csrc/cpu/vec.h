@@ -73,9 +73,15 @@ MX_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-// z <= 0 ? 0 : z. Not max(z, 0): a NaN must stay a NaN, as in PyTorch.
+// z <= 0 ? 0 : z, up to the sign of 0. A NaN must stay a NaN, as in PyTorch: x86's maximum gives its second operand
+// where either is one.
 template <class V>
 MX_INLINE V relu(V z) {
+#if defined(MX_ISA_AVX512)
+  if constexpr (sizeof(z[0]) == 4) return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z);
+#elif defined(MX_ISA_AVX2)
+  if constexpr (sizeof(z[0]) == 4) return (V)_mm256_max_ps(_mm256_setzero_ps(), (__m256)z);
+#endif
   return z <= V{} ? V{} : z;
 }
 
@@ -142,17 +148,19 @@ MX_INLINE U16 narrow(U32 x) {  // x < 65536
 
 MX_INLINE Vec<float> bf16_to_float(U16 x) { return (Vec<float>)(widen(x) << 16); }
 
-// The float's bits rounded to bfloat16 (nearest, ties to even), still in the upper half of 32 bits. The instruction for
-// it makes subnormal numbers 0.
-MX_INLINE U32 round_to_bf16(Vec<float> v) {
+// The float's bits rounded to bfloat16 (nearest, ties to even), still in the upper half of 32 bits, and alone. The
+// instruction for it makes subnormal numbers 0.
 #if defined(MX_ISA_AVX512_BF16)
-  return widen((U16)_mm512_cvtneps_pbh((__m512)v)) << 16;
+MX_INLINE U16 float_to_bf16(Vec<float> v) { return (U16)_mm512_cvtneps_pbh((__m512)v); }
+MX_INLINE U32 round_to_bf16(Vec<float> v) { return widen(float_to_bf16(v)) << 16; }
 #else
+MX_INLINE U32 round_to_bf16(Vec<float> v) {
   const U32 x = (U32)v;
   const U32 rounded = (x + 0x7fff + ((x >> 16) & 1)) & 0xffff0000u;
   return v != v ? U32{} + 0x7fc00000u : rounded;
-#endif
 }
+MX_INLINE U16 float_to_bf16(Vec<float> v) { return narrow(round_to_bf16(v) >> 16); }
+#endif
 
 #if defined(MX_ISA_AVX512)
 MX_INLINE Vec<float> f16_to_float(U16 x) { return (Vec<float>)_mm512_cvtph_ps((__m256i)x); }
@@ -215,8 +223,22 @@ MX_INLINE Vec<float> load<f16>(const f16* p) {
 // A vector in the storage format: what a store writes.
 MX_INLINE Vec<float> to_storage(Vec<float> v, const float*) { return v; }
 MX_INLINE Vec<double> to_storage(Vec<double> v, const double*) { return v; }
-MX_INLINE U16 to_storage(Vec<float> v, const bf16*) { return narrow(round_to_bf16(v) >> 16); }
+MX_INLINE U16 to_storage(Vec<float> v, const bf16*) { return float_to_bf16(v); }
 MX_INLINE U16 to_storage(Vec<float> v, const f16*) { return float_to_f16(v); }
+
+#if defined(MX_ISA_AVX512)
+// Two vectors in a 16-bit format, one behind the other.
+template <class T>
+MX_INLINE __m512i to_storage(Vec<float> first, Vec<float> second, const T* type) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_storage(first, type)), (__m256i)to_storage(second, type),
+                            1);
+}
+#if defined(MX_ISA_AVX512_BF16)
+MX_INLINE __m512i to_storage(Vec<float> first, Vec<float> second, const bf16*) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+#endif
+#endif
 
 template <class T>
 MX_INLINE void store(T* p, Vec<Acc<T>> v) {
