@@ -7,6 +7,7 @@ costs more host time than the kernels of the small layers take.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from mobilenet_ext.layers import update_running_stats_
 
 Kind = Literal["stem", "depthwise", "pointwise"]
 End = Literal["relu", "linear", "pool"]
+Pack = Callable[[Tensor], Tensor]
 
 
 class Unit(NamedTuple):
@@ -51,7 +53,6 @@ class InferenceUnit(NamedTuple):
     padding: int
     weight: Tensor
     bn: Tensor
-    packed: Tensor | None = None  # of a pointwise unit: the weight as the backend wants it (``backends.cpu``)
 
     output_size = Unit.output_size
 
@@ -127,33 +128,55 @@ def fold(unit: Unit) -> InferenceUnit:
     return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), _running_bn(unit))
 
 
+class Step(NamedTuple):
+    """A kernel op of an inference plan, and what it takes behind the activation."""
+
+    op: Callable[..., Tensor]
+    args: tuple[object, ...]
+
+
 def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -> Tensor:
-    """Run folded units over ``x`` in ``dtype``, without autograd; a depthwise and a pointwise unit in one kernel."""
-    x = x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    """Run folded units over ``x`` in ``dtype``, without autograd."""
+    return execute(x, plan(units, end, dtype), dtype)
+
+
+def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
+    """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one. ``pack`` gives a pointwise
+    weight as the backend's kernel wants it."""
+    steps = []
     i = 0
     while i < len(units):
-        kind, stride, padding, weight, bn, _ = units[i]
+        kind, stride, padding, weight, bn = units[i]
         weight = weight.to(dtype).contiguous()
         i += 1
         relu = i < len(units) or end != "linear"
         if kind == "stem":
-            x = ops.stem_inference(x, bn, weight, stride, padding, relu)
+            steps.append(Step(ops.stem_inference, (bn, weight, stride, padding, relu)))
         elif kind == "pointwise":
-            x = ops.pointwise_inference(x, bn, weight, relu)
+            steps.append(Step(ops.pointwise_inference, (bn, weight, relu)))
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
-            second = units[i]
-            pointwise = second.weight.to(dtype).contiguous()
-            packed = second.packed if second.weight.dtype == dtype else None
-            x = ops.block_inference(x, bn, weight, stride, second.bn, pointwise, packed)
+            pointwise = units[i].weight.to(dtype).contiguous()
+            packed = None if pack is None else pack(pointwise)
+            steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
             i += 1
         else:
-            x = ops.depthwise_inference(x, bn, weight, stride, padding, relu)
-    return ops.bn_relu_pool_forward(x, _identity_bn(x)) if end == "pool" else x
+            steps.append(Step(ops.depthwise_inference, (bn, weight, stride, padding, relu)))
+    if end == "pool":
+        steps.append(Step(ops.bn_relu_pool_forward, (_identity_bn(units[-1].bn, dtype),)))
+    return steps
 
 
-def _identity_bn(x: Tensor) -> Tensor:
-    """The normalisation that changes nothing, for the channels of ``x``."""
-    bn = x.new_zeros((ops.BN_ROWS, x.shape[1]), dtype=ops.acc_dtype(x.dtype))
+def execute(x: Tensor, steps: list[Step], dtype: torch.dtype) -> Tensor:
+    """Run a plan that was made for ``dtype``."""
+    x = x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    for op, args in steps:
+        x = op(x, *args)
+    return x
+
+
+def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The normalisation that changes nothing, for activations in ``dtype`` with the channels of ``like``."""
+    bn = torch.zeros_like(like, dtype=ops.acc_dtype(dtype))
     bn[BN_SCALE] = 1
     return bn
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,13 @@ def freeze(model: nn.Module) -> nn.Module:
     return frozen
 
 
+class _Plan(NamedTuple):
+    state: tuple[object, ...]  # what it was made from
+    buffers: list[Tensor]
+    steps: list[chain.Step]
+    channels_last: dict[object, bool]  # whether the output is, by the input's shape and strides
+
+
 class FrozenChain(nn.Module):
     """A chain of folded units, and the global average pooling behind it if there was one.
 
@@ -59,48 +68,56 @@ class FrozenChain(nn.Module):
         self.end: chain.End = "pool" if pool else "relu"
         self.geometry = []
         for i, unit in enumerate(units):
-            kind, stride, padding, weight, bn, _ = chain.fold(fusion.as_tensors(unit))
+            kind, stride, padding, weight, bn = chain.fold(fusion.as_tensors(unit))
             self.geometry.append((kind, stride, padding))
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
+        self._weights = [f"weight{i}" for i in range(len(units))]
         self.training = False
-        self._packed: tuple[list[object], list[Tensor | None], list[Tensor]] | None = None
+        self._plan: _Plan | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._checked_dtype(x)
-        units = [
-            chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"), packed)
-            for i, (geometry, packed) in enumerate(zip(self.geometry, self._packed_weights(), strict=True))
-        ]
-        out = chain.infer(x, units, self.end, dtype)
-        return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
+        if not self._can_keep_plan():
+            units = self._units()
+            out = chain.infer(x, units, self.end, dtype)
+            return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
+        plan = self._kept_plan(dtype)
+        out = chain.execute(x, plan.steps, dtype)
+        layout = (x.shape[2:], x.stride())
+        channels_last = plan.channels_last.get(layout)
+        if channels_last is None:
+            channels_last = plan.channels_last[layout] = fusion.gives_channels_last(x, self._units())
+        return fusion.match_memory_format(out, channels_last)
 
-    def _packed_weights(self) -> list[Tensor | None]:
-        """The pointwise weights as the CPU kernels read them, packed anew when a weight is another or was changed
-        (but for changes through ``.data``, which leave no trace)."""
-        weights = [getattr(self, f"weight{i}") for i in range(len(self.geometry))]
-        # A compiled graph would take the packed weights of today for ever, and other backends pack none. Inference
-        # tensors have no version: their changes would go unnoticed.
-        if (
-            torch.compiler.is_compiling()
-            or weights[0].device.type != "cpu"
-            or backends.current("cpu") != "cpu"
-            or any(weight.is_inference() for weight in weights)
-        ):
-            return [None] * len(weights)
-        state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
-        if self._packed is None or self._packed[0] != state:
+    def _units(self) -> list[chain.InferenceUnit]:
+        return [
+            chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"))
+            for i, geometry in enumerate(self.geometry)
+        ]
+
+    def _can_keep_plan(self) -> bool:
+        # A compiled graph would take today's plan for ever. Inference tensors have no version: their changes would go
+        # unnoticed.
+        return not (torch.compiler.is_compiling() or any(self._buffers[name].is_inference() for name in self._weights))
+
+    def _kept_plan(self, dtype: torch.dtype) -> _Plan:
+        """The kernel ops to call, with the pointwise weights as the CPU kernels read them; made anew when a tensor is
+        another or a weight was changed (but for changes through ``.data``, which leave no trace)."""
+        buffers = list(self._buffers.values())
+        weights = [self._buffers[name] for name in self._weights]
+        packs = weights[0].device.type == "cpu" and backends.current("cpu") == "cpu"
+        state = (dtype, packs, *[weight._version for weight in weights], *[weight.data_ptr() for weight in weights])
+        plan = self._plan
+        if plan is None or plan.state != state or not all(map(operator.is_, plan.buffers, buffers)):
             with torch.no_grad():
-                pointwise = [kind == "pointwise" for kind, _, _ in self.geometry]
-                packed = [
-                    backends.cpu.pack_weight(w.contiguous()) if p else None
-                    for w, p in zip(weights, pointwise, strict=True)
-                ]
-            self._packed = state, packed, weights  # which keeps their addresses from coming again
-        return self._packed[1]
+                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack_weight if packs else None)
+            # The plan keeps the buffers, so that their addresses do not come again.
+            plan = self._plan = _Plan(state, buffers, steps, {})
+        return plan
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_packed": None}  # another machine may want another layout
+        return {**self.__dict__, "_plan": None}  # another machine may want another layout
 
     def extra_repr(self) -> str:
         return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")

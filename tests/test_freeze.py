@@ -280,4 +280,4 @@ def test_weights_are_packed_once_and_anew_when_changed(model, x, monkeypatch):
     single = copy.deepcopy(frozen).float()
     assert single(x.float()).dtype == torch.float32 and len(calls) == 4 * 13
     restored = pickle.loads(pickle.dumps(frozen))
-    assert restored.feature[0]._packed is None and torch.equal(restored(x), frozen(x))
+    assert restored.feature[0]._plan is None and torch.equal(restored(x), frozen(x))
