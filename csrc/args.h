@@ -69,7 +69,7 @@ struct BlockArgs {
   const void* depthwise_weight;
   const void* pointwise_bn;
   const void* pointwise_weight;
-  const void* packed;  // pointwise_weight as the backend's product wants it; null: not given
+  const void* packed;  // what depends on the block alone, made by the backend's pack_block; null: made by this call
   void* y;
 };
 

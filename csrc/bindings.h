@@ -6,7 +6,7 @@
 // Backend is a class that is made of a call's first tensor and lives as long as the call, with
 //   kDevice, kDeviceName, kFloat64            where its tensors live, and whether float64 is among their dtypes
 //   empty_activation(n, c, h, w, type)        allocates a channels_last tensor
-//   packed_weight(dtype, type, c_out, c_in)   type and size of what may come as `packed`
+//   packed_bytes(dtype, c_in, c_out)          size of what may come as a block's `packed`
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -338,8 +338,7 @@ struct Bindings {
     args.pointwise_bn = data(pointwise_bn);
     args.pointwise_weight = data(pointwise_weight);
     if (packed) {
-      const auto [type, size] = call.backend.packed_weight(s.dtype, s.type, c_out, c);
-      call.check_dense(*packed, "packed", type, {size});
+      call.check_dense(*packed, "packed", ScalarType::Byte, {call.backend.packed_bytes(s.dtype, c, c_out)});
       args.packed = data(packed);
     }
     args.y = y.mutable_data_ptr();

@@ -20,7 +20,7 @@ from mobilenet_ext.layers import update_running_stats_
 
 Kind = Literal["stem", "depthwise", "pointwise"]
 End = Literal["relu", "linear", "pool"]
-Pack = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Unit(NamedTuple):
@@ -141,8 +141,8 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
 
 
 def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
-    """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one. ``pack`` gives a pointwise
-    weight as the backend's kernel wants it."""
+    """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one. ``pack`` makes
+    of ``block_inference``'s depthwise_bn, depthwise_weight and pointwise_weight what the op takes as ``packed``."""
     steps = []
     i = 0
     while i < len(units):
@@ -156,7 +156,7 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
             steps.append(Step(ops.pointwise_inference, (bn, weight, relu)))
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
             pointwise = units[i].weight.to(dtype).contiguous()
-            packed = None if pack is None else pack(pointwise)
+            packed = None if pack is None else pack(bn, weight, pointwise)
             steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
             i += 1
         else:

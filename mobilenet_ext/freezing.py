@@ -72,7 +72,6 @@ class FrozenChain(nn.Module):
             self.geometry.append((kind, stride, padding))
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
-        self._weights = [f"weight{i}" for i in range(len(units))]
         self.training = False
         self._plan: _Plan | None = None
 
@@ -99,19 +98,18 @@ class FrozenChain(nn.Module):
     def _can_keep_plan(self) -> bool:
         # A compiled graph would take today's plan for ever. Inference tensors have no version: their changes would go
         # unnoticed.
-        return not (torch.compiler.is_compiling() or any(self._buffers[name].is_inference() for name in self._weights))
+        return not (torch.compiler.is_compiling() or any(buffer.is_inference() for buffer in self._buffers.values()))
 
     def _kept_plan(self, dtype: torch.dtype) -> _Plan:
-        """The kernel ops to call, with the pointwise weights as the CPU kernels read them; made anew when a tensor is
-        another or a weight was changed (but for changes through ``.data``, which leave no trace)."""
+        """The kernel ops to call, with the blocks packed for the CPU kernels; made anew when a tensor is another or was
+        changed (but for changes through ``.data``, which leave no trace)."""
         buffers = list(self._buffers.values())
-        weights = [self._buffers[name] for name in self._weights]
-        packs = weights[0].device.type == "cpu" and backends.current("cpu") == "cpu"
-        state = (dtype, packs, *[weight._version for weight in weights], *[weight.data_ptr() for weight in weights])
+        packs = self.weight0.device.type == "cpu" and backends.current("cpu") == "cpu"
+        state = (dtype, packs, *[buffer._version for buffer in buffers], *[buffer.data_ptr() for buffer in buffers])
         plan = self._plan
         if plan is None or plan.state != state or not all(map(operator.is_, plan.buffers, buffers)):
             with torch.no_grad():
-                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack_weight if packs else None)
+                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack_block if packs else None)
             # The plan keeps the buffers, so that their addresses do not come again.
             plan = self._plan = _Plan(state, buffers, steps, {})
         return plan

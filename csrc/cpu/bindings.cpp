@@ -59,11 +59,8 @@ struct Backend {
     return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
   }
 
-  std::pair<ScalarType, int64_t> packed_weight(Dtype dtype, ScalarType type, int64_t c_out, int64_t c_in) const {
-    const PackedLayout layout = kernels(dtype).packed_layout;
-    const int64_t panels = (c_out + layout.columns - 1) / layout.columns;
-    const int64_t steps = (c_in + layout.depth - 1) / layout.depth;
-    return {layout.group > 1 ? type : acc_type(type), panels * layout.columns * steps * layout.depth};
+  int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out) const {
+    return kernels(dtype).packed_bytes(c_in, c_out);
   }
 
   void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
@@ -80,7 +77,31 @@ struct Backend {
   }
 };
 
+Tensor pack_block(const Tensor& depthwise_bn, const Tensor& depthwise_weight, const Tensor& pointwise_weight) {
+  const Call<Backend> call(depthwise_weight);
+  STD_TORCH_CHECK(pointwise_weight.dim() == 4, "pointwise_weight: expected 4 dimensions, got ",
+                  shape_text(pointwise_weight.sizes()));
+  const int64_t c_out = pointwise_weight.size(0), c_in = pointwise_weight.size(1);
+  const ScalarType type = depthwise_weight.scalar_type();
+  BlockArgs args{};
+  args.dtype = dtype_of<Backend>(depthwise_weight, "depthwise_weight");
+  call.check_dense(depthwise_weight, "depthwise_weight", type, {c_in, 1, 3, 3});
+  call.check_dense(depthwise_bn, "depthwise_bn", acc_type(type), {BN_ROWS, c_in});
+  call.check_dense(pointwise_weight, "pointwise_weight", type, {c_out, c_in, 1, 1});
+  args.g.c_in = c_in;
+  args.g.c_out = c_out;
+  args.depthwise_bn = data(depthwise_bn);
+  args.depthwise_weight = data(depthwise_weight);
+  args.pointwise_weight = data(pointwise_weight);
+  Tensor packed = call.empty({call.backend.packed_bytes(args.dtype, c_in, c_out)}, ScalarType::Byte);
+  kernels(args.dtype).pack_block(args, packed.mutable_data_ptr());
+  return packed;
+}
+
 }  // namespace
 }  // namespace mx::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) { MX_IMPLEMENT_OPS(m, mx::cpu::Backend) }
+STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) {
+  MX_IMPLEMENT_OPS(m, mx::cpu::Backend)
+  m.impl("pack_block", TORCH_BOX(&mx::cpu::pack_block));
+}

@@ -18,6 +18,7 @@ struct DepthwiseRows {
   int64_t pitch;      // whole blocks
 
   static constexpr int kChannelRows = kTaps + 3;
+  static int64_t pitch_of(int64_t channels) { return round_up(channels, N::kChannels); }
 
   // `pixels` neighbours in one output row, for one block of channels; the first has its left column at ix, and all
   // columns exist unless check_columns. Taps outside the image are left out.
@@ -103,30 +104,63 @@ struct DepthwiseRows {
   }
 };
 
+// Of one block alone: the rows of DepthwiseRows::channels.
 template <class T>
-inline void block_inference(const BlockArgs& args) {
+inline void pack_channels(const BlockArgs& args, Acc<T>* channels) {
   using A = Acc<T>;
-  const Geometry& g = args.g;
-  using Rows = DepthwiseRows<T>;
-  const int64_t tile_row = tile_pitch<Operand<T>>(g.c_in), pitch = round_up(g.c_in, Neighbours<T>::kChannels);
-  A* const channels = static_cast<A*>(scratch(kWeightSlot, Rows::kChannelRows * pitch * sizeof(A)));
-  __builtin_memset(channels, 0, Rows::kChannelRows * pitch * sizeof(A));
+  const int64_t c_in = args.g.c_in, pitch = DepthwiseRows<T>::pitch_of(c_in);
+  __builtin_memset(channels, 0, DepthwiseRows<T>::kChannelRows * pitch * sizeof(A));
   const T* const taps = static_cast<const T*>(args.depthwise_weight);
   const A* const bn = static_cast<const A*>(args.depthwise_bn);
-  for (int64_t c = 0; c < g.c_in; ++c) {
+  for (int64_t c = 0; c < c_in; ++c) {
     A* const of_channel = channels + Neighbours<T>::place(c);
     for (int tap = 0; tap < kTaps; ++tap)
       store_partial<A>(of_channel + tap * pitch, load_partial<T>(taps + c * kTaps + tap, 1), 1);
-    for (int row = BN_MEAN; row <= BN_SHIFT; ++row) of_channel[(kTaps + row) * pitch] = bn[row * g.c_in + c];
+    for (int row = BN_MEAN; row <= BN_SHIFT; ++row) of_channel[(kTaps + row) * pitch] = bn[row * c_in + c];
+  }
+}
+
+template <class T>
+inline int64_t channels_bytes(int64_t c_in) {
+  return Workspace::bytes<Acc<T>>(DepthwiseRows<T>::kChannelRows * DepthwiseRows<T>::pitch_of(c_in));
+}
+
+// A packed block: the channels, and the panels of the pointwise weight.
+template <class T>
+inline int64_t packed_bytes(int64_t c_in, int64_t c_out) {
+  return channels_bytes<T>(c_in) + Workspace::bytes<Operand<T>>(panels_size<T>(c_out, c_in));
+}
+
+template <class T>
+inline void pack_block(const BlockArgs& args, void* packed) {
+  const int64_t c_in = args.g.c_in, c_out = args.g.c_out;
+  pack_channels<T>(args, static_cast<Acc<T>*>(packed));
+  Operand<T>* const panels = reinterpret_cast<Operand<T>*>(static_cast<char*>(packed) + channels_bytes<T>(c_in));
+  for (int64_t i = 0; i < ceil_div(c_out, kPanel<Acc<T>>); ++i)
+    pack_panel<T>(static_cast<const T*>(args.pointwise_weight), c_out, c_in, i, panels);
+}
+
+template <class T>
+inline void block_inference(const BlockArgs& args) {
+  using A = Acc<T>;
+  using Rows = DepthwiseRows<T>;
+  const Geometry& g = args.g;
+  const int64_t tile_row = tile_pitch<Operand<T>>(g.c_in);
+  const char* const packed = static_cast<const char*>(args.packed);
+  const A* channels = reinterpret_cast<const A*>(packed);
+  if (packed == nullptr) {
+    A* const own = static_cast<A*>(scratch(kWeightSlot, channels_bytes<T>(g.c_in)));
+    pack_channels<T>(args, own);
+    channels = own;
   }
 
-  const Rows depthwise{static_cast<const T*>(args.x), g, channels, pitch};
+  const Rows depthwise{static_cast<const T*>(args.x), g, channels, Rows::pitch_of(g.c_in)};
   ForwardProduct<T> product{};
   product.rows = g.n * g.out_h * g.out_w;
   product.depth = g.c_in;
   product.columns = g.c_out;
   product.weight = static_cast<const T*>(args.pointwise_weight);
-  product.packed = static_cast<const Operand<T>*>(args.packed);
+  if (packed) product.packed = reinterpret_cast<const Operand<T>*>(packed + channels_bytes<T>(g.c_in));
   product.y = static_cast<T*>(args.y);
   product.epilogue_bn = static_cast<const A*>(args.pointwise_bn);
   product.epilogue_relu = true;

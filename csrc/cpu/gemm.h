@@ -240,9 +240,20 @@ inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Ope
   }
 }
 
-// Of pack_transposed's panels.
+// All panels of a weight, one behind the other.
 template <class T>
-constexpr PackedLayout kPackedLayout = {kPanel<Acc<T>>, kGroup<Operand<T>>, kDepthStep<Operand<T>>};
+MX_INLINE int64_t panel_size(int64_t depth) {
+  return groups_of<Operand<T>>(depth) * kPanel<Acc<T>>;
+}
+template <class T>
+MX_INLINE int64_t panels_size(int64_t columns, int64_t depth) {
+  return ceil_div(columns, kPanel<Acc<T>>) * panel_size<T>(depth);
+}
+template <class T>
+MX_INLINE void pack_panel(const T* weight, int64_t columns, int64_t depth, int64_t panel, Operand<T>* panels) {
+  const int64_t column = panel * kPanel<Acc<T>>;
+  pack_transposed<T>(weight + column * depth, columns - column, depth, panels + panel * panel_size<T>(depth));
+}
 
 // The panel for a product over the weight's first dimension: with elements of one number, out[d][j] =
 // weight[d*pitch + j].

@@ -16,16 +16,8 @@ int max_threads();
 // undefined. Slot 0: a kernel's shared workspace, taken by the calling thread; slots 1 and up: per worker.
 void* scratch(int slot, size_t bytes);
 
-// The layout of a packed weight [columns, depth]: [panels][groups][columns of a panel][group], a group being the
-// numbers along the depth that lie together; filled up with 0 to whole panels and a multiple of `depth` numbers. Groups
-// of one are in the accumulation type.
-struct PackedLayout {
-  int columns, group, depth;
-};
-
 // The kernels of one instruction set for activations of one dtype.
 struct Kernels {
-  PackedLayout packed_layout;
   void (*depthwise_forward)(const ForwardArgs&);
   void (*depthwise_backward)(const BackwardArgs&);
   void (*pointwise_forward)(const ForwardArgs&);
@@ -35,6 +27,10 @@ struct Kernels {
   void (*normalise_forward)(const NormaliseArgs&);
   void (*normalise_backward)(const NormaliseArgs&);
   void (*block_inference)(const BlockArgs&);
+  // Of the packed form of a block with so many input and output channels; and packs one (x, packed and y of the
+  // arguments are not used) to an address on a cache line.
+  int64_t (*packed_bytes)(int64_t c_in, int64_t c_out);
+  void (*pack_block)(const BlockArgs&, void* packed);
 };
 
 constexpr int kDtypes = 4;

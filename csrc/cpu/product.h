@@ -61,7 +61,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   using A = Acc<T>;
   using E = Operand<T>;
   const int64_t pitch = tile_pitch<E>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
-  const int64_t groups_deep = groups_of<E>(p.depth), panel_size = groups_deep * kPanel<A>;
+  const int64_t groups_deep = groups_of<E>(p.depth);
   // Rows that fit in the L2 all together are built once, for all workers, which then divide the columns: each panel is
   // read once. Otherwise each worker builds tiles of its own.
   constexpr int64_t kTogetherBytes = 512 << 10;
@@ -72,7 +72,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
   const bool training = p.bn_y != nullptr, streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
   const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
-  const int64_t packed_size = p.packed ? 0 : panels * panel_size;
+  const int64_t packed_size = p.packed ? 0 : panels_size<T>(p.columns, p.depth);
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(packed_size) + Workspace::bytes<E>(rows_size) +
                                             Workspace::bytes<A>(moments_size)));
   E* const all_rows = shared.take<E>(rows_size);
@@ -80,10 +80,8 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   const E* const packed = p.packed ? p.packed : own_panels;
   A* const moments = shared.take<A>(moments_size);
 
-  const auto pack = [&](int64_t panel) {
-    const int64_t column = panel * kPanel<A>;
-    pack_transposed<T>(p.weight + column * p.depth, p.columns - column, p.depth, own_panels + panel * panel_size);
-  };
+  const auto pack = [&](int64_t panel) { pack_panel<T>(p.weight, p.columns, p.depth, panel, own_panels); };
+  const auto panel_at = [&](int64_t panel) { return packed + panel * panel_size<T>(p.depth); };
   // With one tile, a panel has one user, which packs it just before; it is still in that core's cache then.
   const bool pack_first = !p.packed && tiles.count > 1, pack_between = !p.packed && !pack_first;
   if (pack_first)
@@ -92,12 +90,12 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
     });
 
   if (together) {
-    const RowTiles pieces = even_tiles(p.rows, kWantedTasks);
-    parallel(pieces.count, [&](int64_t begin, int64_t end) {
+    const int64_t pieces = min_of(kWantedTasks, p.rows);
+    parallel(pieces, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        E* const tile = all_rows + pieces.begin(i) * pitch;
-        build(pieces.begin(i), pieces.size(i), tile);
-        fill_up_rows(tile, pieces.size(i), p.depth);
+        const int64_t row = i * p.rows / pieces, rows = (i + 1) * p.rows / pieces - row;
+        build(row, rows, all_rows + row * pitch);
+        fill_up_rows(all_rows + row * pitch, rows, p.depth);
       }
     });
   }
@@ -119,10 +117,11 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
         const int64_t next = tiles.begin(t + 1);
         ahead.add(reach(next), reach(next + tiles.size(t + 1)));
       }
+      if (together && p.packed && group + 1 < groups) ahead.add(panel_at(group + 1), panel_at(group + 2));
       const E* const tile = together ? all_rows + tiles.begin(t) * pitch : own;
       for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
         if (pack_between) pack(panel);
-        const E* const b = packed + panel * panel_size;
+        const E* const b = panel_at(panel);
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;
         if (p.epilogue_bn || p.epilogue_relu) {

@@ -153,11 +153,3 @@ const Kernels& kernels(Dtype dtype) {
 }  // namespace mx::cpu
 
 extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() { return mx::cpu::chosen_set().name; }
-
-extern "C" __attribute__((visibility("default"))) void mx_cpu_packed_layout(int dtype, int* columns, int* group,
-                                                                            int* depth) {
-  const mx::cpu::PackedLayout layout = mx::cpu::kernels(mx::Dtype(dtype)).packed_layout;
-  *columns = layout.columns;
-  *group = layout.group;
-  *depth = layout.depth;
-}

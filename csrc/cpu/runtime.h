@@ -14,5 +14,3 @@ const Kernels& kernels(Dtype dtype);
 
 // The name of the instruction set in use, for Python by ctypes; null where MOBILENET_EXT_CPU_ISA is impossible.
 extern "C" const char* mx_cpu_isa();
-// The layout of packed weights (PackedLayout), for Python by ctypes; dtype is a Dtype.
-extern "C" void mx_cpu_packed_layout(int dtype, int* columns, int* group, int* depth);

@@ -19,7 +19,7 @@ struct Backend {
   }
 
   // The kernels take weights as they are.
-  std::pair<ScalarType, int64_t> packed_weight(Dtype, ScalarType type, int64_t, int64_t) const { return {type, 0}; }
+  int64_t packed_bytes(Dtype, int64_t, int64_t) const { return 0; }
 
 #define MX_LAUNCH(kernel, Args) \
   void kernel(const Args& args) const { Runtime::check(cuda::kernel(args, runtime.launch()), #kernel); }
