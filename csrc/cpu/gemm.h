@@ -21,6 +21,11 @@ constexpr int kRowStep = 4, kBlockRows = 3 * kRowStep;
 constexpr int kRowStep = 2, kBlockRows = 3 * kRowStep;
 #endif
 constexpr int kPanelVectors = 2;
+#if defined(MX_ISA_AMX_BF16)
+constexpr int kStepDepth = 32;  // numbers along the depth that a step multiplies
+#else
+constexpr int kStepDepth = 1;
+#endif
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
@@ -53,38 +58,47 @@ MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
 class Ahead {
  public:
   static constexpr int kMostRanges = 3;
-  static constexpr int64_t kStep = 16;  // groups of depth between two requests (in AMX one step of 32 numbers)
 
   Ahead() = default;
-  // To be spread over `products` multiplications of a number by a number.
-  explicit Ahead(double products) : steps_(products / (kStep * kBlockRows * kPanelVectors * 16) + 1) {}
+  // To be spread over products of so many steps along the depth, all register blocks taken together.
+  explicit Ahead(double steps) : steps_(steps + 1) {}
+  // The steps of a product.
+  static double steps(double rows, double columns, double depth) {
+    return rows * columns * depth / (kBlockRows * kPanelVectors * 16 * kStepDepth);
+  }
 
   void add(const void* begin, const void* end) {
     if (begin >= end) return;
     ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(end)};
-    lines_ += double(static_cast<const char*>(end) - static_cast<const char*>(begin)) / kLine;
-    per_step_ = int64_t(lines_ / steps_) + 1;
+    bytes_ += double(static_cast<const char*>(end) - static_cast<const char*>(begin));
+    a_step_ = int64_t(bytes_ / steps_) + 1;
   }
 
-  MX_INLINE void step() {
+  // What a register block of so many steps asks for: `a_step` bytes from `next` on at each step.
+  struct Share {
+    const char* next;
+    int64_t a_step;
+  };
+  MX_INLINE Share take(int64_t steps) {
     if (next_ >= end_) {
-      if (count_ == 0) return;
+      if (count_ == 0) return {reinterpret_cast<const char*>(this), 0};
       --count_;
       next_ = ranges_[count_].begin;
       end_ = ranges_[count_].end;
     }
-    for (int64_t i = 0; i < per_step_; ++i, next_ += kLine) __builtin_prefetch(next_, 0, 2);
+    const Share share = {next_, a_step_};
+    next_ += steps * a_step_;
+    return share;
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   struct Range {
     const char *begin, *end;
   };
   Range ranges_[kMostRanges];
   int count_ = 0;
-  double steps_ = 1, lines_ = 0;
-  int64_t per_step_ = 0;
+  double steps_ = 1, bytes_ = 0;
+  int64_t a_step_ = 0;
   const char *next_ = nullptr, *end_ = nullptr;
 };
 
@@ -95,17 +109,24 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
                         Vec<Acc<E>> (&sums)[rows][vectors]) {
   using A = Acc<E>;
   // The addresses of the rows, in a form that needs few registers: compilers else keep one for each row, and fetch them
-  // back from vector registers, by instructions that take the place of multiplications.
-  constexpr int kApart = 3, kPointers = by_column ? 1 : (rows + kApart - 1) / kApart;
+  // back from vector registers or the stack, by instructions that take the place of multiplications.
+  constexpr int kApart = 4, kPointers = by_column ? 1 : (rows + kApart - 1) / kApart;
   const int64_t row_bytes = pitch * int64_t(sizeof(E)), step = by_column ? row_bytes : int64_t(sizeof(E));
-  const char* at[kPointers];
-#pragma GCC unroll 4
-  for (int k = 0; k < kPointers; ++k) at[k] = reinterpret_cast<const char*>(tile) + k * kApart * row_bytes;
-  for (int64_t d = 0; d < groups; ++d) {
-    if (d % Ahead::kStep == 0) ahead.step();
+  const char* base = reinterpret_cast<const char*>(tile);
+  Ahead::Share share = ahead.take(groups);
+  for (int64_t d = 0; d < groups; ++d, panel += kPanel<A>) {
+    __builtin_prefetch(share.next, 0, 2);
+    share.next += share.a_step;
+    // The panel comes from the L2 cache.
+    constexpr int kGroupsAhead = 8;
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(panel + kGroupsAhead * kPanel<A> + v * kLanes<A>);
     Vec<A> b[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) b[v] = load_elements<E>(panel + d * kPanel<A> + v * kLanes<A>);
+    for (int v = 0; v < vectors; ++v) b[v] = load_elements<E>(panel + v * kLanes<A>);
+    const char* at[kPointers];
+#pragma GCC unroll 4
+    for (int k = 0; k < kPointers; ++k) at[k] = k == 0 ? base : at[k - 1] + kApart * row_bytes;
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
       const char* const from = by_column ? at[0] + i * sizeof(E) : at[i / kApart] + i % kApart * row_bytes;
@@ -113,11 +134,8 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sums[i][v] = multiply_add<E>(a, b[v], sums[i][v]);
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < kPointers; ++k) {
-      at[k] += step;
-      asm("" : "+r"(at[k]));
-    }
+    base += step;
+    asm("" : "+r"(base));
   }
 }
 

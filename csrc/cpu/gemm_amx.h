@@ -81,10 +81,12 @@ MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel
   if constexpr (vectors > 1) _tile_zero(1);
   if constexpr (row_tiles > 1) _tile_zero(2);
   if constexpr (row_tiles > 1 && vectors > 1) _tile_zero(3);
+  Ahead::Share share = ahead.take(groups / kTilePairs);
   const int64_t rows_a_step = (kBlockRows << 16) * kTilePairs / groups;  // in 1/65536
   int64_t before_end = 0xffff;
   for (int64_t d = 0; d < groups; d += kTilePairs) {
-    ahead.step();
+    for (const char* end = share.next + share.a_step; share.next < end; share.next += 64)
+      __builtin_prefetch(share.next, 0, 2);
     _tile_loadd(6, panel + d * kPanel<float>, panel_bytes);
     _tile_loadd(4, tile + d, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
