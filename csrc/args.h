@@ -30,6 +30,7 @@ struct ForwardArgs {
   // Inference: y = relu?(normalise(conv)) with epilogue_bn, in the same pass.
   const void* epilogue_bn;  // null: none
   bool epilogue_relu;
+  const void* packed;  // of a pointwise convolution: the weight, packed by the backend; null: not given
 };
 
 struct BackwardArgs {
@@ -69,7 +70,7 @@ struct BlockArgs {
   const void* depthwise_weight;
   const void* pointwise_bn;
   const void* pointwise_weight;
-  const void* packed;  // what depends on the block alone, made by the backend's pack_block; null: made by this call
+  const void* packed;  // what depends on the block alone, packed by the backend; null: not given
   void* y;
 };
 

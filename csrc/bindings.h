@@ -6,7 +6,7 @@
 // Backend is a class that is made of a call's first tensor and lives as long as the call, with
 //   kDevice, kDeviceName, kFloat64            where its tensors live, and whether float64 is among their dtypes
 //   empty_activation(n, c, h, w, type)        allocates a channels_last tensor
-//   packed_bytes(dtype, c_in, c_out)          size of what may come as a block's `packed`
+//   packed_bytes(dtype, c_in, c_out, block)   size of what may come as `packed` to a pointwise convolution or a block
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -128,6 +128,10 @@ struct Call {
     STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
   }
 
+  void check_packed(const Tensor& packed, const ConvShape& s, bool block) const {
+    check_dense(packed, "packed", ScalarType::Byte, {backend.packed_bytes(s.dtype, s.g.c_in, s.g.c_out, block)});
+  }
+
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
     return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, device);
   }
@@ -236,9 +240,11 @@ struct Bindings {
   }
 
   static Tensor conv_inference(Conv conv, ForwardKernel kernel, const Tensor& x, const OptionalTensor& bn_y,
-                               const Tensor& weight, int64_t stride, int64_t padding, bool relu) {
+                               const Tensor& weight, int64_t stride, int64_t padding, bool relu,
+                               const OptionalTensor& packed = {}) {
     const Call<Backend> call(x);
     const ConvShape s = call.check_conv(conv, x, weight, stride, padding);
+    if (packed) call.check_packed(*packed, s, false);
     if (bn_y) call.check_dense(*bn_y, "bn_y", acc_type(s.type), {BN_ROWS, s.g.c_out});
     Tensor y = call.empty_activation(s.g.n, s.g.c_out, s.g.out_h, s.g.out_w, s.type);
     ForwardArgs args{};
@@ -249,6 +255,7 @@ struct Bindings {
     args.y = y.mutable_data_ptr();
     args.epilogue_bn = data(bn_y);
     args.epilogue_relu = relu;
+    args.packed = data(packed);
     (call.backend.*kernel)(args);
     return y;
   }
@@ -305,8 +312,9 @@ struct Bindings {
     return conv_inference(Conv::depthwise, &Backend::depthwise_forward, x, bn_y, weight, stride, padding, relu);
   }
 
-  static Tensor pointwise_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, bool relu) {
-    return conv_inference(Conv::pointwise, &Backend::pointwise_forward, x, bn_y, weight, 1, 0, relu);
+  static Tensor pointwise_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, bool relu,
+                                    const OptionalTensor& packed) {
+    return conv_inference(Conv::pointwise, &Backend::pointwise_forward, x, bn_y, weight, 1, 0, relu, packed);
   }
 
   static Tensor stem_inference(const Tensor& x, const OptionalTensor& bn_y, const Tensor& weight, int64_t stride,
@@ -337,10 +345,8 @@ struct Bindings {
     args.depthwise_weight = data(depthwise_weight);
     args.pointwise_bn = data(pointwise_bn);
     args.pointwise_weight = data(pointwise_weight);
-    if (packed) {
-      call.check_dense(*packed, "packed", ScalarType::Byte, {call.backend.packed_bytes(s.dtype, c, c_out)});
-      args.packed = data(packed);
-    }
+    if (packed) call.check_packed(*packed, s, true);
+    args.packed = data(packed);
     args.y = y.mutable_data_ptr();
     call.backend.block_inference(args);
     return y;

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(mobilenet_ext, m){MX_KERNEL_OPS(MX_DEFINE_OP) MX_LAYER_OPS(
 
 STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) {
   MX_KERNEL_OPS(MX_DEFINE_OP)
-  // What block_inference makes of the weights at each call, to be made once: uint8 [size], to be handed to it as
-  // `packed`.
-  m.def("pack_block(Tensor depthwise_bn, Tensor depthwise_weight, Tensor pointwise_weight) -> Tensor");
+  // For plans of inference that do not change (mobilenet_ext/backends/cpu.py).
+  m.def("pack(Tensor? depthwise_bn, Tensor? depthwise_weight, Tensor pointwise_weight) -> Tensor");
+  m.def("run_plan(Tensor x, Tensor[] tensors, int[] program) -> Tensor");
 }

@@ -47,7 +47,7 @@ enum GradBnRow { GRAD_P, GRAD_Q, GRAD_MEAN, GRAD_O, GRAD_GAMMA, GRAD_BETA, GRAD_
   X("bn_from_running(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, Tensor? conv_bias, "        \
     "float eps) -> Tensor")                                                                                            \
   X("depthwise_inference(Tensor x, Tensor? bn_y, Tensor weight, int stride, int padding, bool relu) -> Tensor")        \
-  X("pointwise_inference(Tensor x, Tensor? bn_y, Tensor weight, bool relu) -> Tensor")                                 \
+  X("pointwise_inference(Tensor x, Tensor? bn_y, Tensor weight, bool relu, Tensor? packed=None) -> Tensor")            \
   X("stem_inference(Tensor x, Tensor? bn_y, Tensor weight, int stride, int padding, bool relu) -> Tensor")             \
   X("block_inference(Tensor x, Tensor depthwise_bn, Tensor depthwise_weight, int stride, Tensor pointwise_bn, "        \
     "Tensor pointwise_weight, Tensor? packed=None) -> Tensor")

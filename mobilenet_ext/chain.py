@@ -20,7 +20,7 @@ from mobilenet_ext.layers import update_running_stats_
 
 Kind = Literal["stem", "depthwise", "pointwise"]
 End = Literal["relu", "linear", "pool"]
-Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pack = Callable[[Tensor | None, Tensor | None, Tensor], Tensor]
 
 
 class Unit(NamedTuple):
@@ -142,7 +142,8 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
 
 def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
     """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one. ``pack`` makes
-    of ``block_inference``'s depthwise_bn, depthwise_weight and pointwise_weight what the op takes as ``packed``."""
+    of depthwise_bn, depthwise_weight and pointwise_weight, the first two None for a pointwise convolution alone, what
+    the op takes as ``packed``."""
     steps = []
     i = 0
     while i < len(units):
@@ -153,10 +154,10 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
         if kind == "stem":
             steps.append(Step(ops.stem_inference, (bn, weight, stride, padding, relu)))
         elif kind == "pointwise":
-            steps.append(Step(ops.pointwise_inference, (bn, weight, relu)))
+            steps.append(Step(ops.pointwise_inference, (bn, weight, relu, pack and pack(None, None, weight))))
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
             pointwise = units[i].weight.to(dtype).contiguous()
-            packed = None if pack is None else pack(bn, weight, pointwise)
+            packed = pack and pack(bn, weight, pointwise)
             steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
             i += 1
         else:
@@ -168,10 +169,15 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
 
 def execute(x: Tensor, steps: list[Step], dtype: torch.dtype) -> Tensor:
     """Run a plan that was made for ``dtype``."""
-    x = x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    x = as_input(x, dtype)
     for op, args in steps:
         x = op(x, *args)
     return x
+
+
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as the first op of a plan takes it."""
+    return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:

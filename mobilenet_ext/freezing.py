@@ -53,6 +53,7 @@ class _Plan(NamedTuple):
     state: tuple[object, ...]  # what it was made from
     buffers: list[Tensor]
     steps: list[chain.Step]
+    run: Callable[[Tensor], Tensor] | None  # the same in one call, where the backend can
     channels_last: dict[object, bool]  # whether the output is, by the input's shape and strides
 
 
@@ -82,7 +83,10 @@ class FrozenChain(nn.Module):
             out = chain.infer(x, units, self.end, dtype)
             return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
         plan = self._kept_plan(dtype)
-        out = chain.execute(x, plan.steps, dtype)
+        if plan.run is None or _is_watched():
+            out = chain.execute(x, plan.steps, dtype)
+        else:
+            out = plan.run(chain.as_input(x, dtype))
         layout = (x.shape[2:], x.stride())
         channels_last = plan.channels_last.get(layout)
         if channels_last is None:
@@ -109,9 +113,11 @@ class FrozenChain(nn.Module):
         plan = self._plan
         if plan is None or plan.state != state or not all(map(operator.is_, plan.buffers, buffers)):
             with torch.no_grad():
-                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack_block if packs else None)
+                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack if packs else None)
+            named = [(op._schema.name.split("::")[1], args) for op, args in steps]
+            run = backends.cpu.plan_runner(named) if packs else None
             # The plan keeps the buffers, so that their addresses do not come again.
-            plan = self._plan = _Plan(state, buffers, steps, {})
+            plan = self._plan = _Plan(state, buffers, steps, run, {})
         return plan
 
     def __getstate__(self) -> dict[str, object]:
@@ -143,6 +149,16 @@ class FrozenChain(nn.Module):
         if x.dtype != weight.dtype and not (chain.is_autocast(x) and x.dtype in fusion.DTYPES):
             raise TypeError(f"input: got {x.dtype}, accepted is the weights' dtype, {weight.dtype}")
         return chain.compute_dtype(x)
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see every op of the library: a dispatch mode (fake tensors, counters), torch.func, a
+    trace."""
+    return (
+        torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
 
 
 def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -133,7 +133,7 @@ def depthwise_inference(x, bn_y, weight, stride, padding, relu):
 
 
 @_kernel_op
-def pointwise_inference(x, bn_y, weight, relu):
+def pointwise_inference(x, bn_y, weight, relu, packed=None):
     return _conv_output(x, weight, 1, 0)
 
 

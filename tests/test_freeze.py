@@ -258,7 +258,7 @@ def test_packed_weights_give_the_same_bits(dtype: torch.dtype, shape: tuple[int,
     weights = torch.randn(k, 1, 3, 3).to(dtype), torch.randn(n, k, 1, 1).to(dtype)
     args = (x, bns[0], weights[0], 1, bns[1], weights[1])
     kernel = backends.cpu.kernels.block_inference
-    packed = backends.cpu.pack_block(bns[0], *weights)
+    packed = backends.cpu.pack(bns[0], *weights)
     assert torch.equal(kernel(*args, packed), kernel(*args, None))
     with pytest.raises(RuntimeError, match="packed"):
         kernel(*args, packed[1:].clone())
@@ -266,8 +266,8 @@ def test_packed_weights_give_the_same_bits(dtype: torch.dtype, shape: tuple[int,
 
 def test_weights_are_packed_once_and_anew_when_changed(model, x, monkeypatch):
     calls = []
-    pack = backends.cpu.pack_block
-    monkeypatch.setattr(backends.cpu, "pack_block", lambda *block: calls.append(block) or pack(*block))
+    pack = backends.cpu.pack
+    monkeypatch.setattr(backends.cpu, "pack", lambda *block: calls.append(block) or pack(*block))
     frozen = mx.freeze(model)
     if backends.current("cpu") != "cpu":
         return

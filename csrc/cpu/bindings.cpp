@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <vector>
 
 #include "blocks.h"
 #include "runtime.h"
@@ -59,8 +60,8 @@ struct Backend {
     return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
   }
 
-  int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out) const {
-    return kernels(dtype).packed_bytes(c_in, c_out);
+  int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {
+    return kernels(dtype).packed_bytes(c_in, c_out, block);
   }
 
   void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
@@ -77,25 +78,75 @@ struct Backend {
   }
 };
 
-Tensor pack_block(const Tensor& depthwise_bn, const Tensor& depthwise_weight, const Tensor& pointwise_weight) {
-  const Call<Backend> call(depthwise_weight);
+// Of a block, or without depthwise_weight of a pointwise convolution.
+Tensor pack(const OptionalTensor& depthwise_bn, const OptionalTensor& depthwise_weight,
+            const Tensor& pointwise_weight) {
+  const Call<Backend> call(pointwise_weight);
   STD_TORCH_CHECK(pointwise_weight.dim() == 4, "pointwise_weight: expected 4 dimensions, got ",
                   shape_text(pointwise_weight.sizes()));
   const int64_t c_out = pointwise_weight.size(0), c_in = pointwise_weight.size(1);
-  const ScalarType type = depthwise_weight.scalar_type();
+  const ScalarType type = pointwise_weight.scalar_type();
   BlockArgs args{};
-  args.dtype = dtype_of<Backend>(depthwise_weight, "depthwise_weight");
-  call.check_dense(depthwise_weight, "depthwise_weight", type, {c_in, 1, 3, 3});
-  call.check_dense(depthwise_bn, "depthwise_bn", acc_type(type), {BN_ROWS, c_in});
+  args.dtype = dtype_of<Backend>(pointwise_weight, "pointwise_weight");
   call.check_dense(pointwise_weight, "pointwise_weight", type, {c_out, c_in, 1, 1});
+  if (depthwise_weight) {
+    STD_TORCH_CHECK(depthwise_bn.has_value(), "depthwise_bn: expected with a depthwise_weight");
+    call.check_dense(*depthwise_weight, "depthwise_weight", type, {c_in, 1, 3, 3});
+    call.check_dense(*depthwise_bn, "depthwise_bn", acc_type(type), {BN_ROWS, c_in});
+  }
   args.g.c_in = c_in;
   args.g.c_out = c_out;
   args.depthwise_bn = data(depthwise_bn);
   args.depthwise_weight = data(depthwise_weight);
   args.pointwise_weight = data(pointwise_weight);
-  Tensor packed = call.empty({call.backend.packed_bytes(args.dtype, c_in, c_out)}, ScalarType::Byte);
-  kernels(args.dtype).pack_block(args, packed.mutable_data_ptr());
+  const bool block = depthwise_weight.has_value();
+  Tensor packed = call.empty({call.backend.packed_bytes(args.dtype, c_in, c_out, block)}, ScalarType::Byte);
+  kernels(args.dtype).pack(args, packed.mutable_data_ptr());
   return packed;
+}
+
+// A chain of inference ops in one call. `program` has four numbers a step: which op (in the order of the cases), and
+// its stride, padding and relu, 0 where it has none; `tensors` are their tensors behind the activation, in order.
+Tensor run_plan(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& program) {
+  using Ops = Bindings<Backend>;
+  Tensor a = x;
+  const Tensor* next = tensors.data();
+  const auto take = [&](int64_t count) {
+    STD_TORCH_CHECK(tensors.data() + tensors.size() - next >= count, "tensors: too few for the program");
+    next += count;
+    return next - count;
+  };
+  for (size_t i = 0; i + 4 <= program.size(); i += 4) {
+    const int64_t stride = program[i + 1], padding = program[i + 2], relu = program[i + 3];
+    switch (program[i]) {
+      case 0: {
+        const Tensor* const t = take(2);
+        a = Ops::stem_inference(a, t[0], t[1], stride, padding, relu);
+        break;
+      }
+      case 1: {
+        const Tensor* const t = take(2);
+        a = Ops::depthwise_inference(a, t[0], t[1], stride, padding, relu);
+        break;
+      }
+      case 2: {
+        const Tensor* const t = take(3);
+        a = Ops::pointwise_inference(a, t[0], t[1], relu, t[2]);
+        break;
+      }
+      case 3: {
+        const Tensor* const t = take(5);
+        a = Ops::block_inference(a, t[0], t[1], stride, t[2], t[3], t[4]);
+        break;
+      }
+      case 4:
+        a = Ops::bn_relu_pool_forward(a, *take(1));
+        break;
+      default:
+        STD_TORCH_CHECK(false, "program: no op ", program[i]);
+    }
+  }
+  return a;
 }
 
 }  // namespace
@@ -103,5 +154,6 @@ Tensor pack_block(const Tensor& depthwise_bn, const Tensor& depthwise_weight, co
 
 STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) {
   MX_IMPLEMENT_OPS(m, mx::cpu::Backend)
-  m.impl("pack_block", TORCH_BOX(&mx::cpu::pack_block));
+  m.impl("pack", TORCH_BOX(&mx::cpu::pack));
+  m.impl("run_plan", TORCH_BOX(&mx::cpu::run_plan));
 }

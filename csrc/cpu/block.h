@@ -125,19 +125,22 @@ inline int64_t channels_bytes(int64_t c_in) {
   return Workspace::bytes<Acc<T>>(DepthwiseRows<T>::kChannelRows * DepthwiseRows<T>::pitch_of(c_in));
 }
 
-// A packed block: the channels, and the panels of the pointwise weight.
+// A packed block: the channels, and behind them the panels of the pointwise weight.
 template <class T>
-inline int64_t packed_bytes(int64_t c_in, int64_t c_out) {
-  return channels_bytes<T>(c_in) + Workspace::bytes<Operand<T>>(panels_size<T>(c_out, c_in));
+inline int64_t packed_bytes(int64_t c_in, int64_t c_out, bool block) {
+  return (block ? channels_bytes<T>(c_in) : 0) + Workspace::bytes<Operand<T>>(panels_size<T>(c_out, c_in));
 }
 
 template <class T>
-inline void pack_block(const BlockArgs& args, void* packed) {
+inline void pack(const BlockArgs& args, void* packed) {
   const int64_t c_in = args.g.c_in, c_out = args.g.c_out;
-  pack_channels<T>(args, static_cast<Acc<T>*>(packed));
-  Operand<T>* const panels = reinterpret_cast<Operand<T>*>(static_cast<char*>(packed) + channels_bytes<T>(c_in));
+  char* panels = static_cast<char*>(packed);
+  if (args.depthwise_weight) {
+    pack_channels<T>(args, static_cast<Acc<T>*>(packed));
+    panels += channels_bytes<T>(c_in);
+  }
   for (int64_t i = 0; i < ceil_div(c_out, kPanel<Acc<T>>); ++i)
-    pack_panel<T>(static_cast<const T*>(args.pointwise_weight), c_out, c_in, i, panels);
+    pack_panel<T>(static_cast<const T*>(args.pointwise_weight), c_out, c_in, i, reinterpret_cast<Operand<T>*>(panels));
 }
 
 template <class T>

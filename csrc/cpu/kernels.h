@@ -27,10 +27,10 @@ struct Kernels {
   void (*normalise_forward)(const NormaliseArgs&);
   void (*normalise_backward)(const NormaliseArgs&);
   void (*block_inference)(const BlockArgs&);
-  // Of the packed form of a block with so many input and output channels; and packs one (x, packed and y of the
-  // arguments are not used) to an address on a cache line.
-  int64_t (*packed_bytes)(int64_t c_in, int64_t c_out);
-  void (*pack_block)(const BlockArgs&, void* packed);
+  // Of the packed form of a block, or of its pointwise weight alone; and packs one to an address on a cache line (x,
+  // packed and y of the arguments are not used, and without a depthwise weight it is the pointwise one alone).
+  int64_t (*packed_bytes)(int64_t c_in, int64_t c_out, bool block);
+  void (*pack)(const BlockArgs&, void* packed);
 };
 
 constexpr int kDtypes = 4;

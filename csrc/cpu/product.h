@@ -44,7 +44,7 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
           depth,
           g.c_out,
           weight,
-          nullptr,
+          static_cast<const Operand<T>*>(args.packed),
           static_cast<T*>(args.y),
           static_cast<A*>(args.bn_y),
           static_cast<const A*>(args.gamma),

@@ -13,9 +13,17 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 
 template <class T>
 constexpr Kernels kKernels = {
-    depthwise_forward<T>, depthwise_backward<T>, pointwise_forward<T>, pointwise_backward<T>,
-    stem_forward<T>,      stem_backward<T>,      normalise_forward<T>, normalise_backward<T>,
-    block_inference<T>,   packed_bytes<T>,       pack_block<T>,
+    depthwise_forward<T>,
+    depthwise_backward<T>,
+    pointwise_forward<T>,
+    pointwise_backward<T>,
+    stem_forward<T>,
+    stem_backward<T>,
+    normalise_forward<T>,
+    normalise_backward<T>,
+    block_inference<T>,
+    packed_bytes<T>,
+    pack<T>,
 };
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

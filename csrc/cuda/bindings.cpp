@@ -19,7 +19,7 @@ struct Backend {
   }
 
   // The kernels take weights as they are.
-  int64_t packed_bytes(Dtype, int64_t, int64_t) const { return 0; }
+  int64_t packed_bytes(Dtype, int64_t, int64_t, bool) const { return 0; }
 
 #define MX_LAUNCH(kernel, Args) \
   void kernel(const Args& args) const { Runtime::check(cuda::kernel(args, runtime.launch()), #kernel); }

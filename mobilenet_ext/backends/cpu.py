@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +28,37 @@ def isa() -> str:
     return chosen().decode()
 
 
-def pack_block(depthwise_bn: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    """What ``block_inference`` otherwise makes of these at each call (``csrc/cpu/block.h``), uint8, one-dimensional."""
-    return kernels.pack_block(depthwise_bn, depthwise_weight, pointwise_weight)
+def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise_weight: Tensor) -> Tensor:
+    """What ``block_inference``, or without a depthwise part ``pointwise_inference``, otherwise makes of these at each
+    call (``csrc/cpu/block.h``): uint8, one-dimensional."""
+    return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
+
+
+# What the program of run_plan (csrc/cpu/bindings.cpp) calls the ops.
+_PLANNED = ("stem_inference", "depthwise_inference", "pointwise_inference", "block_inference", "bn_relu_pool_forward")
+
+
+def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Tensor], Tensor]:
+    """A chain of inference ops, (name, what it takes behind the activation) each and every weight packed, as one call:
+    for a single image, going back and forth between Python and the kernels is a tenth of the time."""
+    tensors: list[Tensor] = []
+    program: list[int] = []
+    for name, args in steps:
+        settings = {"stride": 0, "padding": 0, "relu": 0}
+        for argument, value in zip(_SCHEMAS[name], args, strict=True):
+            if argument in settings:
+                settings[argument] = int(value)
+            else:
+                tensors.append(value)
+        program += [_PLANNED.index(name), *settings.values()]
+    run = kernels.run_plan.default
+    return lambda x: run(x, tensors, program)
+
+
+# The names of the arguments behind the activation.
+_SCHEMAS = {
+    name: [argument.name for argument in getattr(kernels, name).default._schema.arguments[1:]] for name in _PLANNED
+}
 
 
 def why_not() -> str | None:

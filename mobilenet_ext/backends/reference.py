@@ -205,7 +205,7 @@ def depthwise_inference(x, bn_y, weight, stride, padding, relu):
     return _inference(x, bn_y, weight, stride, padding, x.shape[1], relu)
 
 
-def pointwise_inference(x, bn_y, weight, relu):
+def pointwise_inference(x, bn_y, weight, relu, packed=None):
     return _inference(x, bn_y, weight, 1, 0, 1, relu)
 
 

@@ -39,7 +39,9 @@ def pointwise_forward(
     return y, finish.statistics(partial, gamma, beta, eps) if stats else partial
 
 
-def pointwise_inference(x: Tensor, bn_y: Tensor | None, weight: Tensor, relu: bool) -> Tensor:
+def pointwise_inference(
+    x: Tensor, bn_y: Tensor | None, weight: Tensor, relu: bool, packed: Tensor | None = None
+) -> Tensor:
     return _run("pointwise_inference", x, None, weight, bn_y, relu, False)[0]
 
 
