@@ -11,9 +11,12 @@ from itertools import takewhile
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilenet_ext import backends, chain, fusion
+from mobilenet_ext import backends, chain, fusion, ops
+from mobilenet_ext.backends.reference import BN_SCALE, BN_SHIFT
+from mobilenet_ext.models import MobileNetV1
 from mobilenet_ext.ops import acc_dtype
 
 
@@ -42,6 +45,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in list(frozen.modules()):
         if isinstance(module, fusion.FusedSequential):
             _fold_units(module)
+        elif isinstance(module, MobileNetV1):
+            _fold_classifier(module)
     if not any(isinstance(module, FrozenChain) for module in frozen.modules()):
         warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
     for module in frozen.modules():
@@ -64,12 +69,11 @@ class FrozenChain(nn.Module):
     ``[N, C', 1, 1]`` with pooling.
     """
 
-    def __init__(self, units: list[fusion.UnitModules], pool: bool) -> None:
+    def __init__(self, units: list[chain.InferenceUnit], end: chain.End) -> None:
         super().__init__()
-        self.end: chain.End = "pool" if pool else "relu"
+        self.end = end
         self.geometry = []
-        for i, unit in enumerate(units):
-            kind, stride, padding, weight, bn = chain.fold(fusion.as_tensors(unit))
+        for i, (kind, stride, padding, weight, bn) in enumerate(units):
             self.geometry.append((kind, stride, padding))
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
@@ -151,6 +155,36 @@ class FrozenChain(nn.Module):
         return chain.compute_dtype(x)
 
 
+class FrozenLinear(nn.Module):
+    """A linear layer with its weight packed: on a CPU a pointwise convolution of images of one pixel.
+
+    Shapes: input ``[..., K]``, output ``[..., N]``.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        bn = torch.zeros((ops.BN_ROWS, len(weight)), dtype=acc_dtype(weight.dtype), device=weight.device)
+        bn[BN_SCALE] = 1
+        if linear.bias is not None:
+            bn[BN_SHIFT] = linear.bias.detach()
+        self.pointwise = FrozenChain([chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn)], "linear")
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bn = self.pointwise.weight0, self.pointwise.bn0
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(f"input: got shape {tuple(x.shape)}, accepted is [..., {weight.shape[1]}]")
+        if x.device.type != "cpu" or backends.current("cpu") != "cpu" or x.numel() == 0:
+            return F.linear(x, weight.flatten(1), bn[BN_SHIFT].to(weight.dtype))
+        pixels = self.pointwise(x.reshape(-1, x.shape[-1], 1, 1))
+        return pixels.reshape(*x.shape[:-1], len(weight))
+
+    def extra_repr(self) -> str:
+        n, k = self.pointwise.weight0.shape[:2]
+        return f"in_features={k}, out_features={n}"
+
+
 def _is_watched() -> bool:
     """Whether somebody wants to see every op of the library: a dispatch mode (fake tensors, counters), torch.func, a
     trace."""
@@ -167,6 +201,13 @@ def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:
     return type(module).train(module, False)
 
 
+def _fold_classifier(model: MobileNetV1) -> None:
+    classifier = model.classifier  # anybody's, where it was swapped
+    last = classifier[-1] if isinstance(classifier, nn.Sequential) and len(classifier) else None
+    if fusion.is_exactly(last, nn.Linear) and "weight" in last._parameters:
+        classifier[-1] = FrozenLinear(last)
+
+
 def _fold_units(container: fusion.FusedSequential) -> None:
     modules = list(fusion.flatten(container))
     folded: list[nn.Module] = []
@@ -175,7 +216,8 @@ def _fold_units(container: fusion.FusedSequential) -> None:
         foldable = list(takewhile(lambda unit: unit.bn.running_mean is not None, units))
         if foldable:
             pool = pool and len(foldable) == len(units)
-            folded.append(FrozenChain(foldable, pool))
+            units = [chain.fold(fusion.as_tensors(unit)) for unit in foldable]
+            folded.append(FrozenChain(units, "pool" if pool else "relu"))
             del modules[: 3 * len(foldable) + pool]
         else:
             folded.append(modules.pop(0))

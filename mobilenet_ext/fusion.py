@@ -87,7 +87,7 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
         tracked |= buffers
         units.append(unit)
     behind = modules[3 * len(units) :][:1]
-    pool = bool(units and behind) and _is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
+    pool = bool(units and behind) and is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
     return units, pool
 
 
@@ -212,7 +212,7 @@ def conv_kind(conv: nn.Conv2d) -> Kind | None:
 
 
 def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) -> UnitModules | None:
-    if not (_is_exactly(conv, nn.Conv2d) and _is_exactly(bn, nn.BatchNorm2d) and _is_exactly(relu, nn.ReLU)):
+    if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d) and is_exactly(relu, nn.ReLU)):
         return None
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
@@ -237,10 +237,11 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
 
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d)}
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Linear)}
 
 
-def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what PyTorch's own class does and nothing else."""
     return type(module) is kind and kind.forward is _FORWARDS[kind] and is_untouched(module)
 
 

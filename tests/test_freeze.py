@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import mobilenet_ext as mx
 from mobilenet_ext import backends
-from mobilenet_ext.freezing import FrozenChain
+from mobilenet_ext.freezing import FrozenChain, FrozenLinear
 from mobilenet_ext.ops import acc_dtype
 
 
@@ -40,7 +40,7 @@ def test_outputs_are_those_of_eval(model, x):
     assert_close(frozen.feature(x), expected, 1e-12)
     assert_close(frozen(x), model.eval()(x), 1e-12)
     with KernelOps() as ops:
-        frozen(x)
+        frozen.feature(x)
     assert ops.names.count("block_inference") == 13 and ops.units == 27
     assert [type(m) for m in frozen.feature] == [FrozenChain]
 
@@ -145,7 +145,7 @@ def test_hooks_are_kept(model, x):
     shapes = [(2, 16, 16, 16), (2, 64, 8, 8), (2, 256, 1, 1)]
     assert len(calls) == 4 and calls[0] == "model" and calls[-1] == shapes[-1]
     assert calls[1][1] == 16 and calls[2][0] == 2
-    assert fused_units(frozen, x) == 26
+    assert fused_units(frozen.feature, x) == 26
     assert_close(out, model.eval()(x), 1e-12)
 
 
@@ -161,7 +161,7 @@ def test_pruned_and_swapped_units_stay(model, x):
     with torch.no_grad():
         model.eval()(x)  # a pruned weight with a history cannot be copied, in plain models neither
     frozen = mx.freeze(model)
-    assert fused_units(frozen, x) == 25
+    assert fused_units(frozen.feature, x) == 25
     assert_close(frozen(x), model.eval()(x), 1e-12)
 
 
@@ -272,12 +272,54 @@ def test_weights_are_packed_once_and_anew_when_changed(model, x, monkeypatch):
     if backends.current("cpu") != "cpu":
         return
     before = frozen(x)
-    assert torch.equal(frozen(x), before) and len(calls) == 13
+    packed = 13 + 1  # the blocks, and the classifier
+    assert torch.equal(frozen(x), before) and len(calls) == packed
     other = mx.freeze(randomise_(copy.deepcopy(model)))
     frozen.load_state_dict(other.state_dict())
     assert_close(frozen(x), other(x), 1e-12)
-    assert len(calls) == 3 * 13 and not torch.equal(frozen(x), before)
+    assert len(calls) == 3 * packed and not torch.equal(frozen(x), before)
     single = copy.deepcopy(frozen).float()
-    assert single(x.float()).dtype == torch.float32 and len(calls) == 4 * 13
+    assert single(x.float()).dtype == torch.float32 and len(calls) == 4 * packed
     restored = pickle.loads(pickle.dumps(frozen))
     assert restored.feature[0]._plan is None and torch.equal(restored(x), frozen(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_call_gives_the_bits_of_op_by_op(model, x, dtype):
+    frozen, x = mx.freeze(model).to(dtype), x.to(dtype)
+    alone = frozen(x)
+    with KernelOps() as ops:
+        watched = frozen(x)
+    assert torch.equal(alone, watched) and ops.names.count("block_inference") == 13
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_classifier_is_packed(model, dtype, bias):
+    model.classifier[1] = nn.Linear(model.classifier[1].in_features, 37, bias=bias).double()
+    frozen = mx.freeze(model).to(dtype)
+    linear = frozen.classifier[1]
+    assert type(linear) is FrozenLinear and not any(p.requires_grad for p in frozen.parameters())
+    weight = model.classifier[1].weight.detach().to(dtype).double()
+    for shape in ((5,), (1,), (0,), (2, 3), ()):
+        x = torch.randn(*shape, weight.shape[1], dtype=torch.float64).to(dtype)
+        expected = torch.nn.functional.linear(x.double(), weight, model.classifier[1].bias).detach()
+        out = linear(x)
+        assert out.dtype == dtype and out.shape == (*shape, 37)
+        eps = torch.finfo(dtype).eps
+        assert_close(out, expected, 4 * eps if dtype.itemsize > 2 else eps)
+    with pytest.raises(ValueError, match=r"input: got shape \(2, 3\)"):
+        linear(torch.zeros(2, 3, dtype=dtype))
+    with pytest.raises((TypeError, RuntimeError), match="dtype|input"):  # ours, or nn.Linear's
+        linear(torch.zeros(2, weight.shape[1], dtype=torch.complex64))
+
+
+def test_a_watched_or_swapped_classifier_stays(model, x):
+    seen = []
+    model.classifier[1].register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    frozen = mx.freeze(model)
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+    assert type(frozen.classifier[1]) is nn.Linear and len(seen) == 2
+    for other in (nn.Identity(), nn.Flatten(), nn.Sequential()):
+        model.classifier = other
+        assert_close(mx.freeze(model)(x), model.eval()(x), 1e-12)

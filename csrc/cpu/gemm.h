@@ -63,8 +63,8 @@ class Ahead {
   // To be spread over products of so many steps along the depth, all register blocks taken together.
   explicit Ahead(double steps) : steps_(steps + 1) {}
   // The steps of a product.
-  static double steps(double rows, double columns, double depth) {
-    return rows * columns * depth / (kBlockRows * kPanelVectors * 16 * kStepDepth);
+  static double steps(int64_t rows, double panels, int64_t depth) {
+    return double(ceil_div(rows, kBlockRows)) * panels * double(ceil_div(depth, kStepDepth));
   }
 
   void add(const void* begin, const void* end) {
