@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.network import DTYPES
-from benchmarks.timing import CLEARED, interleave
+from benchmarks.timing import CLEARED, Call, interleave
 
-PRODUCT = 2048  # rows, columns and depth of the matrix product
+# Rows, columns and depth of matrix products: which one a library does best differs from machine to machine.
+PRODUCTS = ((2048, 2048, 2048), (1024, 1024, 1024), (6272, 512, 512))
 
 
 class Limits(NamedTuple):
     """A roofline."""
 
     bytes_per_second: float  # read and written, of a copy that no cache holds
-    operations_per_second: float  # of a large matrix product in the dtype
+    operations_per_second: float  # of the best of a few matrix products in the dtype
 
     def seconds(self, bytes_moved: int, operations: int) -> float:
         """The least time in which the machine moves so many bytes and does so many operations."""
@@ -27,8 +29,13 @@ def measure_limits(device: str, dtype: str, rounds: int = 5) -> Limits:
     """The best of several rounds, as limits are."""
     source = torch.randn(CLEARED // 4, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(DTYPES[dtype]) for _ in range(2))
-    out = torch.empty_like(a)
-    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
+    operations = {}
+    for rows, columns, depth in PRODUCTS:
+        a, b = (torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in ((rows, depth), (depth, columns)))
+        name = f"{rows}x{columns}x{depth}"
+        calls[name] = partial(torch.mm, a, b, out=a.new_empty(rows, columns))
+        operations[name] = 2 * rows * columns * depth
     best = {name: min(times) for name, times in interleave(calls, device, rounds, burst_s=0.1).items()}
-    return Limits(2 * source.nbytes / best["copy"], 2 * PRODUCT**3 / best["product"])
+    rate = max(count / best[name] for name, count in operations.items())
+    return Limits(2 * source.nbytes / best["copy"], rate)
