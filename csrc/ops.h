@@ -15,6 +15,7 @@
 //                 dy = P*h + Q*(y - MEAN) + O
 //   h             the gradient at a BatchNorm's output, already masked by the ReLU that follows it; activation dtype
 //   grad_weight   acc, the weight's shape
+//   packed        what the backend made of the weights beforehand, uint8; only the CPU backend makes any
 #pragma once
 
 namespace mx {

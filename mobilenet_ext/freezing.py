@@ -47,7 +47,7 @@ def freeze(model: nn.Module) -> nn.Module:
             _fold_units(module)
         elif isinstance(module, MobileNetV1):
             _fold_classifier(module)
-    if not any(isinstance(module, FrozenChain) for module in frozen.modules()):
+    if not any(isinstance(module, FrozenChain) and module.end != "linear" for module in frozen.modules()):
         warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
     for module in frozen.modules():
         module.train = partial(_refuse_training, module)  # on each: dropout in a parent must not come back either
@@ -55,11 +55,12 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 class _Plan(NamedTuple):
-    state: tuple[object, ...]  # what it was made from
+    """The kernel ops that run a chain, and what they were made from."""
+
+    state: tuple[object, ...]
     buffers: list[Tensor]
     steps: list[chain.Step]
     run: Callable[[Tensor], Tensor] | None  # the same in one call, where the backend can
-    channels_last: dict[object, bool]  # whether the output is, by the input's shape and strides
 
 
 class FrozenChain(nn.Module):
@@ -78,24 +79,25 @@ class FrozenChain(nn.Module):
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
         self.training = False
-        self._plan: _Plan | None = None
+        self._plans: dict[torch.dtype, _Plan] = {}
+        # Of the last plan, shape and strides: whether the output is channels_last.
+        self._layout: tuple[_Plan, object, bool] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._checked_dtype(x)
-        if not self._can_keep_plan():
+        if not self._may_plan(x):
             units = self._units()
             out = chain.infer(x, units, self.end, dtype)
             return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
-        plan = self._kept_plan(dtype)
-        if plan.run is None or _is_watched():
+        plan = self._plan(dtype)
+        if plan.run is None:
             out = chain.execute(x, plan.steps, dtype)
         else:
             out = plan.run(chain.as_input(x, dtype))
-        layout = (x.shape[2:], x.stride())
-        channels_last = plan.channels_last.get(layout)
-        if channels_last is None:
-            channels_last = plan.channels_last[layout] = fusion.gives_channels_last(x, self._units())
-        return fusion.match_memory_format(out, channels_last)
+        layout, known = (x.shape, x.stride()), self._layout
+        if known is None or known[0] is not plan or known[1] != layout:
+            known = self._layout = (plan, layout, fusion.gives_channels_last(x, self._units()))
+        return fusion.match_memory_format(out, known[2])
 
     def _units(self) -> list[chain.InferenceUnit]:
         return [
@@ -103,29 +105,37 @@ class FrozenChain(nn.Module):
             for i, geometry in enumerate(self.geometry)
         ]
 
-    def _can_keep_plan(self) -> bool:
-        # A compiled graph would take today's plan for ever. Inference tensors have no version: their changes would go
-        # unnoticed.
-        return not (torch.compiler.is_compiling() or any(buffer.is_inference() for buffer in self._buffers.values()))
+    def _may_plan(self, x: Tensor) -> bool:
+        # A graph or trace would keep today's packed weights for ever, and who watches the ops wants to see each.
+        # Inference tensors have no version: their changes would go unnoticed.
+        return not (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
+            or torch._C._are_functorch_transforms_active()
+            or type(x) not in fusion.TENSORS
+            or any(buffer.is_inference() for buffer in self._buffers.values())
+        )
 
-    def _kept_plan(self, dtype: torch.dtype) -> _Plan:
-        """The kernel ops to call, with the blocks packed for the CPU kernels; made anew when a tensor is another or was
-        changed (but for changes through ``.data``, which leave no trace)."""
+    def _plan(self, dtype: torch.dtype) -> _Plan:
+        """The plan for a dtype, with what the CPU kernels want packed; made anew when a buffer is another or was
+        changed (but for changes that leave no version: through ``.data``, NumPy or another process)."""
         buffers = list(self._buffers.values())
         packs = self.weight0.device.type == "cpu" and backends.current("cpu") == "cpu"
-        state = (dtype, packs, *[buffer._version for buffer in buffers], *[buffer.data_ptr() for buffer in buffers])
-        plan = self._plan
+        state = (packs, *[buffer._version for buffer in buffers], *[buffer.data_ptr() for buffer in buffers])
+        plan = self._plans.get(dtype)
         if plan is None or plan.state != state or not all(map(operator.is_, plan.buffers, buffers)):
+            run = None
             with torch.no_grad():
                 steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack if packs else None)
-            named = [(op._schema.name.split("::")[1], args) for op, args in steps]
-            run = backends.cpu.plan_runner(named) if packs else None
+            if packs:
+                run = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
             # The plan keeps the buffers, so that their addresses do not come again.
-            plan = self._plan = _Plan(state, buffers, steps, run, {})
+            plan = self._plans[dtype] = _Plan(state, buffers, steps, run)
         return plan
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_plan": None}  # another machine may want another layout
+        return {**self.__dict__, "_plans": {}, "_layout": None}  # another machine may want another layout
 
     def extra_repr(self) -> str:
         return f"{len(self.geometry)} folded units" + (", global average pooling" if self.end == "pool" else "")
@@ -176,23 +186,13 @@ class FrozenLinear(nn.Module):
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(f"input: got shape {tuple(x.shape)}, accepted is [..., {weight.shape[1]}]")
         if x.device.type != "cpu" or backends.current("cpu") != "cpu" or x.numel() == 0:
-            return F.linear(x, weight.flatten(1), bn[BN_SHIFT].to(weight.dtype))
+            return F.linear(x.detach(), weight.flatten(1), bn[BN_SHIFT].to(weight.dtype))
         pixels = self.pointwise(x.reshape(-1, x.shape[-1], 1, 1))
         return pixels.reshape(*x.shape[:-1], len(weight))
 
     def extra_repr(self) -> str:
         n, k = self.pointwise.weight0.shape[:2]
         return f"in_features={k}, out_features={n}"
-
-
-def _is_watched() -> bool:
-    """Whether somebody wants to see every op of the library: a dispatch mode (fake tensors, counters), torch.func, a
-    trace."""
-    return (
-        torch.utils._python_dispatch.is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-    )
 
 
 def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -204,7 +204,10 @@ def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:
 def _fold_classifier(model: MobileNetV1) -> None:
     classifier = model.classifier  # anybody's, where it was swapped
     last = classifier[-1] if isinstance(classifier, nn.Sequential) and len(classifier) else None
-    if fusion.is_exactly(last, nn.Linear) and "weight" in last._parameters:
+    if not fusion.is_exactly(last, nn.Linear) or "weight" not in last._parameters:
+        return
+    tensors = [tensor for tensor in (last.weight, last.bias) if tensor is not None]
+    if all(type(t) in fusion.TENSORS and t.dtype == last.weight.dtype and t.dtype in fusion.DTYPES for t in tensors):
         classifier[-1] = FrozenLinear(last)
 
 

@@ -20,7 +20,7 @@ from mobilenet_ext import chain, ops
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
+TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 
 
 class UnitModules(NamedTuple):
@@ -95,7 +95,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
     if torch.jit.is_tracing():
         return False
-    if type(x) not in _TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
+    if type(x) not in TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False  # torch.func and forward-mode differentiation
@@ -226,7 +226,7 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
     """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
     vectors = (conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return (
-        all(tensor is None or type(tensor) in _TENSORS for tensor in (conv.weight, *vectors))
+        all(tensor is None or type(tensor) in TENSORS for tensor in (conv.weight, *vectors))
         and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
         and bn.num_features == conv.out_channels

@@ -184,7 +184,7 @@ def test_bn_from_running(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_outputs_too_large_for_the_cache(stride: int) -> None:
-    # 16 MiB and more are written past the cache, other code than for the small shapes above.
+    # 8 MiB and more are written past the cache, other code than for the small shapes above.
     u, bn_u, weight, h, y, grad_bn_y = depthwise_inputs((2, 48, 224, 224, stride, 1), torch.float32)
     args = (u, bn_u, weight, stride, 1, None, None, 1e-5, True)
     actual, bn_y = ops.depthwise_forward(*args)

@@ -291,7 +291,7 @@ def test_other_instruction_sets(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [64, 96])
 def test_outputs_past_the_cache(dtype, channels):
-    """From 16 MiB on, outputs are written past the cache: the same bits as of each image alone."""
+    """From 8 MiB on, outputs are written past the cache: the same bits as of each image alone."""
     images = 12 if dtype is torch.float32 else 24
     u = torch.randn(images, 32, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(channels, 32, 1, 1).to(dtype)

@@ -10,6 +10,8 @@ import torch
 from behaviour import KernelOps, Plain, fused_units
 from plain import assert_close, batch_norms, randomise_
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 import mobilenet_ext as mx
@@ -281,7 +283,7 @@ def test_weights_are_packed_once_and_anew_when_changed(model, x, monkeypatch):
     single = copy.deepcopy(frozen).float()
     assert single(x.float()).dtype == torch.float32 and len(calls) == 4 * packed
     restored = pickle.loads(pickle.dumps(frozen))
-    assert restored.feature[0]._plan is None and torch.equal(restored(x), frozen(x))
+    assert restored.feature[0]._plans == {} and torch.equal(restored(x), frozen(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -291,6 +293,32 @@ def test_one_call_gives_the_bits_of_op_by_op(model, x, dtype):
     with KernelOps() as ops:
         watched = frozen(x)
     assert torch.equal(alone, watched) and ops.names.count("block_inference") == 13
+
+
+def test_who_watches_sees_the_ops(model, x):
+    frozen = mx.freeze(model)
+    frozen(x)  # there is a plan
+    for mode in ("real", "fake"):
+        graph = make_fx(frozen.feature, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert sum("block_inference" in target for target in targets) == 13
+        assert not any("run_plan" in target or "pack" in target for target in targets)
+        assert torch.equal(graph(x), frozen.feature(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert frozen(fake.from_tensor(x)).shape == (2, 10)
+    assert torch.equal(frozen(x), copy.deepcopy(frozen)(x))
+
+
+def test_two_dtypes_have_a_plan_each(model, monkeypatch):
+    frozen, x = mx.freeze(model.float()), torch.randn(2, 3, 64, 64)
+    outputs = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs[enabled] = frozen(x)
+    monkeypatch.setattr(backends.cpu, "pack", lambda *_: pytest.fail("packed again"))
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(frozen(x), outputs[enabled])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -312,6 +340,17 @@ def test_the_classifier_is_packed(model, dtype, bias):
         linear(torch.zeros(2, 3, dtype=dtype))
     with pytest.raises((TypeError, RuntimeError), match="dtype|input"):  # ours, or nn.Linear's
         linear(torch.zeros(2, weight.shape[1], dtype=torch.complex64))
+
+
+def test_a_normalisation_changed_in_place_is_noticed(model, x):
+    frozen = mx.freeze(model)
+    before = frozen(x)
+    for name in ("bn1", "bn2"):  # a depthwise one, which is packed, and a pointwise one
+        chain = frozen.feature[0]
+        getattr(chain, name).mul_(1.5)
+        after, fresh = frozen(x), copy.deepcopy(frozen)(x)
+        assert not torch.equal(after, before) and torch.equal(after, fresh)
+        before = after
 
 
 def test_a_watched_or_swapped_classifier_stays(model, x):

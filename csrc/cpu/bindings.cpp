@@ -109,6 +109,7 @@ Tensor pack(const OptionalTensor& depthwise_bn, const OptionalTensor& depthwise_
 // its stride, padding and relu, 0 where it has none; `tensors` are their tensors behind the activation, in order.
 Tensor run_plan(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& program) {
   using Ops = Bindings<Backend>;
+  STD_TORCH_CHECK(!program.empty() && program.size() % 4 == 0, "program: expected four numbers a step");
   Tensor a = x;
   const Tensor* next = tensors.data();
   const auto take = [&](int64_t count) {

@@ -6,7 +6,7 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// The depthwise half. Channels are taken in blocks of kNeighbours, in the order of Neighbours (operands.h); vectors of
+// The depthwise half. Channels are taken in blocks of Neighbours<T>::kChannels, in its order (operands.h); vectors of
 // the channels are laid out likewise.
 template <class T>
 struct DepthwiseRows {

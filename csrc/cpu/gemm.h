@@ -21,11 +21,6 @@ constexpr int kRowStep = 4, kBlockRows = 3 * kRowStep;
 constexpr int kRowStep = 2, kBlockRows = 3 * kRowStep;
 #endif
 constexpr int kPanelVectors = 2;
-#if defined(MX_ISA_AMX_BF16)
-constexpr int kStepDepth = 32;  // numbers along the depth that a step multiplies
-#else
-constexpr int kStepDepth = 1;
-#endif
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
@@ -62,9 +57,10 @@ class Ahead {
   Ahead() = default;
   // To be spread over products of so many steps along the depth, all register blocks taken together.
   explicit Ahead(double steps) : steps_(steps + 1) {}
-  // The steps of a product.
+  // The steps of a product with elements E.
+  template <class E>
   static double steps(int64_t rows, double panels, int64_t depth) {
-    return double(ceil_div(rows, kBlockRows)) * panels * double(ceil_div(depth, kStepDepth));
+    return double(ceil_div(rows, kBlockRows)) * panels * double(ceil_div(depth, kDepthStep<E>));
   }
 
   void add(const void* begin, const void* end) {

@@ -28,6 +28,7 @@ class MatrixUnit {
       config.row_bytes[i] = 64;
       config.rows[i] = kTileRows;
     }
+    asm volatile("" ::"m"(config));  // compilers know of the next instruction that it reads 8 bytes
     _tile_loadconfig(&config);
   }
   ~MatrixUnit() { _tile_release(); }
@@ -82,11 +83,11 @@ MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel
   if constexpr (row_tiles > 1) _tile_zero(2);
   if constexpr (row_tiles > 1 && vectors > 1) _tile_zero(3);
   Ahead::Share share = ahead.take(groups / kTilePairs);
+  const char* asked = share.next;
   const int64_t rows_a_step = (kBlockRows << 16) * kTilePairs / groups;  // in 1/65536
-  int64_t before_end = 0xffff;
+  int64_t before_end = 0;
   for (int64_t d = 0; d < groups; d += kTilePairs) {
-    for (const char* end = share.next + share.a_step; share.next < end; share.next += 64)
-      __builtin_prefetch(share.next, 0, 2);
+    for (asked += share.a_step; share.next < asked; share.next += 64) __builtin_prefetch(share.next, 0, 2);
     _tile_loadd(6, panel + d * kPanel<float>, panel_bytes);
     _tile_loadd(4, tile + d, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -101,6 +102,7 @@ MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel
     }
     before.until((before_end += rows_a_step) >> 16);
   }
+  before.until(kBlockRows);
   constexpr int sums_pitch = kPanel<float>, sums_bytes = sums_pitch * int(sizeof(float));
   _tile_stored(0, sums, sums_bytes);
   if constexpr (vectors > 1) _tile_stored(1, sums + kTileRows, sums_bytes);

@@ -1,9 +1,9 @@
 // What a matrix product (gemm.h) multiplies: elements of a tile and of a panel, as the machine's multiply-add takes
 // them.
 //
-// An element is a number of the accumulation type, or, where the machine multiplies bfloat16 itself (AVX512-BF16), a
-// pair of bfloat16 numbers that are neighbours along the depth of the product: one instruction multiplies both and
-// adds both.
+// An element is a number of the accumulation type, or, where the machine multiplies bfloat16 itself (AVX512-BF16,
+// AMX), a pair of bfloat16 numbers that are neighbours along the depth of the product: one instruction multiplies both
+// and adds both.
 #pragma once
 
 #include "dispatch.h"

@@ -112,7 +112,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
         fill_up_rows(own, rows, p.depth);
       }
       built = t;
-      Ahead ahead(Ahead::steps(rows, double(panels) / groups, p.depth));
+      Ahead ahead(Ahead::steps<E>(rows, double(panels) / groups, p.depth));
       if (!together && t + 1 < tiles.count) {
         const int64_t next = tiles.begin(t + 1);
         ahead.add(reach(next), reach(next + tiles.size(t + 1)));
@@ -190,7 +190,7 @@ class BackwardTiles {
   // What tile t will be made from, to be asked for during `products` products per row and column.
   template <class Reach>
   Ahead ahead(int64_t t, int products, const Reach& reach) const {
-    Ahead ahead(Ahead::steps(tiles_.rows, panels(), p_.columns) * products);
+    Ahead ahead(Ahead::steps<E>(tiles_.rows, panels(), p_.columns) * products);
     if (t < tiles_.count) {
       const int64_t begin = tiles_.begin(t), end = begin + tiles_.size(t);
       ahead.add(reach(begin), reach(end));

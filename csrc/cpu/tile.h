@@ -218,7 +218,7 @@ struct GradientTile {
   static constexpr bool kApart = kGroup<E> > 1;
   static constexpr bool kTransposed = kApart && !AcrossLayout<E>::kByColumn;  // `across` is made from by_row
 
-  E* by_row;  // for the input gradient: rows tile_pitch apart; null: not wanted
+  E* by_row;  // for the input gradient: rows tile_pitch apart; null: not wanted, if `across` is not made of it
   E* across;  // for the weight gradient; null: not wanted
   int64_t across_pitch;
 };
