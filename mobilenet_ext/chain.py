@@ -141,9 +141,11 @@ def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -
 
 
 def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
-    """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one. ``pack`` makes
-    of depthwise_bn, depthwise_weight and pointwise_weight, the first two None for a pointwise convolution alone, what
-    the op takes as ``packed``."""
+    """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one.
+
+    ``pack`` makes what an op takes as ``packed`` of depthwise_bn, depthwise_weight and pointwise_weight, the first two
+    None for a pointwise convolution alone.
+    """
     steps = []
     i = 0
     while i < len(units):

@@ -117,7 +117,7 @@ Tensor run_plan(const Tensor& x, const std::vector<Tensor>& tensors, const std::
     next += count;
     return next - count;
   };
-  for (size_t i = 0; i + 4 <= program.size(); i += 4) {
+  for (size_t i = 0; i < program.size(); i += 4) {
     const int64_t stride = program[i + 1], padding = program[i + 2], relu = program[i + 3];
     switch (program[i]) {
       case 0: {

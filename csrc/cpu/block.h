@@ -82,7 +82,7 @@ struct DepthwiseRows {
 
   // Output pixels [begin, begin + pixels) of all images, a row of the tile each.
   template <int stride>
-  inline void build(int64_t begin, int64_t pixels, Operand<T>* tile, int64_t tile_pitch) const {
+  inline void build(int64_t begin, int64_t pixels, Operand<T>* tile, int64_t out_pitch) const {
     for (int64_t done = 0; done < pixels;) {
       const int64_t pixel = begin + done, ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h;
       const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
@@ -92,12 +92,12 @@ struct DepthwiseRows {
         lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * g.c_in;
       }
       for (int64_t channel = 0; channel < g.c_in; channel += N::kChannels) {
-        Operand<T>* const out = tile + done * tile_pitch;
+        Operand<T>* const out = tile + done * out_pitch;
         const int64_t count = g.c_in - channel;
         if (count >= N::kChannels)
-          run<stride, false>(lines, ox, ox + length, channel, N::kChannels, out, tile_pitch);
+          run<stride, false>(lines, ox, ox + length, channel, N::kChannels, out, out_pitch);
         else
-          run<stride, true>(lines, ox, ox + length, channel, int(count), out, tile_pitch);
+          run<stride, true>(lines, ox, ox + length, channel, int(count), out, out_pitch);
       }
       done += length;
     }
