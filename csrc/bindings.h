@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -59,6 +60,30 @@ inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 enum class Conv { depthwise, pointwise, stem };
+
+inline int64_t kernel_size(Conv conv) { return conv == Conv::pointwise ? 1 : 3; }
+
+inline void check_settings(int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding: expected 0 or 1, got ", padding);
+}
+
+inline Geometry conv_geometry(Conv conv, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int stride,
+                              int padding) {
+  const int64_t kernel = kernel_size(conv);
+  STD_TORCH_CHECK(h + 2 * padding >= kernel && w + 2 * padding >= kernel,
+                  "input: the padded image is smaller than the kernel; shape ", shape_text(std::array{n, c_in, h, w}),
+                  ", padding ", padding);
+  return {n,
+          h,
+          w,
+          c_in,
+          c_out,
+          (h + 2 * padding - kernel) / stride + 1,
+          (w + 2 * padding - kernel) / stride + 1,
+          stride,
+          padding};
+}
 
 struct ConvShape {
   Geometry g;
@@ -140,36 +165,25 @@ struct Call {
     return backend.empty_activation(n, c, h, w, type);
   }
 
+  // Checks a weight for activations of c_in channels.
+  void check_weight(Conv conv, const Tensor& weight, ScalarType type, int64_t c_in) const {
+    STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
+    const int64_t c_out = weight.size(0), kernel = kernel_size(conv);
+    STD_TORCH_CHECK(c_out > 0, "weight: expected at least one output channel");
+    if (conv == Conv::depthwise)
+      check_dense(weight, "weight", type, {c_in, 1, kernel, kernel});
+    else
+      check_dense(weight, "weight", type, {c_out, c_in, kernel, kernel});
+  }
+
   // Checks u and weight against each other.
   ConvShape check_conv(Conv conv, const Tensor& u, const Tensor& weight, int64_t stride, int64_t padding) const {
     check_activation(u, "input");
-    STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
-    STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
-    STD_TORCH_CHECK(padding == 0 || padding == 1, "padding: expected 0 or 1, got ", padding);
-    const int64_t kernel = conv == Conv::pointwise ? 1 : 3;
-    const int64_t c_in = u.size(1), c_out = weight.size(0);
-    STD_TORCH_CHECK(c_out > 0, "weight: expected at least one output channel");
-    if (conv == Conv::depthwise)
-      check_dense(weight, "weight", u.scalar_type(), {c_in, 1, kernel, kernel});
-    else
-      check_dense(weight, "weight", u.scalar_type(), {c_out, c_in, kernel, kernel});
-    const int64_t h = u.size(2), w = u.size(3);
-    STD_TORCH_CHECK(h + 2 * padding >= kernel && w + 2 * padding >= kernel,
-                    "input: the padded image is smaller than the kernel; shape ", shape_text(u.sizes()), ", padding ",
-                    padding);
-    ConvShape shape;
-    shape.dtype = dtype_of<Backend>(u, "input");
-    shape.type = u.scalar_type();
-    shape.g = Geometry{u.size(0),
-                       h,
-                       w,
-                       c_in,
-                       c_out,
-                       (h + 2 * padding - kernel) / stride + 1,
-                       (w + 2 * padding - kernel) / stride + 1,
-                       int(stride),
-                       int(padding)};
-    return shape;
+    check_weight(conv, weight, u.scalar_type(), u.size(1));
+    check_settings(stride, padding);
+    const Geometry g =
+        conv_geometry(conv, u.size(0), u.size(2), u.size(3), u.size(1), weight.size(0), int(stride), int(padding));
+    return {g, dtype_of<Backend>(u, "input"), u.scalar_type()};
   }
 };
 

@@ -47,6 +47,8 @@ def freeze(model: nn.Module) -> nn.Module:
             _fold_units(module)
         elif isinstance(module, MobileNetV1):
             _fold_classifier(module)
+            if type(module) is MobileNetV1:
+                module.__class__ = FrozenMobileNetV1
     if not any(isinstance(module, FrozenChain) and module.end != "linear" for module in frozen.modules()):
         warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
     for module in frozen.modules():
@@ -79,17 +81,17 @@ class FrozenChain(nn.Module):
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"bn{i}", bn)
         self.training = False
-        self._plans: dict[torch.dtype, _Plan] = {}
+        self._plans: dict[tuple[object, ...], _Plan] = {}  # by dtype, and the chain behind this one if one is
         # Of the last plan, shape and strides: whether the output is channels_last.
         self._layout: tuple[_Plan, object, bool] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self._checked_dtype(x)
-        if not self._may_plan(x):
+        plan = self._plan(dtype) if _may_plan(x) else None
+        if plan is None:
             units = self._units()
             out = chain.infer(x, units, self.end, dtype)
             return fusion.match_memory_format(out, fusion.gives_channels_last(x, units))
-        plan = self._plan(dtype)
         if plan.run is None:
             out = chain.execute(x, plan.steps, dtype)
         else:
@@ -99,39 +101,43 @@ class FrozenChain(nn.Module):
             known = self._layout = (plan, layout, fusion.gives_channels_last(x, self._units()))
         return fusion.match_memory_format(out, known[2])
 
+    def run_with(self, x: Tensor, behind: FrozenChain) -> Tensor | None:
+        """The outputs of the chain ``behind`` this one, which pools, in one call; None where that cannot be had."""
+        dtype = self._checked_dtype(x)
+        plan = self._plan(dtype, behind) if _may_plan(x) else None
+        return None if plan is None or plan.run is None else plan.run(chain.as_input(x, dtype))
+
     def _units(self) -> list[chain.InferenceUnit]:
         return [
             chain.InferenceUnit(*geometry, getattr(self, f"weight{i}"), getattr(self, f"bn{i}"))
             for i, geometry in enumerate(self.geometry)
         ]
 
-    def _may_plan(self, x: Tensor) -> bool:
-        # A graph or trace would keep today's packed weights for ever, and who watches the ops wants to see each.
-        # Inference tensors have no version: their changes would go unnoticed.
-        return not (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
-            or torch._C._are_functorch_transforms_active()
-            or type(x) not in fusion.TENSORS
-            or any(buffer.is_inference() for buffer in self._buffers.values())
-        )
-
-    def _plan(self, dtype: torch.dtype) -> _Plan:
+    def _plan(self, dtype: torch.dtype, *behind: FrozenChain) -> _Plan | None:
         """The plan for a dtype, with what the CPU kernels want packed; made anew when a buffer is another or was
-        changed (but for changes that leave no version: through ``.data``, NumPy or another process)."""
-        buffers = list(self._buffers.values())
-        packs = self.weight0.device.type == "cpu" and backends.current("cpu") == "cpu"
+        changed (but for changes that leave no version: through ``.data``, NumPy or another process). None where
+        changes cannot be noticed."""
+        chains = (self, *behind)
+        buffers = [buffer for each in chains for buffer in each._buffers.values()]
+        key = (dtype, *behind)
+        plan = self._plans.get(key)
+        same = plan is not None and len(plan.buffers) == len(buffers) and all(map(operator.is_, plan.buffers, buffers))
+        if not same and any(buffer.is_inference() for buffer in buffers):
+            return None  # inference tensors have no version
+        packs = self._buffers["weight0"].device.type == "cpu" and backends.current("cpu") == "cpu"
         state = (packs, *[buffer._version for buffer in buffers], *[buffer.data_ptr() for buffer in buffers])
-        plan = self._plans.get(dtype)
-        if plan is None or plan.state != state or not all(map(operator.is_, plan.buffers, buffers)):
+        if not same or plan.state != state:
             run = None
             with torch.no_grad():
-                steps = chain.plan(self._units(), self.end, dtype, backends.cpu.pack if packs else None)
+                pack = backends.cpu.pack if packs else None
+                steps = [step for each in chains for step in chain.plan(each._units(), each.end, dtype, pack)]
             if packs:
                 run = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
-            # The plan keeps the buffers, so that their addresses do not come again.
-            plan = self._plans[dtype] = _Plan(state, buffers, steps, run)
+            # The plan keeps the buffers, so that their addresses do not come again. One chain behind this one is
+            # enough: whoever swaps it does not want to keep the other's weights.
+            others = {k: v for k, v in self._plans.items() if k[0] != dtype or len(k) != len(key)}
+            plan = _Plan(state, buffers, steps, run)
+            self._plans = {**others, key: plan}
         return plan
 
     def __getstate__(self) -> dict[str, object]:
@@ -165,6 +171,17 @@ class FrozenChain(nn.Module):
         return chain.compute_dtype(x)
 
 
+def _may_plan(x: Tensor) -> bool:
+    # A graph or trace would keep today's packed weights for ever, and who watches the ops wants to see each.
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in fusion.TENSORS
+    )
+
+
 class FrozenLinear(nn.Module):
     """A linear layer with its weight packed: on a CPU a pointwise convolution of images of one pixel.
 
@@ -193,6 +210,36 @@ class FrozenLinear(nn.Module):
     def extra_repr(self) -> str:
         n, k = self.pointwise.weight0.shape[:2]
         return f"in_features={k}, out_features={n}"
+
+
+class FrozenMobileNetV1(MobileNetV1):
+    """What :func:`freeze` makes of a :class:`MobileNetV1`: features and classifier run in one call where the backend
+    can, and nothing between them was swapped or has hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self._whole()
+        out = whole and whole[0].run_with(x, whole[1])
+        return super().forward(x) if out is None else out.flatten(1)
+
+    def _whole(self) -> tuple[FrozenChain, FrozenChain] | None:
+        """The chain of the features and the classifier's, if there is nothing else."""
+        feature, classifier = self._modules["feature"], self._modules["classifier"]
+        if type(feature) is not fusion.FusedSequential or type(classifier) is not nn.Sequential:
+            return None
+        modules = [*feature._modules.values(), *classifier._modules.values()]
+        if [type(module) for module in modules] != [FrozenChain, nn.Flatten, FrozenLinear]:
+            return None
+        features, flatten, linear = modules
+        pointwise = linear._modules["pointwise"]
+        alone = (feature, features, classifier, flatten, linear, pointwise)
+        if (
+            features.end != "pool"
+            or (flatten.start_dim, flatten.end_dim) != (1, -1)
+            or features._buffers["weight0"].dtype != pointwise._buffers["weight0"].dtype
+            or not all(map(fusion.is_untouched, alone))
+        ):
+            return None
+        return features, pointwise
 
 
 def _refuse_training(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -1,14 +1,11 @@
 // The ops of `mobilenet_ext_cpu`.
-#include "../bindings.h"
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
-#include <vector>
 
-#include "blocks.h"
-#include "runtime.h"
+#include "backend.h"
+#include "plan.h"
 
 namespace mx::cpu {
 namespace {
@@ -42,42 +39,6 @@ void write_bn(const RunningArgs& args) {
   }
 }
 
-// The kernels of the instruction set in use, for csrc/bindings.h.
-struct Backend {
-  static constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
-  static constexpr const char* kDeviceName = "CPU";
-  static constexpr bool kFloat64 = true;
-
-  explicit Backend(const Tensor&) {}
-
-  Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
-    const torch::stable::Device device(kDevice);
-    const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-    const size_t bytes = size_t(n) * c * h * w * itemsize;
-    if (bytes < kSmallestBlock) return empty_channels_last(n, c, h, w, type, device);
-    void* const block = take_block(bytes);
-    STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
-    return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
-  }
-
-  int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {
-    return kernels(dtype).packed_bytes(c_in, c_out, block);
-  }
-
-  void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
-  void depthwise_backward(const BackwardArgs& args) const { kernels(args.dtype).depthwise_backward(args); }
-  void pointwise_forward(const ForwardArgs& args) const { kernels(args.dtype).pointwise_forward(args); }
-  void pointwise_backward(const BackwardArgs& args) const { kernels(args.dtype).pointwise_backward(args); }
-  void stem_forward(const ForwardArgs& args) const { kernels(args.dtype).stem_forward(args); }
-  void stem_backward(const BackwardArgs& args) const { kernels(args.dtype).stem_backward(args); }
-  void normalise_forward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_forward(args); }
-  void normalise_backward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_backward(args); }
-  void block_inference(const BlockArgs& args) const { kernels(args.dtype).block_inference(args); }
-  void bn_from_running(const RunningArgs& args) const {
-    args.running_mean.dtype == Dtype::f64 ? write_bn<double>(args) : write_bn<float>(args);
-  }
-};
-
 // Of a block, or without depthwise_weight of a pointwise convolution.
 Tensor pack(const OptionalTensor& depthwise_bn, const OptionalTensor& depthwise_weight,
             const Tensor& pointwise_weight) {
@@ -105,56 +66,17 @@ Tensor pack(const OptionalTensor& depthwise_bn, const OptionalTensor& depthwise_
   return packed;
 }
 
-// A chain of inference ops in one call. `program` has four numbers a step: which op (in the order of the cases), and
-// its stride, padding and relu, 0 where it has none; `tensors` are their tensors behind the activation, in order.
-Tensor run_plan(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& program) {
-  using Ops = Bindings<Backend>;
-  STD_TORCH_CHECK(!program.empty() && program.size() % 4 == 0, "program: expected four numbers a step");
-  Tensor a = x;
-  const Tensor* next = tensors.data();
-  const auto take = [&](int64_t count) {
-    STD_TORCH_CHECK(tensors.data() + tensors.size() - next >= count, "tensors: too few for the program");
-    next += count;
-    return next - count;
-  };
-  for (size_t i = 0; i < program.size(); i += 4) {
-    const int64_t stride = program[i + 1], padding = program[i + 2], relu = program[i + 3];
-    switch (program[i]) {
-      case 0: {
-        const Tensor* const t = take(2);
-        a = Ops::stem_inference(a, t[0], t[1], stride, padding, relu);
-        break;
-      }
-      case 1: {
-        const Tensor* const t = take(2);
-        a = Ops::depthwise_inference(a, t[0], t[1], stride, padding, relu);
-        break;
-      }
-      case 2: {
-        const Tensor* const t = take(3);
-        a = Ops::pointwise_inference(a, t[0], t[1], relu, t[2]);
-        break;
-      }
-      case 3: {
-        const Tensor* const t = take(5);
-        a = Ops::block_inference(a, t[0], t[1], stride, t[2], t[3], t[4]);
-        break;
-      }
-      case 4:
-        a = Ops::bn_relu_pool_forward(a, *take(1));
-        break;
-      default:
-        STD_TORCH_CHECK(false, "program: no op ", program[i]);
-    }
-  }
-  return a;
+}  // namespace
+
+void Backend::bn_from_running(const RunningArgs& args) const {
+  args.running_mean.dtype == Dtype::f64 ? write_bn<double>(args) : write_bn<float>(args);
 }
 
-}  // namespace
 }  // namespace mx::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) {
   MX_IMPLEMENT_OPS(m, mx::cpu::Backend)
   m.impl("pack", TORCH_BOX(&mx::cpu::pack));
+  m.impl("make_plan", TORCH_BOX(&mx::cpu::make_plan));
   m.impl("run_plan", TORCH_BOX(&mx::cpu::run_plan));
 }

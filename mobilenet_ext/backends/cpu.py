@@ -34,25 +34,25 @@ def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise
     return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
 
 
-# What the program of run_plan (csrc/cpu/bindings.cpp) calls the ops.
+# In the order of csrc/cpu/plan.cpp.
 _PLANNED = ("stem_inference", "depthwise_inference", "pointwise_inference", "block_inference", "bn_relu_pool_forward")
 
 
 def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Tensor], Tensor]:
-    """A chain of inference ops, (name, what it takes behind the activation) each and every weight packed, as one call:
-    for a single image, going back and forth between Python and the kernels is a tenth of the time."""
+    """A chain of inference ops, (name, what it takes behind the activation) each and every weight packed, as one call
+    (``csrc/cpu/plan.h``). The memory of the tensors in ``steps`` must stay where it is."""
     tensors: list[Tensor] = []
     program: list[int] = []
     for name, args in steps:
-        settings = {"stride": 0, "padding": 0, "relu": 0}
+        settings = {"stride": 1, "padding": 0, "relu": 0}
         for argument, value in zip(_SCHEMAS[name], args, strict=True):
             if argument in settings:
                 settings[argument] = int(value)
             else:
                 tensors.append(value)
         program += [_PLANNED.index(name), *settings.values()]
-    run = kernels.run_plan.default
-    return lambda x: run(x, tensors, program)
+    run, plan = kernels.run_plan.default, kernels.make_plan(tensors, program)
+    return lambda x: run(x, plan)
 
 
 # The names of the arguments behind the activation.

@@ -1,0 +1,44 @@
+// The CPU backend as the torch bindings want it.
+#pragma once
+
+#include "../bindings.h"
+#include "blocks.h"
+#include "runtime.h"
+
+namespace mx::cpu {
+
+// The kernels of the instruction set in use, for csrc/bindings.h.
+struct Backend {
+  static constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
+  static constexpr const char* kDeviceName = "CPU";
+  static constexpr bool kFloat64 = true;
+
+  explicit Backend(const Tensor&) {}
+
+  Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
+    const torch::stable::Device device(kDevice);
+    const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    const size_t bytes = size_t(n) * c * h * w * itemsize;
+    if (bytes < kSmallestBlock) return empty_channels_last(n, c, h, w, type, device);
+    void* const block = take_block(bytes);
+    STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
+    return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
+  }
+
+  int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {
+    return kernels(dtype).packed_bytes(c_in, c_out, block);
+  }
+
+  void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
+  void depthwise_backward(const BackwardArgs& args) const { kernels(args.dtype).depthwise_backward(args); }
+  void pointwise_forward(const ForwardArgs& args) const { kernels(args.dtype).pointwise_forward(args); }
+  void pointwise_backward(const BackwardArgs& args) const { kernels(args.dtype).pointwise_backward(args); }
+  void stem_forward(const ForwardArgs& args) const { kernels(args.dtype).stem_forward(args); }
+  void stem_backward(const BackwardArgs& args) const { kernels(args.dtype).stem_backward(args); }
+  void normalise_forward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_forward(args); }
+  void normalise_backward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_backward(args); }
+  void block_inference(const BlockArgs& args) const { kernels(args.dtype).block_inference(args); }
+  void bn_from_running(const RunningArgs& args) const;
+};
+
+}  // namespace mx::cpu
