@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
                             help=f"of {', '.join(map(repr, NAMES))} [all]")  # fmt: skip
     if bench == "kernels":
         parser.add_argument("--passes", nargs="+", choices=kernels.PASSES, default=list(kernels.PASSES))
+        names = [name for name in kernels.RUNNERS if name != OURS]
+        parser.add_argument("--peers", nargs="*", metavar="PEER", choices=names, default=names,
+                            help=f"beside ours, none or some of {', '.join(map(repr, names))} [all]")  # fmt: skip
     if bench == "scaling":
         parser.add_argument("--task", choices=("training", "inference"), default="training")
     if bench != "kernels":
@@ -113,11 +116,12 @@ def _measure(args: argparse.Namespace) -> int:
     for dtype in args.dtype:
         bounds = limits.measure_limits(args.device, dtype)
         report["limits"][dtype] = bounds._asdict()
-        report["results"] += _results(args, dtype, bounds, effort)
+        for result in _results(args, dtype, bounds, effort):
+            report["results"].append(result)
+            if args.json:  # as it grows, so that a run that is cut off leaves what it has
+                results.write(args.json, report)
     print(table.heading(report))
     print(table.tables(report))
-    if args.json:
-        results.write(args.json, report)
     if args.save:
         path = results.default_file(args.bench, report["about"])
         results.write(path, report)
@@ -127,21 +131,19 @@ def _measure(args: argparse.Namespace) -> int:
     return 1 if any("refused" in row for row in ours) else 0
 
 
-def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort: comparison.Effort) -> list[Any]:
+def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort: comparison.Effort) -> Iterator[Any]:
     task = {"inference": "inference", "scaling": getattr(args, "task", "training")}.get(args.bench, "training")
     batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
-    found = []
     for batch in args.batch or batches:
         work = Workload(task, args.width, args.resolution, batch, dtype, args.device)
         print(work, file=sys.stderr, flush=True)
         if args.bench == "kernels":
             for pass_ in args.passes:
-                found += kernels.compare_layers(work, pass_, bounds, effort)
+                yield from kernels.compare_layers(work, pass_, args.peers, bounds, effort)
         elif args.bench == "scaling":
-            found += scaling.measure_scaling(work, bounds, effort)
+            yield from scaling.measure_scaling(work, bounds, effort)
         else:
-            found.append(comparison.compare_runners(work, args.peers, bounds, effort))
-    return found
+            yield comparison.compare_runners(work, args.peers, bounds, effort)
 
 
 def _without_files(words: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,17 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 EPS = 1e-5
 
 
-def compare_layers(work: Workload, pass_: str, limits: Limits, effort: Effort) -> list[dict[str, Any]]:
+def compare_layers(
+    work: Workload, pass_: str, peers: Sequence[str], limits: Limits, effort: Effort
+) -> Iterator[dict[str, Any]]:
     """A result for each distinct layer of a pass, with ``count``, how often the network has it; rows as in
     ``comparison.compare_runners``."""
     layers = layers_of(work.width, work.resolution, pass_)
-    results = []
     for layer in dict.fromkeys(layers):
         print(f"  {pass_} {layer.name}", file=sys.stderr, flush=True)
         calls, rows = {}, []
-        for name, make in RUNNERS.items():
-            call, error = make(layer, pass_, work)
+        for name in (OURS, *peers):
+            call, error = RUNNERS[name](layer, pass_, work)
             if name == OURS and not error <= ALLOWED[work.dtype]:
                 raise ValueError(f"our {pass_} of {layer.name} is wrong: relative error {error:.1e}")
             if error <= ALLOWED[work.dtype]:
@@ -44,17 +45,14 @@ def compare_layers(work: Workload, pass_: str, limits: Limits, effort: Effort) -
             row["seconds"] = samples.get(row["runner"], [])
         moved = layer.bytes_moved(pass_, work.batch, work.torch_dtype.itemsize)
         operations = layer.operations(pass_, work.batch)
-        results.append(
-            {
-                "workload": {**work._asdict(), "pass": pass_, "layer": layer.name},
-                "count": layers.count(layer),
-                "bytes": moved,
-                "operations": operations,
-                "limit_seconds": limits.seconds(moved, operations),
-                "rows": [row for row in rows if row["seconds"] or "refused" in row],
-            }
-        )
-    return results
+        yield {
+            "workload": {**work._asdict(), "pass": pass_, "layer": layer.name},
+            "count": layers.count(layer),
+            "bytes": moved,
+            "operations": operations,
+            "limit_seconds": limits.seconds(moved, operations),
+            "rows": [row for row in rows if row["seconds"] or "refused" in row],
+        }
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

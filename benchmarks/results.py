@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext.backends import cpu
+from mobilenet_ext.train.checkpoint import write_atomically
 
 FORMAT = 1  # of the files; raised when a reader of old ones would misread new ones
 FOLDER = Path(__file__).parent / "results"
@@ -32,19 +34,25 @@ def device_name(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads, {cpu.isa()}"
 
 
-def about(device: str) -> dict[str, Any]:
-    """The machine, versions and commit."""
+def commit() -> str | None:
+    """Of the checkout. A copy of one without its history has it from the environment variable MOBILENET_EXT_COMMIT."""
+    if given := os.environ.get("MOBILENET_EXT_COMMIT"):
+        return given
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        commit = None
+        return None
+
+
+def about(device: str) -> dict[str, Any]:
+    """The machine, versions and commit."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "backend": mx.backends.current(device),
         "versions": {"mobilenet_ext": mx.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "float32_products": torch.backends.cudnn.conv.fp32_precision if device == "cuda" else "ieee",
     }
@@ -58,7 +66,7 @@ def default_file(bench: str, about: dict[str, Any]) -> Path:
 
 def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": FORMAT, **report}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"format": FORMAT, **report}, indent=1).encode() + b"\n")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.comparison import Effort, compare_runners
@@ -19,16 +20,14 @@ POINTS: dict[str, tuple[float, ...]] = {
 }
 
 
-def measure_scaling(work: Workload, limits: Limits, effort: Effort) -> list[dict[str, Any]]:
+def measure_scaling(work: Workload, limits: Limits, effort: Effort) -> Iterator[dict[str, Any]]:
     """A result as of ``comparison.compare_runners`` for each point, one setting of ``work`` changed at a time; ``axis``
     names it."""
-    results = []
     for axis, values in POINTS.items():
         for value in values:
             point = work._replace(**{axis: value})
             print(point, file=sys.stderr, flush=True)
-            results.append({"axis": axis, **compare_runners(point, RUNNERS, limits, effort)})
-    return results
+            yield {"axis": axis, **compare_runners(point, RUNNERS, limits, effort)}
 
 
 def scaling_lines(results: list[dict[str, Any]]) -> list[list[str]]:

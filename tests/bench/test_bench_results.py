@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mobilenet_ext.cli as command_line
-from benchmarks import cli, compare, pictures, readme, results, scaling
+from benchmarks import cli, compare, kernels, pictures, readme, results, scaling
 from benchmarks.network import Workload
 from benchmarks.peers import OURS
 from mobilenet_ext.cli import bench
@@ -144,6 +144,28 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert saved["command"].startswith("mobilenet-ext bench inference --device cpu")
     assert "'eager channels_last'" in saved["command"] and "best peer / it" in capsys.readouterr().out
     assert compare.changes(saved, json.loads(path.read_text()))[0].ratio == 1
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    options = "--device cpu --width 0.25 --resolution 33 --batch 1 --dtype float32 --passes forward --rounds 1 --peers"
+    compare_layers = kernels.compare_layers
+
+    def cut_off(*args: Any) -> Any:
+        layers = compare_layers(*args)
+        yield next(layers)
+        yield next(layers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "compare_layers", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["kernels", *options.split(), "--json", str(path)])
+    assert [[row["runner"] for row in r["rows"]] for r in results.read(path)["results"]] == [[OURS]] * 2
+
+
+def test_the_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOBILENET_EXT_COMMIT", "c0ffee")
+    assert results.about("cpu")["commit"] == "c0ffee"
 
 
 @pytest.mark.parametrize(
