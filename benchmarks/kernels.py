@@ -148,6 +148,8 @@ class _Module:
         if pass_ == "inference":
             self.module.requires_grad_(False).to(dtype)
             x = x.to(dtype)
+        if compiled:
+            torch._dynamo.reset()  # a batch of another size before would have it compiled for any size
         self.forward = torch.compile(self.module) if compiled else self.module
         self.x = x.to(dtype).requires_grad_(pass_ == "backward" and x.shape[1] != 3)
         if pass_ == "backward":
@@ -175,7 +177,6 @@ def _theirs(memory_format: torch.memory_format, compiled: bool = False):
         x = torch.randn(work.batch, layer.in_channels, layer.size, layer.size)
         with torch.no_grad():
             expected = exact(x[:2].double())
-        torch._dynamo.reset()
         x = x.to(device=work.device, memory_format=memory_format)
         few = x[:2].contiguous(memory_format=memory_format)
         # Of a backward pass its forward is compared.

@@ -41,13 +41,13 @@ def interleave(
     after a pause and, where a call is shorter than a burst, after one call that is not counted. On a GPU a sample is
     the median of the burst's calls by events, each behind a write that clears the L2.
     """
+    burst = _gpu_burst if device == "cuda" else _cpu_burst
     lengths = {}
     for name, call in calls.items():
         for _ in range(WARM_UP):  # compiles, allocates, packs
             call()
         start = time.perf_counter()
-        call()
-        _synchronize(device)
+        burst(call, 1)  # on a GPU the write that clears the L2 takes longer than a small kernel
         lengths[name] = max(1, round(burst_s / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -55,7 +55,6 @@ def interleave(
             time.sleep(pause_s)
             if lengths[name] > 1:
                 call()
-            burst = _gpu_burst if device == "cuda" else _cpu_burst
             samples[name].append(burst(call, lengths[name]))
     return samples
 
@@ -77,8 +76,3 @@ def _gpu_burst(call: Call, length: int) -> float:
         end.record()
     torch.cuda.synchronize()
     return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy
@@ -14,6 +15,8 @@ from benchmarks.peers.torch_peers import LABEL_SMOOTHING, LEARNING_RATE, MOMENTU
 from mobilenet_ext import MobileNetV1
 
 EPS, BN_MOMENTUM = 1e-5, 0.1
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other runners need memory of the GPU too
 
 
 def parameters_of(model: MobileNetV1) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[int, int]]]:
@@ -64,11 +67,18 @@ def network(params, stats, geometry, x, dtype, training):
     return logits.astype(jnp.float32), new_stats
 
 
+def jax_as_torch() -> Any:
+    """The module, set to multiply float32 as PyTorch is set to: on a GPU its own default is TF32."""
+    import jax
+
+    ieee = torch.backends.cudnn.conv.fp32_precision == "ieee"
+    jax.config.update("jax_default_matmul_precision", "highest" if ieee else "default")
+    return jax
+
+
 class Inference:
     def __init__(self, work: Workload) -> None:
-        import jax
-
-        self.jax = jax
+        self.jax = jax = jax_as_torch()
         params, stats, geometry = parameters_of(work.model().cpu())
         # The weights are constants of the compiled program: XLA folds what it can.
         self.run = jax.jit(lambda x: network(params, stats, geometry, x, work.dtype, False)[0])
@@ -84,10 +94,9 @@ class Inference:
 
 class Training:
     def __init__(self, work: Workload) -> None:
-        import jax
         import jax.numpy as jnp
 
-        self.jax = jax
+        self.jax = jax = jax_as_torch()
         params, stats, geometry = parameters_of(work.model().cpu())
         self.params, self.stats = jax.device_put(params), jax.device_put(stats)
         self.velocity = jax.tree.map(jnp.zeros_like, self.params)
