@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from benchmarks.peers import OURS
+from benchmarks.peers import is_ours
 from benchmarks.timing import summary
 
 CONFIDENCE = 0.99
@@ -67,7 +67,7 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [f"{len(rows)} measurements in both"]
     if before["about"]["device"] != after["about"]["device"]:
         lines.append(f"different machines: {before['about']['device']} and {after['about']['device']}")
-    peers = [row.ratio for row in rows if row.runner != OURS]
+    peers = [row.ratio for row in rows if not is_ours(row.runner)]
     if peers:
         lines.append(f"the peers, as a control: after / before {summary(peers).median:.2f} (median)")
     found = sorted((row for row in rows if row.beyond_noise), key=lambda row: -abs(row.ratio - 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.network import Workload
-from benchmarks.peers import OURS
+from benchmarks.peers import OURS, is_ours
 from benchmarks.scaling import POINTS, RUNNERS
 from benchmarks.table import milliseconds
 from benchmarks.timing import summary
@@ -51,7 +51,7 @@ def _bars(report: dict[str, Any]):
         end = 1e3 * max(time.high for time, _ in rows if time.median <= 4 * middle)
         for i, (time, row) in enumerate(rows):
             spread = [[1e3 * (time.median - time.low)], [1e3 * (time.high - time.median)]]
-            colour = OUR_COLOUR if row["runner"] == OURS else PEER_COLOUR
+            colour = OUR_COLOUR if is_ours(row["runner"]) else PEER_COLOUR
             axis.barh(i, 1e3 * time.median, xerr=spread, color=colour, ecolor="#475569")
             axis.text(min(1e3 * time.high, end), i, f"  {milliseconds(time.median)}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row["runner"] for _, row in rows], fontsize=8)

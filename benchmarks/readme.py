@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import pictures, results
 from benchmarks.network import Workload
-from benchmarks.peers import OURS
+from benchmarks.peers import OURS, is_ours
 from benchmarks.table import best_peer, milliseconds, paired_ratio
 from benchmarks.timing import summary
 
@@ -79,7 +79,7 @@ def _part(report: dict[str, Any], file: Path) -> str:
         "|---|" + "---:|" * len(works),
     ]
     for runner in runners:
-        name = f"**{runner}**" if runner == OURS else f"{runner} {versions[runner] or ''}".strip()
+        name = f"**{runner}**" if is_ours(runner) else f"{runner} {versions[runner] or ''}".strip()
         lines.append(f"| {name} | " + " | ".join(_cell(result, runner) for result in found) + " |")
     ratios = []
     for result in found:

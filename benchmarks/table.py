@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.network import Workload
-from benchmarks.peers import OURS
+from benchmarks.peers import OURS, is_ours
 from benchmarks.scaling import scaling_lines
 from benchmarks.timing import Summary, summary
 
@@ -16,7 +16,7 @@ def milliseconds(seconds: float) -> str:
 
 def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The fastest row that is not ours."""
-    timed = [row for row in rows if "seconds" in row and row["runner"] != OURS]
+    timed = [row for row in rows if "seconds" in row and not is_ours(row["runner"])]
     return min(timed, key=lambda row: summary(row["seconds"]).median, default=None)
 
 

@@ -10,8 +10,10 @@ from importlib import import_module
 from benchmarks.peers.base import Peer
 
 OURS = "mobilenet_ext"
+CAPTURED = f"{OURS}, CUDA graph"  # the same kernels, as a user who captures them runs them
 _CLASSES = {
     OURS: "torch_peers.MobileNetExt",
+    CAPTURED: "torch_peers.MobileNetExtCaptured",
     "eager NCHW": "torch_peers.EagerNchw",
     "eager channels_last": "torch_peers.EagerChannelsLast",
     "torch.compile": "torch_peers.Compile",
@@ -23,6 +25,11 @@ _CLASSES = {
     "JAX": "jax_xla.Jax",
 }
 NAMES = tuple(_CLASSES)
+
+
+def is_ours(runner: str) -> bool:
+    """Whether a row is of this library, however it is run."""
+    return runner in (OURS, CAPTURED)
 
 
 def get(name: str) -> Peer:

@@ -89,6 +89,37 @@ class MobileNetExt(TorchPeer):
         return mx.freeze(work.model()) if work.task == "inference" else work.model()
 
 
+class Captured:
+    """An inference in a CUDA graph, captured as PyTorch's notes on CUDA graphs say: after calls on another stream."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference, self.graph = inference, torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                inference()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            inference()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+    def logits(self) -> Tensor:
+        return self.inference.logits()
+
+
+class MobileNetExtCaptured(MobileNetExt):
+    def refuses(self, work: Workload) -> str | None:
+        if work.device != "cuda":
+            return "a CUDA graph needs a GPU"
+        return "only inference is captured" if work.task == "training" else None
+
+    def inference(self, work: Workload) -> Captured:
+        return Captured(super().inference(work))
+
+
 class EagerNchw(TorchPeer):
     memory_format = torch.contiguous_format
 

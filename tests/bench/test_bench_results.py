@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import mobilenet_ext.cli as command_line
-from benchmarks import cli, compare, kernels, pictures, readme, results, scaling
+from benchmarks import cli, compare, kernels, pictures, readme, results, scaling, table
 from benchmarks.network import Workload
-from benchmarks.peers import OURS
+from benchmarks.peers import CAPTURED, OURS
 from mobilenet_ext.cli import bench
 
 WORK = Workload("training", 1.0, 224, 32, "float32", "cpu")
@@ -79,6 +79,12 @@ def test_files_of_others_are_refused(tmp_path: Path, text: str, capsys: pytest.C
     path.write_text(text)
     assert cli.main(["compare", str(path), str(path)]) == 1
     assert str(path) in capsys.readouterr().err
+
+
+def test_a_captured_run_of_ours_is_no_peer() -> None:
+    rows = report(1, ours=2.0, peer=3.0)["results"][0]["rows"]
+    best = table.best_peer([*rows, {"runner": CAPTURED, "seconds": samples(1.0, 7)}])
+    assert best is not None and best["runner"] == "eager"
 
 
 def kernels_report() -> dict[str, Any]:
