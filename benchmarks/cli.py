@@ -13,12 +13,13 @@ import torch
 
 import mobilenet_ext as mx
 from benchmarks import compare as compare_module
-from benchmarks import comparison, kernels, limits, pictures, readme, results, scaling, table
+from benchmarks import comparison, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks.network import DTYPES, Workload
 from benchmarks.peers import NAMES, OURS, is_ours
 
 INFERENCE_BATCHES = {"cpu": [1, 32], "cuda": [1, 32, 256]}
 TRAINING_BATCH = {"cpu": [32], "cuda": [256]}
+CURVES_BATCH = 32  # the recipe's for the digits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "inference": "the whole network in eval mode",
         "training": "a training step: forward, backward, SGD with momentum",
         "scaling": "time and memory against batch, resolution and width",
+        "curves": "losses of a training on the digits, ours and eager PyTorch's",
     }
     for name, text in help_of.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -68,9 +70,12 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
                         "in training, weights and activations in inference [float32 bfloat16]")  # fmt: skip
     parser.add_argument("--width", type=_positive(float), default=1.0, help="multiplier [1]")
     parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
-    batch = "1 32 256, on a CPU 1 32" if bench == "inference" else "256, on a CPU 32"
+    batch = {"inference": "1 32 256, on a CPU 1 32", "curves": CURVES_BATCH}.get(bench, "256, on a CPU 32")
     parser.add_argument("--batch", nargs="+", type=_positive(int), help=f"[{batch}]")
-    parser.add_argument("--rounds", type=_positive(int), default=9, help="samples of each runner [9]")
+    if bench == "curves":
+        parser.add_argument("--epochs", type=_positive(int), default=10, help="[10]")
+    else:
+        parser.add_argument("--rounds", type=_positive(int), default=9, help="samples of each runner [9]")
     parser.add_argument("--threads", type=_positive(int), help="of a CPU [torch's choice]")
     if bench in ("inference", "training"):
         parser.add_argument("--peers", nargs="+", metavar="PEER", choices=NAMES, default=list(NAMES),
@@ -82,7 +87,7 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
                             help=f"beside ours, none or some of {', '.join(map(repr, names))} [all]")  # fmt: skip
     if bench == "scaling":
         parser.add_argument("--task", choices=("training", "inference"), default="training")
-    if bench != "kernels":
+    if bench not in ("kernels", "curves"):
         parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out, which takes a process "
                             "of its own for each runner")  # fmt: skip
     parser.add_argument("--fp32-precision", choices=("ieee", "tf32"), default="ieee", help="of products on a GPU")
@@ -110,7 +115,7 @@ def _measure(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
             part.fp32_precision = args.fp32_precision
-    effort = comparison.Effort(args.rounds, memory=not getattr(args, "no_memory", False))
+    effort = comparison.Effort(getattr(args, "rounds", 0), memory=not getattr(args, "no_memory", False))
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
     report["command"] = shlex.join(["mobilenet-ext", "bench", *_without_files(args.words)])
     for dtype in args.dtype:
@@ -134,6 +139,8 @@ def _measure(args: argparse.Namespace) -> int:
 def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort: comparison.Effort) -> Iterator[Any]:
     task = {"inference": "inference", "scaling": getattr(args, "task", "training")}.get(args.bench, "training")
     batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
+    if args.bench == "curves":
+        batches = [CURVES_BATCH]
     for batch in args.batch or batches:
         work = Workload(task, args.width, args.resolution, batch, dtype, args.device)
         print(work, file=sys.stderr, flush=True)
@@ -142,6 +149,8 @@ def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort
                 yield from kernels.compare_layers(work, pass_, args.peers, bounds, effort)
         elif args.bench == "scaling":
             yield from scaling.measure_scaling(work, bounds, effort)
+        elif args.bench == "curves":
+            yield curves.compare_training(work, args.epochs)
         else:
             yield comparison.compare_runners(work, args.peers, bounds, effort)
 

@@ -1,4 +1,4 @@
-"""Results as pictures: bars against peers, a roofline with a dot for each layer, and growth with the work."""
+"""Results as pictures: bars against peers, a roofline with a dot for each layer, growth with the work, losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(report: dict[str, Any], json_file: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "mobilenet_ext"  # the same result gives the same file
-    draw_one = {"kernels": _roofline, "scaling": _growth}.get(report["bench"], _bars)
+    draw_one = {"kernels": _roofline, "scaling": _growth, "curves": _losses}.get(report["bench"], _bars)
     figure = draw_one(report)
     path = json_file.with_suffix(".svg")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -112,6 +112,25 @@ def _growth(report: dict[str, Any]):
         axis.set_xlabel(f"GFLOP, by {name}")
         axis.set_ylabel("ms")
     axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(report["about"]["device"], fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def _losses(report: dict[str, Any]):
+    figure, axes = _figure(len(report["results"]), 5, 3.4)
+    for axis, result in zip(axes, report["results"], strict=True):
+        for row in result["rows"]:
+            epochs = [epoch["epoch"] for epoch in row["history"]]
+            colour = OUR_COLOUR if is_ours(row["runner"]) else PEER_COLOUR
+            for key, style, name in (("train_loss", "o-", "training"), ("val_loss", "s--", "validation")):
+                losses = [epoch[key] for epoch in row["history"]]
+                axis.semilogy(epochs, losses, style, color=colour, label=f"{row['runner']}, {name}", ms=4, lw=1)
+        work = Workload(**result["workload"])
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("loss")
+        axis.set_title(f"digits, {work.resolution}x{work.resolution}, batch {work.batch}, {work.dtype}", fontsize=10)
+        axis.legend(fontsize=7, frameon=False)
     figure.suptitle(report["about"]["device"], fontsize=9)
     figure.tight_layout()
     return figure

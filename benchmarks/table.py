@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.curves import curves_lines
 from benchmarks.network import Workload
 from benchmarks.peers import OURS, is_ours
 from benchmarks.scaling import scaling_lines
@@ -117,4 +118,6 @@ def tables(report: dict[str, Any]) -> str:
         return "\n" + kernels_table(report)
     if report["bench"] == "scaling":
         return "\n" + aligned(scaling_lines(report["results"]))
+    if report["bench"] == "curves":
+        return "\n" + aligned(curves_lines(report["results"]))
     return "\n" + "\n\n".join(comparison_table(result) for result in report["results"])

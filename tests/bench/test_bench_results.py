@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import mobilenet_ext.cli as command_line
-from benchmarks import cli, compare, kernels, pictures, readme, results, scaling, table
+from benchmarks import cli, compare, curves, kernels, pictures, readme, results, scaling, table
 from benchmarks.network import Workload
 from benchmarks.peers import CAPTURED, OURS
 from mobilenet_ext.cli import bench
+from mobilenet_ext.fusion import is_untouched
+from mobilenet_ext.train.recipe import Recipe
+from mobilenet_ext.train.run import RunOptions, RunResult
 
 WORK = Workload("training", 1.0, 224, 32, "float32", "cpu")
 ABOUT = {"device": "a CPU", "versions": {"torch": "2"}, "commit": "c0ffee", "date": "2026-01-01T00:00:00+00:00"}
@@ -108,13 +112,41 @@ def scaling_report() -> dict[str, Any]:
     return {**report(1), "bench": "scaling", "results": points}
 
 
+def curves_report() -> dict[str, Any]:
+    epoch = {"epoch": 1, "train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.25, "seconds": 1.0}
+    history = [epoch, {**epoch, "epoch": 2, "train_loss": 1.0}]
+    rows = [{"runner": name, "history": history} for name in (OURS, curves.EAGER)]
+    return {**report(1), "bench": "curves", "results": [{"workload": WORK._asdict(), "rows": rows}]}
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: report(1), kernels_report, scaling_report], ids=["bars", "roofline", "growth"]
+    "make",
+    [lambda: report(1), kernels_report, scaling_report, curves_report],
+    ids=["bars", "roofline", "growth", "losses"],
 )
 def test_pictures(make: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     first, again = (pictures.draw(make(), tmp_path / f"{name}.json")[0].read_text() for name in ("a", "b"))
     assert first == again and "<svg" in first and "a CPU" in first
+
+
+def test_curves_are_of_the_fused_and_of_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    fusing, recipes = [], []
+
+    def run(recipe: Recipe, out: str, options: RunOptions) -> RunResult:
+        fusing.append(is_untouched(nn.ReLU()))
+        recipes.append(recipe)
+        return RunResult(Path(out), 1, [{"epoch": 1}], False)
+
+    monkeypatch.setattr(curves, "run_training", run)
+    result = curves.compare_training(WORK._replace(dtype="bfloat16"), epochs=3)
+    assert [row["runner"] for row in result["rows"]] == [OURS, curves.EAGER] and fusing == [True, False]
+    assert is_untouched(nn.ReLU()), "the hook is gone"
+    assert recipes[0] == recipes[1] and recipes[0].amp == "bf16" and recipes[0].epochs == 3
+    assert curves.curves_lines(curves_report()["results"])[1] == [
+        f"{OURS}, float32", "2", "1.0000", "2.5000", "0.2500", "1.00"
+    ]  # fmt: skip
+    assert "validation accuracy" in table.tables(curves_report())
 
 
 def test_the_readme_is_written_from_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
