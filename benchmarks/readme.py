@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures, results
-from benchmarks.network import Workload
+from benchmarks.network import DTYPES, Workload
 from benchmarks.peers import OURS, is_ours
 from benchmarks.table import best_peer, milliseconds, paired_ratio
 from benchmarks.timing import summary
 
 README = Path(__file__).parent.parent / "README.md"
+PICTURES = {"each layer under the machine's limits": "kernels*.svg", "losses of a training": "curves*.svg"}
 BEGIN, END = "<!-- figures: mobilenet-ext bench readme -->", "<!-- end of figures -->"
 
 
@@ -45,16 +46,19 @@ def section_in(text: str) -> str:
 
 
 def section(folder: Path) -> str:
-    """Markdown, a part for each device."""
+    """Markdown, a part for each device, benchmark and backend: what was measured in several runs (``training.json``,
+    ``training-float32.json``) stands in one table."""
     parts = []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
         for bench in ("training", "inference"):
-            file = device / f"{bench}.json"
-            if file.is_file():
-                parts.append(_part(results.read(file), file))
-        kernels = device / "kernels.svg"
-        if kernels.is_file():
-            parts.append(f"![each layer under the machine's limits]({_link(kernels)})\n")
+            by_backend: dict[str, dict[Path, dict[str, Any]]] = {}
+            for file in sorted(device.glob(f"{bench}*.json")):
+                report = results.read(file)
+                by_backend.setdefault(report["about"]["backend"], {})[file] = report
+            for backend, reports in by_backend.items():
+                parts.append(_part(reports, backend if len(by_backend) > 1 else None))
+        for name, pattern in PICTURES.items():
+            parts += [f"![{name}]({_link(file)})\n" for file in sorted(device.glob(pattern))]
     return "\n".join(parts)
 
 
@@ -62,8 +66,11 @@ def _link(path: Path) -> str:
     return path.relative_to(README.parent).as_posix()
 
 
-def _part(report: dict[str, Any], file: Path) -> str:
-    about, found = report["about"], report["results"]
+def _part(reports: dict[Path, dict[str, Any]], backend: str | None) -> str:
+    """Of reports of one benchmark by their files; ``backend`` is named where there are several."""
+    report = next(iter(reports.values()))
+    found = [result for each in reports.values() for result in each["results"]]
+    found.sort(key=lambda result: (list(DTYPES).index(result["workload"]["dtype"]), result["workload"]["batch"]))
     works = [Workload(**result["workload"]) for result in found]
     timed_rows = (row for result in found for row in result["rows"] if row.get("seconds"))
     runners = dict.fromkeys(row["runner"] for row in timed_rows)
@@ -71,8 +78,9 @@ def _part(report: dict[str, Any], file: Path) -> str:
     first = works[0]
     size = f"MobileNetV1 {first.width:g}, {first.resolution}x{first.resolution}"
     versions = {row["runner"]: row.get("version") for result in found for row in result["rows"]}
+    device = report["about"]["device"] + (f", backend {backend}" if backend else "")
     lines = [
-        f"**{what}** of {size} on {about['device']}: milliseconds, the median of {_rounds(found)} rounds taken in "
+        f"**{what}** of {size} on {device}: milliseconds, the median of {_rounds(found)} rounds taken in "
         "turn and the quartiles; lower is better.",
         "",
         "| | " + " | ".join(f"batch {work.batch}, {work.dtype}" for work in works) + " |",
@@ -88,11 +96,12 @@ def _part(report: dict[str, Any], file: Path) -> str:
         timed = best is not None and ours.get("seconds")
         ratios.append(f"{paired_ratio(best['seconds'], ours['seconds']).median:.2f}" if timed else "")
     lines.append("| best peer / mobilenet_ext | " + " | ".join(ratios) + " |")
-    picture = file.with_suffix(".svg")
-    if picture.is_file():
-        lines += ["", f"![{what.lower()} beside the peers]({_link(picture)})"]
-    source = f"commit {about['commit']}, {about['date'][:10]}; raw: [{file.name}]({_link(file)})"
-    lines += ["", f"`{report['command']}`, {source}"]
+    for file, each in reports.items():
+        picture, about = file.with_suffix(".svg"), each["about"]
+        if picture.is_file():
+            lines += ["", f"![{what.lower()} beside the peers]({_link(picture)})"]
+        source = f"commit {about['commit']}, {about['date'][:10]}; raw: [{file.name}]({_link(file)})"
+        lines += ["", f"`{each['command']}`, {source}"]
     return "\n".join(lines) + "\n"
 
 

@@ -20,7 +20,13 @@ from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.run import RunOptions, RunResult
 
 WORK = Workload("training", 1.0, 224, 32, "float32", "cpu")
-ABOUT = {"device": "a CPU", "versions": {"torch": "2"}, "commit": "c0ffee", "date": "2026-01-01T00:00:00+00:00"}
+ABOUT = {
+    "device": "a CPU",
+    "backend": "cpu",
+    "versions": {"torch": "2"},
+    "commit": "c0ffee",
+    "date": "2026-01-01T00:00:00+00:00",
+}
 
 
 def samples(median: float, seed: int, spread: float = 0.05, rounds: int = 9) -> list[float]:
@@ -165,6 +171,20 @@ def test_the_readme_is_written_from_the_results(monkeypatch: pytest.MonkeyPatch,
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| best peer / mobilenet_ext | 2" in text or "| best peer / mobilenet_ext | 1.9" in text
     assert "absent" not in text and "(results/a-cpu/training.json)" in text and "(results/a-cpu/training.svg)" in text
+
+
+def test_runs_of_one_benchmark_share_a_table_and_backends_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    for name, backend, batch in (("", "triton", 256), ("-1", "triton", 1), ("-cuda", "cuda", 256)):
+        found = report(1, work=WORK._replace(batch=batch))
+        found["about"] = {**ABOUT, "backend": backend}
+        results.write(tmp_path / "results" / "a-gpu" / f"training{name}.json", found)
+    text = readme.section(tmp_path / "results")
+    assert text.count("**Training step**") == 2 and "a CPU, backend triton:" in text and "a CPU, backend cuda:" in text
+    assert "| | batch 1, float32 | batch 256, float32 |" in text and "| | batch 256, float32 |" in text
+    assert all(f"(results/a-gpu/training{name}.json)" in text for name in ("", "-1", "-cuda"))
 
 
 def test_the_readme_of_this_checkout_is_current() -> None:
