@@ -74,15 +74,9 @@ inline Geometry conv_geometry(Conv conv, int64_t n, int64_t h, int64_t w, int64_
   STD_TORCH_CHECK(h + 2 * padding >= kernel && w + 2 * padding >= kernel,
                   "input: the padded image is smaller than the kernel; shape ", shape_text(std::array{n, c_in, h, w}),
                   ", padding ", padding);
-  return {n,
-          h,
-          w,
-          c_in,
-          c_out,
-          (h + 2 * padding - kernel) / stride + 1,
-          (w + 2 * padding - kernel) / stride + 1,
-          stride,
-          padding};
+  return {
+      n,      h,      w, c_in, c_out, (h + 2 * padding - kernel) / stride + 1, (w + 2 * padding - kernel) / stride + 1,
+      stride, padding};
 }
 
 struct ConvShape {

@@ -362,3 +362,75 @@ def test_a_watched_or_swapped_classifier_stays(model, x):
     for other in (nn.Identity(), nn.Flatten(), nn.Sequential()):
         model.classifier = other
         assert_close(mx.freeze(model)(x), model.eval()(x), 1e-12)
+
+
+def plan_calls(frozen, x) -> int:
+    """Calls of the kernels that run a plan during frozen(x)."""
+    with torch.profiler.profile() as profile:
+        frozen(x)
+    return sum(event.count for event in profile.key_averages() if event.key == "mobilenet_ext_cpu::run_plan")
+
+
+def test_the_whole_network_is_one_call_unless_somebody_is_between(model, x):
+    frozen = mx.freeze(model)
+    if backends.current("cpu") != "cpu":
+        return
+    expected = frozen(x)
+    assert isinstance(frozen, mx.MobileNetV1) and plan_calls(frozen, x) == 1
+    assert torch.equal(frozen.classifier(frozen.feature(x)), expected)
+    for module in (frozen.feature, frozen.feature[0], frozen.classifier, frozen.classifier[0], frozen.classifier[1]):
+        seen = []
+        handle = module.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o))
+        assert torch.equal(frozen(x), expected) and len(seen) == 1 and plan_calls(frozen, x) == 2
+        handle.remove()
+    assert plan_calls(frozen, x) == 1
+    twin = mx.freeze(randomise_(copy.deepcopy(model)))
+    frozen.classifier[1] = twin.classifier[1]
+    assert_close(frozen(x), twin.classifier(frozen.feature(x)), 1e-12)
+    assert len([key for key in frozen.feature[0]._plans if len(key) > 1]) == 1  # not the swapped one's
+    frozen.classifier[1] = nn.Identity()
+    assert torch.equal(frozen(x), frozen.feature(x).flatten(1))
+    frozen.classifier = nn.Sequential(nn.Flatten(0), nn.Identity())
+    assert frozen(x).shape == (2 * 256,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sizes_may_change_from_call_to_call(model, dtype):
+    frozen = mx.freeze(model).to(dtype)
+    for n, h, w in ((1, 64, 64), (3, 33, 95), (0, 64, 64), (2, 1, 1), (1, 64, 64)):
+        x = torch.randn(n, 3, h, w).to(dtype)
+        with KernelOps():  # op by op
+            expected = frozen(x)
+        assert torch.equal(frozen(x), expected)
+
+
+def test_a_frozen_model_with_parts_in_two_dtypes_is_refused(model, x):
+    frozen = mx.freeze(model)
+    frozen.classifier.float()
+    with pytest.raises((TypeError, RuntimeError), match="dtype|input"):
+        frozen(x)
+
+
+def test_only_a_plan_is_taken_for_one():
+    weight, bn = torch.randn(8, 3, 3, 3), torch.ones(5, 8)
+    kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    plan = kernels.make_plan([bn, weight], [0, 2, 1, 1])
+    assert torch.equal(kernels.run_plan(x, plan), kernels.stem_inference(x, bn, weight, 2, 1, True))
+    for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.run_plan(x, wrong)
+    for wrong in (x.double(), x[:, :2].contiguous(memory_format=torch.channels_last), torch.randn(1, 3, 8, 8)):
+        with pytest.raises(RuntimeError, match="x: expected"):
+            kernels.run_plan(wrong, plan)
+    for tensors, program in (
+        ([bn, weight], [0, 3, 1, 1]),
+        ([bn, weight], [5, 1, 1, 1]),
+        ([bn, weight], [4, 1, 1, 1]),
+        ([bn, weight], [0, 1, 1]),
+        ([bn, weight], [0, 1, 1, 1, 4, 1, 0, 0]),
+        ([bn[:, :4].contiguous(), weight], [0, 1, 1, 1]),
+        ([bn, weight, bn], [0, 1, 1, 1]),
+        ([bn], [0, 1, 1, 1]),
+    ):
+        with pytest.raises(RuntimeError):
+            kernels.make_plan(tensors, program)
