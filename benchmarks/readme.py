@@ -13,7 +13,11 @@ from benchmarks.table import best_peer, milliseconds, paired_ratio
 from benchmarks.timing import summary
 
 README = Path(__file__).parent.parent / "README.md"
-PICTURES = {"each layer under the machine's limits": "kernels*.svg", "losses of a training": "curves*.svg"}
+PICTURES = {
+    "each layer under the machine's limits": "kernels*.svg",
+    "time and memory against batch, resolution and width": "scaling*.svg",
+    "losses of a training": "curves*.svg",
+}
 BEGIN, END = "<!-- figures: mobilenet-ext bench readme -->", "<!-- end of figures -->"
 
 
