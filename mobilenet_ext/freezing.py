@@ -104,8 +104,11 @@ class FrozenChain(nn.Module):
     def run_with(self, x: Tensor, behind: FrozenChain) -> Tensor | None:
         """The outputs of the chain ``behind`` this one, which pools, in one call; None where that cannot be had."""
         dtype = self._checked_dtype(x)
-        plan = self._plan(dtype, behind) if _may_plan(x) else None
-        return None if plan is None or plan.run is None else plan.run(chain.as_input(x, dtype))
+        plan = self._plan(dtype, behind) if self._packs() and _may_plan(x) else None
+        return None if plan is None else plan.run(chain.as_input(x, dtype))
+
+    def _packs(self) -> bool:
+        return self._buffers["weight0"].device.type == "cpu" and backends.current("cpu") == "cpu"
 
     def _units(self) -> list[chain.InferenceUnit]:
         return [
@@ -124,7 +127,7 @@ class FrozenChain(nn.Module):
         same = plan is not None and len(plan.buffers) == len(buffers) and all(map(operator.is_, plan.buffers, buffers))
         if not same and any(buffer.is_inference() for buffer in buffers):
             return None  # inference tensors have no version
-        packs = self._buffers["weight0"].device.type == "cpu" and backends.current("cpu") == "cpu"
+        packs = self._packs()
         state = (packs, *[buffer._version for buffer in buffers], *[buffer.data_ptr() for buffer in buffers])
         if not same or plan.state != state:
             run = None
