@@ -147,8 +147,8 @@ struct Call {
     STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
   }
 
-  void check_packed(const Tensor& packed, const ConvShape& s, bool block) const {
-    check_dense(packed, "packed", ScalarType::Byte, {backend.packed_bytes(s.dtype, s.g.c_in, s.g.c_out, block)});
+  void check_packed(const Tensor& packed, Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {
+    check_dense(packed, "packed", ScalarType::Byte, {backend.packed_bytes(dtype, c_in, c_out, block)});
   }
 
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
@@ -252,7 +252,7 @@ struct Bindings {
                                const OptionalTensor& packed = {}) {
     const Call<Backend> call(x);
     const ConvShape s = call.check_conv(conv, x, weight, stride, padding);
-    if (packed) call.check_packed(*packed, s, false);
+    if (packed) call.check_packed(*packed, s.dtype, s.g.c_in, s.g.c_out, false);
     if (bn_y) call.check_dense(*bn_y, "bn_y", acc_type(s.type), {BN_ROWS, s.g.c_out});
     Tensor y = call.empty_activation(s.g.n, s.g.c_out, s.g.out_h, s.g.out_w, s.type);
     ForwardArgs args{};
@@ -353,7 +353,7 @@ struct Bindings {
     args.depthwise_weight = data(depthwise_weight);
     args.pointwise_bn = data(pointwise_bn);
     args.pointwise_weight = data(pointwise_weight);
-    if (packed) call.check_packed(*packed, s, true);
+    if (packed) call.check_packed(*packed, s.dtype, s.g.c_in, s.g.c_out, true);
     args.packed = data(packed);
     args.y = y.mutable_data_ptr();
     call.backend.block_inference(args);

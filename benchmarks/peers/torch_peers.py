@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -89,19 +90,25 @@ class MobileNetExt(TorchPeer):
         return mx.freeze(work.model()) if work.task == "inference" else work.model()
 
 
+def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Captured as PyTorch's notes on CUDA graphs say: after a few calls on a stream that is not the default one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 class Captured:
-    """An inference in a CUDA graph, captured as PyTorch's notes on CUDA graphs say: after calls on another stream."""
+    """An inference in a CUDA graph."""
 
     def __init__(self, inference: Inference) -> None:
-        self.inference, self.graph = inference, torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                inference()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            inference()
+        self.inference, self.graph = inference, capture(inference)
 
     def __call__(self) -> None:
         self.graph.replay()

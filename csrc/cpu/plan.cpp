@@ -103,7 +103,7 @@ class PlanBuilder {
       call_.check_weight(Conv::pointwise, pointwise_weight, plan_->type, channels_);
       step.channels = pointwise_weight.size(0);
       call_.check_dense(pointwise_bn, "pointwise_bn", acc, {BN_ROWS, step.channels});
-      check_packed(packed, step.channels, true);
+      call_.check_packed(packed, plan_->dtype, channels_, step.channels, true);
       step.block.dtype = plan_->dtype;
       step.block.depthwise_bn = data(depthwise_bn);
       step.block.depthwise_weight = data(depthwise_weight);
@@ -117,7 +117,7 @@ class PlanBuilder {
       call_.check_dense(bn, "bn_y", acc, {BN_ROWS, step.channels});
       if (op == Op::pointwise) {
         const Tensor& packed = take();
-        check_packed(packed, step.channels, false);
+        call_.check_packed(packed, plan_->dtype, channels_, step.channels, false);
         step.conv.packed = data(packed);
       }
       step.conv.dtype = plan_->dtype;
@@ -158,11 +158,6 @@ class PlanBuilder {
       plan_->channels = channels_ = weight.size(conv == Conv::depthwise ? 0 : 1);
     }
     call_.check_weight(conv, weight, plan_->type, channels_);
-  }
-
-  void check_packed(const Tensor& packed, int64_t c_out, bool block) const {
-    call_.check_dense(packed, "packed", ScalarType::Byte,
-                      {call_.backend.packed_bytes(plan_->dtype, channels_, c_out, block)});
   }
 
   std::unique_ptr<Plan> plan_;

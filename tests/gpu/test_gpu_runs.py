@@ -14,6 +14,7 @@ from test_reproducible import assert_same_bits, results
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
+from benchmarks.peers.torch_peers import capture
 
 BATCH = 8
 
@@ -39,20 +40,6 @@ def make_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], N
         optimiser.step()
 
     return step
-
-
-def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Captured as PyTorch's notes on CUDA graphs say: after a few runs on a stream that is not the default one."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
