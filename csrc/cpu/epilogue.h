@@ -32,11 +32,11 @@ MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool
   using A = Acc<T>;
   with_lanes<vectors, A>(columns, [&](auto partial) {
     if constexpr (!partial.value) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
         if (i < count) store_vectors<T, vectors>(to + i * pitch, streaming, values[i]);
     } else {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
@@ -70,18 +70,18 @@ struct StoreWithMoments {
   MX_INLINE void add_moments(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i) sums[i][v] = round_to_storage<T>(sums[i][v]);
       if (row == 0) {
         Vec<A> total = zero<A>();
-#pragma GCC unroll 12
+#pragma GCC unroll 14
         for (int i = 0; i < rows; ++i)
           if (i < count) total += sums[i][v];
         shift[v] = finite_or_zero(total / A(count));
       }
       // A block's few rows are added up apart first, which keeps long float32 sums accurate.
       Vec<A> block_sum = zero<A>(), block_squares = zero<A>();
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
         if (i < count) {
           const Vec<A> distance = sums[i][v] - shift[v];
@@ -128,11 +128,11 @@ struct StoreNormalised {
           const Vec<A> mean = load_lanes<partial, A>(bn + BN_MEAN * activation.channels, lanes);
           const Vec<A> scale = load_lanes<partial, A>(bn + BN_SCALE * activation.channels, lanes);
           const Vec<A> shift = load_lanes<partial, A>(bn + BN_SHIFT * activation.channels, lanes);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
           for (int i = 0; i < rows; ++i) sums[i][v] = normalise<A>(sums[i][v] - mean, scale, shift);
         }
         if (rectify) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
           for (int i = 0; i < rows; ++i) sums[i][v] = relu(sums[i][v]);
         }
       }
@@ -169,7 +169,7 @@ struct StoreInputGradient {
           const Vec<A> scale = load_lanes<partial, A>(bn + BN_SCALE * pitch, lanes);
           const Vec<A> shift = load_lanes<partial, A>(bn + BN_SHIFT * pitch, lanes);
           Vec<A> block_sum = zero<A>(), block_centred = zero<A>();
-#pragma GCC unroll 12
+#pragma GCC unroll 14
           for (int i = 0; i < rows; ++i)
             if (i < count) {
               const Vec<A> distance = load_lanes<partial, T>(u + offset + i * pitch, lanes) - mean;
@@ -209,7 +209,7 @@ struct AddToRows {
     if (!add) return clear<rows, vectors, A>(sums);
     with_lanes<vectors, A>(columns, [&](auto is_partial) {
       constexpr bool partial = decltype(is_partial)::value;
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
@@ -223,7 +223,7 @@ struct AddToRows {
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
     with_lanes<vectors, A>(columns, [&](auto is_partial) {
       constexpr bool partial = decltype(is_partial)::value;
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)

@@ -10,16 +10,18 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// The register block is kBlockRows rows by kPanelVectors vectors: 12x2 sums, 2 vectors of the panel and a broadcast
-// fill the 32 registers of AVX-512 and NEON, 6x2 the 16 of AVX2. Blocks at the end of a tile have one or two
-// thirds of the rows. AMX's (gemm_amx.h) have all rows or half of them.
+// The register block is kBlockRows rows by kPanelVectors vectors: 14x2 sums, 2 vectors of the panel and a broadcast fill
+// 31 of the 32 registers of AVX-512 and NEON, 6x2 15 of AVX2's 16. Fourteen also divides the pixels of the feature maps of
+// 224x224 images. The last block of a tile is the smallest
+// that has room for what is left: each size is code of its own. AMX's (gemm_amx.h) have all rows or half of them.
 #if defined(MX_ISA_AMX_BF16)
-constexpr int kRowStep = 16, kBlockRows = 2 * kRowStep;
+constexpr int kBlockSizes[] = {32, 16};
 #elif defined(MX_ISA_AVX512) || defined(__aarch64__)
-constexpr int kRowStep = 4, kBlockRows = 3 * kRowStep;
+constexpr int kBlockSizes[] = {14, 11, 8, 4};
 #else
-constexpr int kRowStep = 2, kBlockRows = 3 * kRowStep;
+constexpr int kBlockSizes[] = {6, 4, 2};
 #endif
+constexpr int kBlockRows = kBlockSizes[0];
 constexpr int kPanelVectors = 2;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
@@ -42,7 +44,7 @@ MX_INLINE int64_t tile_pitch(int64_t depth) {
 
 template <int rows, int vectors, class A>
 MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) sums[i][v] = zero<A>();
@@ -123,7 +125,7 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
     const char* at[kPointers];
 #pragma GCC unroll 4
     for (int k = 0; k < kPointers; ++k) at[k] = k == 0 ? base : at[k - 1] + kApart * row_bytes;
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int i = 0; i < rows; ++i) {
       const char* const from = by_column ? at[0] + i * sizeof(E) : at[i / kApart] + i % kApart * row_bytes;
       const Vec<A> a = broadcast_element<E>(*reinterpret_cast<const E*>(from));
@@ -151,21 +153,24 @@ __attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, cons
   epilogue.end(row, count, sums);
 }
 
+// The smallest block with room for `count` rows.
+template <bool by_column, int vectors, int size = 0, class E, class Epilogue>
+MX_INLINE void multiply_rows(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row, int count,
+                             Ahead& ahead, Epilogue& epilogue) {
+  if constexpr (size + 1 < int(sizeof(kBlockSizes) / sizeof(int)))
+    if (count <= kBlockSizes[size + 1])
+      return multiply_rows<by_column, vectors, size + 1>(tile, pitch, panel, groups, row, count, ahead, epilogue);
+  multiply_block<by_column, kBlockSizes[size], vectors>(tile, pitch, panel, groups, row, count, ahead, epilogue);
+}
+
 template <bool by_column, int vectors, class E, class Epilogue>
 inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups, Ahead& ahead,
                            Epilogue& epilogue) {
-  int64_t row = 0;
-  for (; rows - row > 2 * kRowStep; row += kBlockRows)
-    multiply_block<by_column, kBlockRows, vectors>(tile, pitch, panel, groups, row, int(min_of(rows - row, kBlockRows)),
-                                                   ahead, epilogue);
-  if (rows - row > kRowStep)
-    multiply_block<by_column, 2 * kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), ahead, epilogue);
-  else if (rows > row)
-    multiply_block<by_column, kRowStep, vectors>(tile, pitch, panel, groups, row, int(rows - row), ahead, epilogue);
+  for (int64_t row = 0; row < rows; row += kBlockRows)
+    multiply_rows<by_column, vectors>(tile, pitch, panel, groups, row, int(min_of(rows - row, kBlockRows)), ahead,
+                                      epilogue);
 }
 
-// All rows of a tile times one panel of `columns` columns. The tile must be readable, not meaningful, up to the next
-// multiple of kRowStep rows.
 template <bool by_column, class E, class Epilogue>
 inline void multiply_tile(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t columns, int64_t groups,
                           Ahead& ahead, Epilogue& epilogue) {

@@ -123,8 +123,7 @@ template <class T>
 inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
   using A = Acc<T>;
   using E = Operand<T>;
-  constexpr int64_t kPixels = 96;
-  static_assert(kPixels % kTileStep == 0);
+  constexpr int64_t kPixels = 112 / kTileStep * kTileStep;
   const Geometry& g = args.g;
   const int64_t c = g.c_in, columns = 3 * c, pitch = tile_pitch<E>(g.c_out);
   const int64_t panels = ceil_div(columns, kPanel<A>), panel_size = groups_of<E>(g.c_out) * kPanel<A>;

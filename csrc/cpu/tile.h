@@ -9,9 +9,8 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// Tiles have a multiple of this many rows, so that only the last has a ragged end; the same for all instruction sets
-// but AMX.
-constexpr int64_t kTileStep = kBlockRows > 12 ? kBlockRows : 12;
+// Tiles have a multiple of this many rows, so that only the last has a ragged end.
+constexpr int64_t kTileStep = kBlockRows < 12 ? 12 : kBlockRows;
 static_assert(kTileStep % kBlockRows == 0);
 
 // The grid of row tiles. It depends on the shape alone.
@@ -205,7 +204,7 @@ struct AcrossLayout {
 
   AcrossLayout(int64_t groups, int64_t columns)
       : pitch(row_pitch<E>(kByColumn ? columns : groups)),
-        size(pitch * (kByColumn ? groups : round_up(columns, kBlockRows))) {}
+        size(kByColumn ? pitch * groups + kBlockRows : pitch * round_up(columns, kBlockRows)) {}
   int64_t at(int64_t group, int64_t column) const {
     return kByColumn ? group * pitch + column : column * pitch + group;
   }
