@@ -20,6 +20,14 @@ constexpr int kSharedSlot = 0, kWorkerSlot = 1, kWeightSlot = 2, kTapsSlot = 3;
 // Fewer row tiles than this, and the columns are divided too, for enough parallel tasks.
 constexpr int64_t kWantedTasks = 16;
 
+// Rows that take several times as long to multiply by a panel as the panel takes to come from memory. With so many in a
+// tile of rows built together, workers divide the tiles, and multiply what they built themselves.
+#if defined(MX_ISA_AMX_BF16)
+constexpr int64_t kRowsWorthPanels = 504;
+#else
+constexpr int64_t kRowsWorthPanels = 84;
+#endif
+
 template <class T>
 struct ForwardProduct {
   using A = Acc<T>;
@@ -66,8 +74,9 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   // read once. Otherwise each worker builds tiles of its own.
   constexpr int64_t kTogetherBytes = 512 << 10;
   const bool together = p.rows > 0 && p.rows * pitch * int64_t(sizeof(E)) <= kTogetherBytes;
-  const RowTiles tiles =
-      together ? even_tiles(p.rows, ceil_div(kWantedTasks, panels)) : row_tiles(p.rows, pitch * sizeof(E));
+  const RowTiles tiles = together
+                             ? even_tiles(p.rows, max_of(ceil_div(kWantedTasks, panels), p.rows / kRowsWorthPanels))
+                             : row_tiles(p.rows, pitch * sizeof(E));
   const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks / 2, max_of(tiles.count, 1)));
   const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
   const bool training = p.bn_y != nullptr, streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
@@ -105,8 +114,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
     E* const own = static_cast<E*>(scratch(kWorkerSlot, together ? 0 : Workspace::bytes<E>(tiles.rows * pitch)));
     int64_t built = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t = together ? task % tiles.count : task / groups, rows = tiles.size(t);
-      const int64_t group = together ? task / tiles.count : task % groups;
+      const int64_t t = task / groups, group = task % groups, rows = tiles.size(t);
       if (!together && t != built) {
         build(tiles.begin(t), rows, own);
         fill_up_rows(own, rows, p.depth);
