@@ -119,6 +119,12 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
     constexpr int kGroupsAhead = 8;
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(panel + kGroupsAhead * kPanel<A> + v * kLanes<A>);
+    // Rows of a tile read by column are too far apart for the machine to see where they lead.
+    constexpr int kRowsAhead = 16;
+    if (by_column) {
+      __builtin_prefetch(base + kRowsAhead * row_bytes);
+      __builtin_prefetch(base + kRowsAhead * row_bytes + (rows - 1) * sizeof(E));
+    }
     Vec<A> b[vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) b[v] = load_elements<E>(panel + v * kLanes<A>);
