@@ -10,10 +10,10 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// The register block is kBlockRows rows by kPanelVectors vectors: 14x2 sums, 2 vectors of the panel and a broadcast fill
-// 31 of the 32 registers of AVX-512 and NEON, 6x2 15 of AVX2's 16. Fourteen also divides the pixels of the feature maps of
-// 224x224 images. The last block of a tile is the smallest
-// that has room for what is left: each size is code of its own. AMX's (gemm_amx.h) have all rows or half of them.
+// The register block is kBlockRows rows by kPanelVectors vectors: 14x2 sums, 2 vectors of the panel and a broadcast
+// fill 31 of the 32 registers of AVX-512 and NEON, 6x2 15 of AVX2's 16. Fourteen also divides the pixels of the feature
+// maps of 224x224 images. The last block of a tile is the smallest that has room for what is left: each size is code of
+// its own. AMX's (gemm_amx.h) have all rows or half of them.
 #if defined(MX_ISA_AMX_BF16)
 constexpr int kBlockSizes[] = {32, 16};
 #elif defined(MX_ISA_AVX512) || defined(__aarch64__)

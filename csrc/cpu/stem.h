@@ -30,11 +30,11 @@ MX_INLINE void copy_taps(const T* from, int64_t count, T* to) {
 }
 
 // The taps of output pixels [begin, begin + pixels), a row each, filled up with 0 to `filled` values, `pitch` values
-// apart.
-template <class T>
-inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* rows, int64_t filled,
-                        int64_t pitch) {
-  const int64_t c = g.c_in, line_taps = 3 * c;
+// apart. `channels` are those of the image, or 0 if they are not known beforehand.
+template <int channels, class T>
+inline void gather_taps_of(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* rows, int64_t filled,
+                           int64_t pitch) {
+  const int64_t c = channels ? channels : g.c_in, line_taps = 3 * c;
   for (int64_t done = 0; done < pixels;) {
     const int64_t pixel = begin + done, ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h;
     const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
@@ -46,23 +46,31 @@ inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pi
     for (int64_t ix = ox * g.stride - g.padding, end = ix + length * g.stride; ix < end;
          ix += g.stride, rows += pitch) {
       const bool interior = ix >= 0 && ix + 3 <= g.w;
-      const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
+      if (interior) {
 #pragma GCC unroll 3
-      for (int ky = 0; ky < 3; ++ky) {
-        T* const row = rows + ky * line_taps;
-        const T* const from = lines[ky] ? lines[ky] + ix * c : nullptr;
-        if (interior || from == nullptr) {
-          copy_taps<T>(from, line_taps, row);
-        } else {
-          copy_taps<T>(nullptr, left * c, row);
-          copy_taps<T>(from + left * c, (right - left) * c, row + left * c);
-          copy_taps<T>(nullptr, (3 - right) * c, row + right * c);
+        for (int ky = 0; ky < 3; ++ky)
+          copy_taps<T>(lines[ky] ? lines[ky] + ix * c : nullptr, line_taps, rows + ky * line_taps);
+      } else {
+        const int64_t left = min_of(max_of(-ix, 0), 3), right = max_of(min_of(g.w - ix, 3), left);
+        for (int ky = 0; ky < 3; ++ky) {
+          T* const row = rows + ky * line_taps;
+          copy_taps<T>(nullptr, line_taps, row);
+          if (lines[ky]) copy_taps<T>(lines[ky] + (ix + left) * c, (right - left) * c, row + left * c);
         }
       }
       copy_taps<T>(nullptr, filled - kTaps * c, rows + kTaps * c);
     }
     done += length;
   }
+}
+
+template <class T>
+inline void gather_taps(const T* x, const Geometry& g, int64_t begin, int64_t pixels, T* rows, int64_t filled,
+                        int64_t pitch) {
+  if (g.c_in == 3)
+    gather_taps_of<3>(x, g, begin, pixels, rows, filled, pitch);
+  else
+    gather_taps_of<0>(x, g, begin, pixels, rows, filled, pitch);
 }
 
 // Calls use(taps, pixels, done) with the taps of a few pixels at a time of [begin, begin + pixels), rows without gaps,
