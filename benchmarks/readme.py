@@ -96,7 +96,7 @@ def _part(reports: dict[Path, dict[str, Any]], backend: str | None) -> str:
     ratios = []
     for result in found:
         best = best_peer(result["rows"])
-        ours = next(row for row in result["rows"] if row["runner"] == OURS)
+        ours = next((row for row in result["rows"] if row["runner"] == OURS), {})
         timed = best is not None and ours.get("seconds")
         ratios.append(f"{paired_ratio(best['seconds'], ours['seconds']).median:.2f}" if timed else "")
     lines.append("| best peer / mobilenet_ext | " + " | ".join(ratios) + " |")

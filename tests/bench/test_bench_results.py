@@ -187,6 +187,15 @@ def test_runs_of_one_benchmark_share_a_table_and_backends_do_not(
     assert all(f"(results/a-gpu/training{name}.json)" in text for name in ("", "-1", "-cuda"))
 
 
+def test_the_readme_of_a_result_that_is_of_peers_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    found = report(1)
+    found["results"][0]["rows"] = [row for row in found["results"][0]["rows"] if row["runner"] != OURS]
+    results.write(tmp_path / "results" / "a-cpu" / "training.json", found)
+    text = readme.section(tmp_path / "results")
+    assert "eager" in text and "**mobilenet_ext**" not in text and "| best peer / mobilenet_ext |  |" in text
+
+
 def test_the_readme_of_this_checkout_is_current() -> None:
     assert readme.update(check=True) == 0
 
