@@ -121,7 +121,7 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(panel + kGroupsAhead * kPanel<A> + v * kLanes<A>);
     // Rows of a tile read by column are too far apart for the machine to see where they lead.
     constexpr int kRowsAhead = 16;
-    if (by_column) {
+    if constexpr (by_column) {
       __builtin_prefetch(base + kRowsAhead * row_bytes);
       __builtin_prefetch(base + kRowsAhead * row_bytes + (rows - 1) * sizeof(E));
     }
@@ -177,6 +177,8 @@ inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* 
                                       epilogue);
 }
 
+// All rows of a tile times one panel of `columns` columns. The tile must be readable, not meaningful, up to the next
+// multiple of kBlockRows rows.
 template <bool by_column, class E, class Epilogue>
 inline void multiply_tile(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t columns, int64_t groups,
                           Ahead& ahead, Epilogue& epilogue) {

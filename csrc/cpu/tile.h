@@ -200,7 +200,7 @@ struct AcrossLayout {
   static constexpr bool kByColumn = true;
 #endif
 
-  int64_t pitch, size;
+  int64_t pitch, size;  // with what multiply_tile reads behind the last column
 
   AcrossLayout(int64_t groups, int64_t columns)
       : pitch(row_pitch<E>(kByColumn ? columns : groups)),
