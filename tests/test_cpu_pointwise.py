@@ -36,8 +36,8 @@ from torch import Tensor
 from mobilenet_ext.backends import reference
 
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
-# 49 rows are one tile, 4608 several; weights of 330 x 410 and above send the backward pass through stretches of rows,
-# and the 2 x 40 x 41 rows here are several stretches.
+# 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
+# pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
 POINTWISE = [
     (2, 1, 5, 7, 1),
     (3, 33, 9, 11, 17),
@@ -45,6 +45,7 @@ POINTWISE = [
     (2, 64, 48, 48, 32),
     (9, 3, 1, 1, 5),
     (1, 520, 7, 7, 300),
+    (1, 24, 14, 14, 520),
     (2, 330, 40, 41, 410),
     (0, 16, 7, 7, 24),
     (0, 400, 7, 7, 400),
@@ -138,6 +139,17 @@ def test_pointwise_backward(
     output = (h, y if with_y else None, grad_bn_y if with_grad_bn else None)
     source = (u, bn_u if normalised else None, batch_stats, weight)
     check_conv_backward("pointwise_backward", output, source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", range(1, 30))
+def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
+    u, bn_u, weight, h, y, grad_bn_y = pointwise_inputs((1, 5, 1, count, count), dtype)
+    args = (u, None, weight, None, None, 1e-5, False)
+    assert_close(
+        ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], TOLERANCE[dtype], "y"
+    )
+    check_conv_backward("pointwise_backward", (h, y, grad_bn_y), (u, bn_u, True, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
