@@ -57,10 +57,14 @@ def _by_entry(call: Callable[..., Gradients], tensors: Gradients, dims: tuple[in
 _LEGACY_LEVEL = 1
 
 
+def _is_legacy_batch(grad: Tensor | None) -> bool:
+    return grad is not None and is_legacy_batchedtensor(grad)
+
+
 def _by_entry_of_legacy_batch(call: Callable[..., Gradients], grads: Gradients) -> Gradients:
-    dims = tuple(None if g is None or not is_legacy_batchedtensor(g) else 0 for g in grads)
-    # The batch size given here is for tensors without that level, of which there are none.
-    tensors = [g if d is None else torch._remove_batch_dim(g, _LEGACY_LEVEL, 1, 0) for g, d in zip(grads, dims)]
+    dims = tuple(0 if _is_legacy_batch(g) else None for g in grads)
+    # The 1 is the size for tensors without that level, of which there are none here.
+    tensors = tuple(torch._remove_batch_dim(g, _LEGACY_LEVEL, 1, 0) if _is_legacy_batch(g) else g for g in grads)
     size = next(len(t) for t, dim in zip(tensors, dims, strict=True) if dim is not None)
     out = _by_entry(call, tensors, dims, size)
     return tuple(None if t is None else torch._add_batch_dim(t, 0, _LEGACY_LEVEL) for t in out)
@@ -80,7 +84,9 @@ def first_order(name: str) -> Callable[[Callable[..., Gradients]], Callable[...,
         @wraps(backward)
         def wrapper(ctx, *grads):
             saved = ctx.saved_tensors
-            legacy = not torch.compiler.is_compiling() and any(g is not None and is_legacy_batchedtensor(g) for g in grads)
+            legacy = not torch.compiler.is_compiling() and any(
+                g is not None and is_legacy_batchedtensor(g) for g in grads
+            )
             if not (legacy or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
                 return backward(ctx, saved, *grads)
             message = f"{name}: double backward (differentiating a gradient) is not supported"

@@ -18,7 +18,9 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
+from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
+from mobilenet_ext.running_stats import why_unusable
 
 if TYPE_CHECKING:
     from mobilenet_ext.plans import Plans
@@ -107,12 +109,10 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or is_transformed():
         return False
     if not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
         return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return False  # torch.func and forward-mode differentiation
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return False
@@ -129,6 +129,9 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
         if any(t.dtype not in conv_dtypes for t in conv_tensors):
             return False
         if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
+            return False
+        running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+        if any(why_unusable(t, _tracks(bn)) for t in running):
             return False
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         h, w = (ops.conv_output_size(size, kernel, stride, padding) for size in (h, w))
@@ -231,8 +234,7 @@ def is_observed() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
     )
 
 
