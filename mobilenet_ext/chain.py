@@ -252,7 +252,7 @@ _NAME = "mobilenet_ext: chain of convolution, BatchNorm and ReLU"
 
 
 class _AsInput(torch.autograd.Function):
-    """``apply(x, dtype)``: ``x`` in ``dtype`` and channels_last. Its gradient has the dtype and the strides of ``x``."""
+    """``apply(x, dtype)``: ``x`` in ``dtype`` and channels_last; its gradient has the dtype and strides of ``x``."""
 
     @staticmethod
     def forward(ctx, x, dtype):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mobilenet_ext import chain, layers
 from mobilenet_ext.arguments import check_batch_norm, check_conv, check_running_stats
@@ -154,4 +155,4 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
 
 def _runs_plain(*tensors: Tensor | None) -> bool:
     """Whether PyTorch's own functions compute this: they know every transform, and subclasses know them."""
-    return is_transformed() or not all(t is None or type(t) in TENSORS for t in tensors)
+    return is_transformed() or not all(t is None or type(t) in (*TENSORS, FakeTensor) for t in tensors)
