@@ -8,6 +8,7 @@ support, and nothing watches or changes them: no hooks (theirs or global), no pr
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -272,8 +273,11 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
         and bn.num_features == conv.out_channels
         and (bn.running_mean is None) == (bn.running_var is None)
         and bn.eps > 0
+        and not any(type(number) is int and abs(number) > _LARGEST for number in (bn.eps, bn.momentum))
     )
 
+
+_LARGEST = sys.float_info.max  # integers go on
 
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
