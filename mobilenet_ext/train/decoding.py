@@ -45,9 +45,9 @@ def decode_image(path: str | os.PathLike[str]) -> Tensor:
     """Reads an image file, of any format that Pillow reads by itself.
 
     The pixels are those of Pillow's ``convert("RGB")``, as in torchvision's ``ImageFolder``: grey becomes three equal
-    channels, transparency is dropped, the EXIF orientation is not applied (Pillow applies a TIFF's), and of an animation
-    or a file of several pages the first image is taken. Of samples of 16 bits the high byte is taken, also of grey
-    images, which Pillow would clip.
+    channels, transparency is dropped, the EXIF orientation is not applied (Pillow applies that of a TIFF), and of an
+    animation or a file of several pages the first image is taken. Of samples of 16 bits the high byte is taken, also
+    of grey images, which Pillow would clip.
 
     Memory is bounded, at seven bytes a pixel and the size of the file: refused before they are decoded are images of
     more than ``PIL.Image.MAX_IMAGE_PIXELS`` (89 million, unless changed; None for no limit), those with one side more
