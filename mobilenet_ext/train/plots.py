@@ -21,6 +21,7 @@ CURVES = {
 SPLITS = {"train": "train", "val": "validation"}
 # matplotlib's own logarithmic ticks are powers of ten, and over less than a decade 2 x 10^1, 3 x 10^1 side by side.
 STEPS = ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # of a decade
+MOST_TICKS = 7
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str) -> None:
@@ -65,26 +66,26 @@ def plot_sweep(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str |
     _save(figure, path)
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """At most so many round numbers between two positive ones, for a logarithmic axis."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two positive ones, for a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     strides = [(steps, 1) for steps in STEPS] + [((1,), stride) for stride in range(2, len(decades) + 1)]
     for steps, stride in strides:
         values = (step * 10.0**decade for decade in decades if decade % stride == 0 for step in steps)
         ticks = [value for value in values if low <= value <= high]
-        if len(ticks) <= most:
+        if len(ticks) <= MOST_TICKS:
             break
     if len(ticks) >= 2:
         return ticks
     # So short a piece of the axis is nearly a linear one.
-    linear = require("matplotlib.ticker", "drawing the curves", "matplotlib").MaxNLocator(min(most, 4))
-    return [value for value in linear.tick_values(low, high) if low <= value <= high]
+    linear = require("matplotlib.ticker", "drawing the curves", "matplotlib").MaxNLocator(4, steps=[1, 2, 5, 10])
+    return [float(value) for value in linear.tick_values(low, high) if low <= value <= high]
 
 
-def label_log_axis(axis: Any, ticks: Sequence[float] = (), most: int = 7) -> None:
+def label_log_axis(axis: Any, ticks: Sequence[float] = ()) -> None:
     """Plain numbers, at ``ticks`` or else at round ones, on a logarithmic ``axis.xaxis`` or ``axis.yaxis`` whose panel
     holds its curves already."""
-    ticks = ticks or log_ticks(*axis.get_view_interval(), most)
+    ticks = ticks or log_ticks(*axis.get_view_interval())
     axis.set_ticks(ticks, [f"{tick:,.9g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
