@@ -7,9 +7,11 @@ support, and nothing watches or changes them: no hooks (theirs or global), no pr
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,12 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
+from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
+from mobilenet_ext.running_stats import why_unusable
+
+if TYPE_CHECKING:
+    from mobilenet_ext.plans import Plans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
@@ -40,19 +47,29 @@ class FusedSequential(nn.Sequential):
     Shapes: input ``[N, C, H, W]`` for the first module; output as the last module gives it.
     """
 
+    plans: Plans | None = None  # of a frozen container
+
     def forward(self, input: Tensor) -> Tensor:
-        return run_modules(self, input)
+        if self.plans is None or is_observed():
+            return run_modules(self, input)
+        return self.plans.run(self, input)
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         # nn.Sequential would call the constructor of the subclass, which may take something else than modules.
         if isinstance(index, slice):
-            return FusedSequential(OrderedDict(list(self._modules.items())[index]))
+            part = FusedSequential(OrderedDict(list(self._modules.items())[index]))
+            part.training, part.plans = self.training, copy.copy(self.plans)
+            return part
         return super().__getitem__(index)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSequential:
+        """``.to()`` and the like."""
+        return super()._apply(fn, recurse) if self.plans is None else self.plans.convert(self, super()._apply, fn)
 
-def run_modules(container: nn.Sequential, x: Tensor) -> Tensor:
-    """Run the modules in ``container`` one after the other, chains of fusable units through the kernels."""
-    modules = list(flatten(container))
+
+def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Run modules one after the other, chains of fusable units through the kernels."""
+    modules = list(flatten(modules))
     i = 0
     while i < len(modules):
         units, pool = leading_chain(modules[i:])
@@ -65,9 +82,9 @@ def run_modules(container: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
-    """The modules in ``container``, with those of its untouched sequential containers in their places."""
-    for module in container:
+def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """``modules``, with those of untouched sequential containers among them in their places."""
+    for module in modules:
         if type(module).forward in (nn.Sequential.forward, FusedSequential.forward) and is_untouched(module):
             yield from flatten(module)
         else:
@@ -93,12 +110,10 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or is_transformed():
         return False
-    if type(x) not in TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
+    if not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
         return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return False  # torch.func and forward-mode differentiation
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return False
@@ -116,12 +131,20 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
             return False
         if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
             return False
+        running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+        if any(why_unusable(t, _tracks(bn)) for t in running):
+            return False
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         h, w = (ops.conv_output_size(size, kernel, stride, padding) for size in (h, w))
         if channels != conv.in_channels or h < 1 or w < 1:
             return False
         channels = conv.out_channels
     return True
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor with strides, of no subclass, and not a list of several (a nested tensor)."""
+    return type(x) in TENSORS and x.layout == torch.strided and not x.is_nested
 
 
 def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
@@ -198,6 +221,24 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def hooks_around(modules: Iterable[nn.Module]) -> list[dict]:
+    """The dictionaries that :func:`is_untouched` wants to see empty for ``modules``."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    around = [getattr(nn_module, f"_global_{name}") for name in names]
+    return around + [getattr(module, f"_{name}") for module in modules for name in names]
+
+
+def is_observed() -> bool:
+    """Whether somebody follows the operations, who must not be shown a plan: it would keep today's weights for ever
+    in a graph, and whoever counts the ops wants to see each."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
+        or is_transformed()
+    )
+
+
 def conv_kind(conv: nn.Conv2d) -> Kind | None:
     """What the kernels take this convolution for, or None where they do not support it."""
     if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
@@ -232,12 +273,23 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
         and bn.num_features == conv.out_channels
         and (bn.running_mean is None) == (bn.running_var is None)
         and bn.eps > 0
+        and not any(type(number) is int and abs(number) > _LARGEST for number in (bn.eps, bn.momentum))
     )
 
 
+_LARGEST = sys.float_info.max  # integers go on
+
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Linear)}
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
+_FORWARDS = {kind: kind.forward for kind in _CLASSES}
+
+
+def forwards_are_original() -> bool:
+    """Whether the classes of a unit's modules have their own ``forward``."""
+    return nn.Conv2d._conv_forward is _CONV_FORWARD and all(
+        kind.forward is forward for kind, forward in _FORWARDS.items()
+    )
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mobilenet_ext.cli import options
-from mobilenet_ext.train.data import UnreadableImage
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError
 from mobilenet_ext.train.inference import Classifier
 from mobilenet_ext.train.run import use_backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from mobilenet_ext.train.data import UnreadableImage
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError, require
 from mobilenet_ext.train.loop import EpochStats, RunningStats
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mobilenet_ext.train.decoding import MAX_ASPECT
 from mobilenet_ext.train.errors import require
 
 
@@ -33,7 +34,8 @@ def resize_shorter_side(image: Any, size: int) -> Any:
 
     Raises:
         TypeError: ``image`` is neither.
-        ValueError: ``size`` is less than 1, or the image is empty.
+        ValueError: ``size`` is less than 1, the image is empty, or one of its sides is more than ``MAX_ASPECT`` times
+            the other: a line of pixels would become gigabytes, of which a crop throws nearly all away.
     """
     if size < 1:
         raise ValueError(f"size must be 1 or more, not {size}")
@@ -49,6 +51,8 @@ def resize_shorter_side(image: Any, size: int) -> Any:
         raise TypeError(f"image must be a tensor [..., C, H, W] or a PIL image, not {type(image).__name__}")
     if min(height, width) == size:
         return image
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"image: expected one side at most {MAX_ASPECT} times the other, got {width}x{height} pixels")
     longer = int(size * max(height, width) / min(height, width))
     new_height, new_width = (size, longer) if height <= width else (longer, size)
     if not isinstance(image, Tensor):

@@ -62,6 +62,18 @@ def test_resize_refuses_empty_images_and_sizes() -> None:
         resize_shorter_side(torch.zeros(3, 4, 4), 0)
 
 
+@pytest.mark.parametrize("size", [(20000, 1), (1, 65535), (5, 501)])
+def test_resize_refuses_a_line_of_pixels(size: tuple[int, int]) -> None:
+    """It would become gigabytes, whether it comes as a tensor or from PIL."""
+    pil = pytest.importorskip("PIL.Image", reason="makes the image")
+    said = f"image: expected one side at most 100 times the other, got {size[0]}x{size[1]} pixels"
+    for image in (torch.zeros(3, size[1], size[0], dtype=torch.uint8), pil.new("RGB", size)):
+        for resize in (RandomResize((256,)), lambda image: resize_shorter_side(image, 64)):
+            with pytest.raises(ValueError, match=said):
+                resize(image)
+    assert resize_shorter_side(torch.zeros(3, 5, 500), 10).shape == (3, 10, 1000)
+
+
 def test_random_resize_draws_every_size_from_the_generator() -> None:
     resize, image, numbers = RandomResize((8, 12, 16)), smooth_image(20, 20), generator()
     sizes = [resize(image, generator=numbers).shape[-1] for _ in range(300)]
