@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files and classes are bytes, of any encoding
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: started with its output closed
+            sys.stdout.flush()
         return status
     except TrainError as error:
         print(f"mobilenet-ext: {error}", file=sys.stderr)

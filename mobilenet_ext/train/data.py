@@ -8,6 +8,8 @@ class names in the order of the labels.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mobilenet_ext.files import locked
 from mobilenet_ext.train.decoding import UnreadableImage, decode_image
 from mobilenet_ext.train.errors import TrainError, reason, require
 from mobilenet_ext.train.image_files import class_names, labelled_images
@@ -166,15 +169,21 @@ def find_imagenette(root: str | os.PathLike[str]) -> str | None:
 
 
 def _download_imagenette(root: Path, size: str) -> None:
-    """Puts Imagenette into ``root``, whole or not at all."""
+    """Puts Imagenette into ``root``, whole or not at all; waits for another process that is at it."""
     datasets = require("torchvision.datasets", "downloading Imagenette", "torchvision")
     folder = IMAGENETTE_FOLDERS[size]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # An interrupted download or extraction must not look like a data set the next time.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as unfinished:
-            datasets.Imagenette(unfinished, size=size, download=True)
-            os.rename(os.path.join(unfinished, folder), root / folder)
+        print(f"downloading Imagenette into {root}, once no other process is at it", file=sys.stderr, flush=True)
+        with locked(root / ".download.lock", wait=True) as alone:
+            for unfinished in root.glob(".download-*") if alone else ():  # of a process that was killed
+                shutil.rmtree(unfinished)
+            if (root / folder).is_dir():
+                return
+            # An interrupted download or extraction must not look like a data set the next time.
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as unfinished:
+                datasets.Imagenette(unfinished, size=size, download=True)
+                os.rename(os.path.join(unfinished, folder), root / folder)
     except (OSError, RuntimeError, EOFError) as error:
         url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder}.tgz"
         raise TrainError(

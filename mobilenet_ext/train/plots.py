@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mobilenet_ext.train.checkpoint import write_atomically
+from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.errors import require
 
 CURVES = {
