@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
@@ -173,8 +172,20 @@ def gives_channels_last(x: Tensor, units: Iterable[Unit | InferenceUnit]) -> boo
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch takes ``x`` for a channels_last tensor, which it tells from the strides."""
-    return suggest_memory_format(x) == torch.channels_last
+    """Whether PyTorch takes ``x`` (4-D) for a channels_last tensor, which it tells from the strides.
+
+    As ``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h. PyTorch's Python version of it imports sympy at its
+    first call: a second under a lock that the child of a fork would wait for for ever.
+    """
+    sizes, strides = x.shape, x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
 
 
 def match_memory_format(out: Tensor, channels_last: bool) -> Tensor:

@@ -6,6 +6,7 @@
 #include <unordered_set>
 
 #include "backend.h"
+#include "fork_safe_mutex.h"
 
 namespace mx::cpu {
 namespace {
@@ -42,7 +43,7 @@ class Plans {
   Tensor add(std::unique_ptr<Plan> plan) {
     Plan* const p = plan.release();
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<ForkSafeMutex> lock(mutex_);
       plans_.insert(p);
     }
     return torch::stable::from_blob(p, {int64_t(sizeof(Plan))}, {1},
@@ -51,7 +52,7 @@ class Plans {
 
   const Plan& at(const Tensor& handle) {
     const void* const p = handle.const_data_ptr();
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
     STD_TORCH_CHECK(plans_.count(p), "plan: expected what make_plan gave, not a copy of it");
     return *static_cast<const Plan*>(p);
   }
@@ -59,20 +60,17 @@ class Plans {
  private:
   static void drop(void* p);
 
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   std::unordered_set<const void*> plans_;
 };
 
-// Never destroyed: handles may outlive the end of main.
-Plans& plans() {
-  static Plans* const plans = new Plans;
-  return *plans;
-}
+// Made when the library is loaded (blocks.cpp), never destroyed: handles may outlive the end of main.
+Plans* const plans = new Plans;
 
 void Plans::drop(void* p) {
   {
-    const std::lock_guard<std::mutex> lock(plans().mutex_);
-    plans().plans_.erase(p);
+    const std::lock_guard<ForkSafeMutex> lock(plans->mutex_);
+    plans->plans_.erase(p);
   }
   delete static_cast<Plan*>(p);
 }
@@ -222,11 +220,11 @@ Tensor make_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
     STD_TORCH_CHECK(program[i] >= 0 && program[i] < (i == 0 ? kOps - 1 : kOps), "program: no op ", program[i]);
     builder.add(Op(program[i]), program[i + 1], program[i + 2], program[i + 3]);
   }
-  return plans().add(builder.finish());
+  return plans->add(builder.finish());
 }
 
 Tensor run_plan(const Tensor& x, const Tensor& handle) {
-  const Plan& plan = plans().at(handle);
+  const Plan& plan = plans->at(handle);
   const Call<Backend> call(x);
   call.check_activation(x, "x");
   call.check_type(x, "x", plan.type);
