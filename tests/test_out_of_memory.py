@@ -11,8 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by Linux's means")
 
-# Each attempt has a thread of its own, whose workspaces and whose workers' are small; its workers exist before the limit
-# does, for OpenMP ends the process if it cannot make one.
+# Each attempt has a thread of its own, whose workspaces and whose workers' are small; the workers exist before the
+# limit does, for OpenMP ends the process if it cannot make one.
 PREAMBLE = """
 import resource, threading, torch
 import mobilenet_ext as mx
