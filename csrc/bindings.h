@@ -10,6 +10,7 @@
 //   packed_bytes(dtype, c_in, c_out, block)   size of what may come as `packed` to a pointwise convolution or a block
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -123,6 +124,18 @@ struct Call {
                     shape_text(sizes));
   }
 
+  // That the memory of a dense tensor is there: storages are resized by whoever holds one (FSDP frees a parameter's),
+  // and the tensor's sizes do not tell.
+  void check_storage(const Tensor& t, const char* name) const {
+    const int64_t numel = t.numel();
+    if (numel == 0) return;
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+    const int64_t needed = (t.storage_offset() + numel) * int64_t(t.element_size());
+    STD_TORCH_CHECK(needed <= bytes, name, ": expected a storage of at least ", needed, " bytes, got one of ", bytes,
+                    " (freed or resized after the tensor was made)");
+  }
+
   // A 4-D activation, dense in channels_last. Strides of dimensions of size 1 mean nothing.
   void check_activation(const Tensor& t, const char* name) const {
     dtype_of<Backend>(t, name);
@@ -137,6 +150,7 @@ struct Call {
                       ", strides ", shape_text(t.strides()));
       expected *= t.size(dim);
     }
+    check_storage(t, name);
   }
 
   void check_activation_like(const Tensor& t, const char* name, ScalarType type,
@@ -150,6 +164,7 @@ struct Call {
     check_type(t, name, type);
     check_shape(t, name, shape);
     STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+    check_storage(t, name);
   }
 
   void check_packed(const Tensor& packed, Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {

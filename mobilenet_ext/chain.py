@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mobilenet_ext import ops
+from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
 from mobilenet_ext.backends.reference import BN_MEAN, BN_SCALE, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
 from mobilenet_ext.layers import update_running_stats_
@@ -89,6 +89,7 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
         x = infer(x, [fold(unit) for unit in units[:inferred]], "relu", dtype)
         units = units[inferred:]
 
+    storage.check(x, *(t for u in units for t in (u.conv_bias, u.running_mean, u.running_var)))
     settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps) for u in units)
     params: list[Tensor | None] = []
     for unit in units:
@@ -140,7 +141,7 @@ class Step(NamedTuple):
 
 def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -> Tensor:
     """Run folded units over ``x`` in ``dtype``, without autograd."""
-    return execute(x, plan(units, end, dtype), dtype)
+    return execute(as_input(x, dtype), plan(units, end, dtype))
 
 
 def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
@@ -153,7 +154,7 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
     i = 0
     while i < len(units):
         kind, stride, padding, weight, bn = units[i]
-        weight = weight.to(dtype).contiguous()
+        weight = _as_weight(weight, dtype)
         i += 1
         relu = i < len(units) or end != "linear"
         if kind == "stem":
@@ -161,7 +162,7 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
         elif kind == "pointwise":
             steps.append(Step(ops.pointwise_inference, (bn, weight, relu, pack and pack(None, None, weight))))
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
-            pointwise = units[i].weight.to(dtype).contiguous()
+            pointwise = _as_weight(units[i].weight, dtype)
             packed = pack and pack(bn, weight, pointwise)
             steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
             i += 1
@@ -172,9 +173,8 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
     return steps
 
 
-def execute(x: Tensor, steps: list[Step], dtype: torch.dtype) -> Tensor:
-    """Run a plan that was made for ``dtype``."""
-    x = as_input(x, dtype)
+def execute(x: Tensor, steps: list[Step]) -> Tensor:
+    """Run a plan over ``x``, which :func:`as_input` gave."""
     for op, args in steps:
         x = op(x, *args)
     return x
@@ -182,7 +182,15 @@ def execute(x: Tensor, steps: list[Step], dtype: torch.dtype) -> Tensor:
 
 def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` as the first op of a plan takes it."""
+    storage.check(x)
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _as_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` as the kernels take it."""
+    if weight.dtype != dtype or not weight.is_contiguous():
+        storage.check(weight)  # before a copy
+    return weight.to(dtype).contiguous()
 
 
 def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -278,7 +286,7 @@ class _Chain(torch.autograd.Function):
         inputs, weights, bns, batch_bns = [], [], [], []
         for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
-            weight = weight.to(dtype).contiguous()
+            weight = _as_weight(weight, dtype)
             vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
             if first is not None and i >= first:
                 # Of the first unit, what it computes from is kept only for a gradient that depends on it.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mobilenet_ext import ops
+from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
 from mobilenet_ext.backends.reference import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA
 
@@ -25,6 +25,7 @@ _EPS = 1.0
 
 
 def _dense(x: Tensor) -> Tensor:
+    storage.check(x)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -116,6 +117,7 @@ def _bn_relu_backward(ctx, saved, grad):
 def _bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
+    storage.check(bias)
     bias = bias.to(ops.acc_dtype(weight.dtype))
     return _pack(torch.zeros_like(bias), torch.ones_like(bias), bias)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain as concatenated
 from itertools import repeat, takewhile
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +105,6 @@ class _Decision:
         )
 
 
-class _Plan(NamedTuple):
-    steps: list[chain.Step]
-    run: Callable[[Tensor], Tensor] | None  # the same in one call, where the backend can
-
-
 class FoldedChain:
     """Units, the global average pooling after them and a linear layer after that, run from a plan for each dtype.
 
@@ -129,7 +124,7 @@ class FoldedChain:
         self._tensors = [t for slot in slots for t in slot.values() if t is not None and t.is_floating_point()]
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
         self._state: list[int] = []  # of the tensors that the plans were made from
-        self._plans: dict[tuple[torch.dtype, bool], _Plan] = {}
+        self._plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
         # The last input's layout and settings: whether it is accepted, and whether the output is channels_last.
         self._layout: tuple[object, bool, bool] = (None, False, False)
 
@@ -148,7 +143,7 @@ class FoldedChain:
         if not accepted:
             return self._run_modules(x)
         plan = self._plan(x.device, dtype)
-        out = chain.execute(x, plan.steps, dtype) if plan.run is None else plan.run(chain.as_input(x, dtype))
+        out = plan(chain.as_input(x, dtype))
         return out.flatten(1) if self._linear is not None else fusion.match_memory_format(out, channels_last)
 
     def is_same(self, other: FoldedChain) -> bool:
@@ -171,7 +166,7 @@ class FoldedChain:
         dtypes = fusion.DTYPES if chain.is_autocast(x) else (dtype,)
         return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
-    def _plan(self, device: torch.device, dtype: torch.dtype) -> _Plan:
+    def _plan(self, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
         plan = self._plans.get((dtype, packs))
         if plan is None:
@@ -182,10 +177,9 @@ class FoldedChain:
                 steps = chain.plan(units, "pool" if self.pool else "relu", dtype, pack)
                 if self._linear is not None:
                     steps += chain.plan([_pointwise(self._linear)], "linear", dtype, pack)
-                run = None
-                if packs:
-                    run = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
-            plan = _Plan(steps, run)
+                plan = partial(chain.execute, steps=steps)
+                if packs:  # all in one call
+                    plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
             self._plans = {**self._plans, (dtype, packs): plan}
         return plan
 

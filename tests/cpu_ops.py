@@ -189,3 +189,35 @@ def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
     assert same_bits(only_weight[1], grad_weight)
     only_input = backward(*args, True, False)
     assert same_bits(only_input[0], h_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)
+
+
+# Channels of `overflowing` whose squares no float32 holds.
+OVERFLOWING = 3
+
+
+def overflowing(n: int, c: int, h: int, w: int, dtype: torch.dtype, size: float = 1e22) -> Tensor:
+    """Random activations but for three channels: values of either sign, one in front, and one at the end."""
+    x = activation(n, c, h, w, dtype=dtype)
+    x[:, 0] = torch.randn(n, h, w, dtype=torch.float64).sign() * size
+    x[0, 1, 0, 0] = x[-1, 2, -1, -1] = size
+    return x
+
+
+def copying_weight(kind: str, channels: int, dtype: torch.dtype) -> Tensor:
+    """The weight of a "depthwise", "pointwise" or "stem" convolution that gives its input."""
+    side = 1 if kind == "pointwise" else 3
+    weight = torch.zeros(channels, 1 if kind == "depthwise" else channels, side, side, dtype=dtype)
+    for c in range(channels):
+        weight[c, 0 if kind == "depthwise" else c, side // 2, side // 2] = 1
+    return weight
+
+
+def check_overflowed(bn: Tensor, y: Tensor) -> None:
+    """``bn`` holds the statistics of ``y``, made by ``overflowing``: where squares overflow, a variance of Inf and a
+    scale of 0, as nn.BatchNorm2d has it in channels_last; the other channels do not notice."""
+    mean = (y.double() / (y.numel() // y.shape[1])).sum((0, 2, 3))
+    torch.testing.assert_close(bn[reference.BN_MEAN].double(), mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
+    size = OVERFLOWING
+    assert bn[reference.BN_VAR, :size].isposinf().all(), bn[reference.BN_VAR, :size]
+    assert not bn[[reference.BN_RSTD, reference.BN_SCALE], :size].any()
+    assert_close(bn[:, size:], reference._batch_bn(y[:, size:].double(), None, None, 1e-5), 1e-5)

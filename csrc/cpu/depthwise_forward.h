@@ -220,7 +220,9 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   if (streaming) finish_streaming();
   if (partials) {
     A* tile = partials + t.place * kMoments * channels + t.channel_begin;
-    finish_tile_moments<A>(t.pixels(), t.channels, shift, sum, sum_squares, channels, tile);
+    const T* const first = y + (t.row_begin * g.out_w + t.column_begin) * channels;
+    finish_tile_moments<T>({first, t.row_end - t.row_begin, g.out_w * channels, width, channels}, t.channels, shift,
+                           sum, sum_squares, channels, tile);
   }
 }
 

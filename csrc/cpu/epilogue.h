@@ -3,6 +3,7 @@
 
 #include "../ops.h"
 #include "gemm.h"
+#include "statistics.h"
 #include "streaming.h"
 #include "tile.h"
 #include "vec.h"
@@ -95,13 +96,14 @@ struct StoreWithMoments {
 
   // The tile's numbers of the panel's columns, `apart` elements apart (statistics.h).
   void finish(int64_t rows, int64_t apart, A* tile) const {
+    A moments[kMoments][kPanel<A>];
     for (int v = 0; v < kPanelVectors; ++v) {
-      const int count = lanes_in<true, A>(columns, v);
-      const Vec<A> offset = sum[v] / A(rows), m = squares[v] - sum[v] * offset;
-      store_partial<A>(tile + v * kLanes<A>, shift[v], count);
-      store_partial<A>(tile + apart + v * kLanes<A>, offset, count);
-      store_partial<A>(tile + 2 * apart + v * kLanes<A>, m < zero<A>() ? zero<A>() : m, count);
+      store<A>(moments[0] + v * kLanes<A>, shift[v]);
+      store<A>(moments[1] + v * kLanes<A>, sum[v]);
+      store<A>(moments[2] + v * kLanes<A>, squares[v]);
     }
+    finish_tile_moments<T>({y, 1, 0, rows, pitch}, min_of(columns, kPanel<A>), moments[0], moments[1], moments[2],
+                           apart, tile);
   }
 };
 

@@ -6,14 +6,15 @@
 
 namespace mx::cpu {
 
-// Runs fn(context, begin, end) over disjoint ranges that cover [0, n), on several threads. fn must not throw. Results
-// must not depend on how [0, n) is cut.
+// Runs fn(context, begin, end) over disjoint ranges that cover [0, n), on several threads. What fn throws ends the
+// call, and is thrown on the calling thread. Results must not depend on how [0, n) is cut.
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, void* context, RangeFunction fn);
 int max_threads();
 
 // 64-byte aligned memory that lives until the calling thread ends or asks for more from the same slot; contents are
-// undefined. Slot 0: a kernel's shared workspace, taken by the calling thread; slots 1 and up: per worker.
+// undefined. Throws if there is none. Slot 0: a kernel's shared workspace, taken by the calling thread; slots 1 and up:
+// per worker.
 void* scratch(int slot, size_t bytes);
 
 // The kernels of one instruction set for activations of one dtype.

@@ -1,9 +1,11 @@
 #include "plan.h"
 
+#include <string.h>
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "backend.h"
 #include "fork_safe_mutex.h"
@@ -30,55 +32,64 @@ struct Images {
 };
 
 struct Plan {
-  std::vector<Tensor> tensors;
+  std::vector<Tensor> copies;  // of what the steps read
   ScalarType type;
   Dtype dtype;
   int64_t channels;  // of the input
   std::vector<Step> steps;
 };
 
-// The plans that exist, so that no other tensor is taken for the handle of one.
+// The plans that exist, by the address of their handle's only byte. What is written there means nothing, and a handle
+// that was given other memory has let go of its plan.
 class Plans {
  public:
-  Tensor add(std::unique_ptr<Plan> plan) {
-    Plan* const p = plan.release();
-    {
-      const std::lock_guard<ForkSafeMutex> lock(mutex_);
-      plans_.insert(p);
-    }
-    return torch::stable::from_blob(p, {int64_t(sizeof(Plan))}, {1},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte, drop);
+  Tensor add(std::shared_ptr<const Plan> plan) {
+    void* const address = new char();
+    const Tensor handle = torch::stable::from_blob(
+        address, {1}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte, drop);
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
+    plans_.emplace(address, std::move(plan));
+    return handle;
   }
 
-  const Plan& at(const Tensor& handle) {
-    const void* const p = handle.const_data_ptr();
+  // Shared, because another thread may take the handle's memory away while the plan runs.
+  std::shared_ptr<const Plan> at(const Tensor& handle) {
+    const void* const address = handle.const_data_ptr();
     const std::lock_guard<ForkSafeMutex> lock(mutex_);
-    STD_TORCH_CHECK(plans_.count(p), "plan: expected what make_plan gave, not a copy of it");
-    return *static_cast<const Plan*>(p);
+    const auto found = plans_.find(address);
+    STD_TORCH_CHECK(found != plans_.end(), "plan: expected what make_plan gave, got another tensor or a copy of it");
+    return found->second;
   }
 
  private:
-  static void drop(void* p);
+  static void drop(void* address);
 
   ForkSafeMutex mutex_;
-  std::unordered_set<const void*> plans_;
+  std::unordered_map<const void*, std::shared_ptr<const Plan>> plans_;
 };
 
 // Made when the library is loaded (blocks.cpp), never destroyed: handles may outlive the end of main.
 Plans* const plans = new Plans;
 
-void Plans::drop(void* p) {
+void Plans::drop(void* address) {
+  std::shared_ptr<const Plan> plan;  // destroyed without the lock
   {
     const std::lock_guard<ForkSafeMutex> lock(plans->mutex_);
-    plans->plans_.erase(p);
+    const auto found = plans->plans_.find(address);
+    if (found != plans->plans_.end()) {
+      plan = std::move(found->second);
+      plans->plans_.erase(found);
+    }
   }
-  delete static_cast<Plan*>(p);
+  delete static_cast<char*>(address);
 }
 
 class PlanBuilder {
  public:
   explicit PlanBuilder(const std::vector<Tensor>& tensors)
-      : plan_(new Plan{tensors, weight_of(tensors).scalar_type(), Dtype::f32, 0, {}}), call_(weight_of(tensors)) {
+      : tensors_(tensors),
+        plan_(new Plan{{}, weight_of(tensors).scalar_type(), Dtype::f32, 0, {}}),
+        call_(weight_of(tensors)) {
     plan_->dtype = dtype_of<Backend>(weight_of(tensors), "weight");
   }
 
@@ -90,7 +101,7 @@ class PlanBuilder {
       call_.check_dense(bn, "bn_y", acc, {BN_ROWS, channels_});
       step.pool.dtype = plan_->dtype;
       step.pool.c = channels_;
-      step.pool.bn_y = data(bn);
+      step.pool.bn_y = copy(bn);
       step.pool.relu = step.pool.pool = true;
     } else if (op == Op::block) {
       const Tensor &depthwise_bn = take(), &depthwise_weight = take();
@@ -103,11 +114,8 @@ class PlanBuilder {
       call_.check_dense(pointwise_bn, "pointwise_bn", acc, {BN_ROWS, step.channels});
       call_.check_packed(packed, plan_->dtype, channels_, step.channels, true);
       step.block.dtype = plan_->dtype;
-      step.block.depthwise_bn = data(depthwise_bn);
-      step.block.depthwise_weight = data(depthwise_weight);
-      step.block.pointwise_bn = data(pointwise_bn);
-      step.block.pointwise_weight = data(pointwise_weight);
-      step.block.packed = data(packed);
+      step.block.pointwise_bn = copy(pointwise_bn);
+      step.block.packed = copy(packed);  // with all the rest
     } else {
       const Tensor &bn = take(), &weight = take();
       begin(conv_of(op), weight, stride, padding);
@@ -116,11 +124,12 @@ class PlanBuilder {
       if (op == Op::pointwise) {
         const Tensor& packed = take();
         call_.check_packed(packed, plan_->dtype, channels_, step.channels, false);
-        step.conv.packed = data(packed);
+        step.conv.packed = copy(packed);
+      } else {
+        step.conv.weight = copy(weight);
       }
       step.conv.dtype = plan_->dtype;
-      step.conv.weight = data(weight);
-      step.conv.epilogue_bn = data(bn);
+      step.conv.epilogue_bn = copy(bn);
       step.conv.epilogue_relu = relu;
     }
     channels_ = step.channels;
@@ -131,8 +140,8 @@ class PlanBuilder {
     return op == Op::stem ? Conv::stem : op == Op::pointwise ? Conv::pointwise : Conv::depthwise;
   }
 
-  std::unique_ptr<Plan> finish() {
-    STD_TORCH_CHECK(next_ == plan_->tensors.size(), "tensors: more than the program takes");
+  std::shared_ptr<const Plan> finish() {
+    STD_TORCH_CHECK(next_ == tensors_.size(), "tensors: more than the program takes");
     return std::move(plan_);
   }
 
@@ -144,8 +153,17 @@ class PlanBuilder {
   }
 
   const Tensor& take() {
-    STD_TORCH_CHECK(next_ < plan_->tensors.size(), "tensors: too few for the program");
-    return plan_->tensors[next_++];
+    STD_TORCH_CHECK(next_ < tensors_.size(), "tensors: too few for the program");
+    return tensors_[next_++];
+  }
+
+  // Memory of the plan's own: whoever holds the tensor may write to it, free it or give it another.
+  const void* copy(const Tensor& dense) {
+    const int64_t bytes = dense.numel() * int64_t(dense.element_size());
+    const Tensor to = call_.empty({bytes}, ScalarType::Byte);
+    memcpy(to.mutable_data_ptr(), data(dense), size_t(bytes));
+    plan_->copies.push_back(to);
+    return data(to);
   }
 
   // A convolution; the first one tells the channels of the input.
@@ -158,6 +176,7 @@ class PlanBuilder {
     call_.check_weight(conv, weight, plan_->type, channels_);
   }
 
+  const std::vector<Tensor>& tensors_;
   std::unique_ptr<Plan> plan_;
   Call<Backend> call_;
   size_t next_ = 0;
@@ -224,7 +243,8 @@ Tensor make_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
 }
 
 Tensor run_plan(const Tensor& x, const Tensor& handle) {
-  const Plan& plan = plans->at(handle);
+  const std::shared_ptr<const Plan> found = plans->at(handle);
+  const Plan& plan = *found;
   const Call<Backend> call(x);
   call.check_activation(x, "x");
   call.check_type(x, "x", plan.type);

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -38,14 +39,23 @@ void parallel_for(int64_t n, void* context, RangeFunction fn) {
     shares[i].end = (i + 1) * n / workers;
   }
   const int64_t piece = n / (workers * kPieces) > 1 ? n / (workers * kPieces) : 1;
+  // An exception must not leave the parallel region: it waits here, the first one, and the workers stop.
+  std::exception_ptr failure;
+  std::atomic<bool> failed{false};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker)
-      for (int64_t i = 0; i < workers; ++i) {
-        Share& share = shares[(worker + i) % workers];
-        for (int64_t begin; (begin = share.next.fetch_add(piece, std::memory_order_relaxed)) < share.end;)
-          fn(context, begin, begin + piece < share.end ? begin + piece : share.end);
-      }
+    try {
+      for (int64_t worker = first; worker < last; ++worker)
+        for (int64_t i = 0; i < workers; ++i) {
+          Share& share = shares[(worker + i) % workers];
+          for (int64_t begin; !failed.load(std::memory_order_relaxed) &&
+                              (begin = share.next.fetch_add(piece, std::memory_order_relaxed)) < share.end;)
+            fn(context, begin, begin + piece < share.end ? begin + piece : share.end);
+        }
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 int max_threads() { return int(torch::stable::get_num_threads()); }
@@ -81,11 +91,7 @@ void* scratch(int slot, size_t bytes) {
       release_idle_blocks();
       s.data = aligned_alloc(kAlignment, rounded);
     }
-    if (s.data == nullptr) {
-      // Nothing may be thrown inside a parallel region; without memory a kernel has no result to give.
-      if (slot != 0) abort();
-      STD_TORCH_CHECK(false, "not enough memory for a workspace of ", rounded, " bytes");
-    }
+    STD_TORCH_CHECK(s.data != nullptr, "not enough memory for a workspace of ", rounded, " bytes");
     s.bytes = rounded;
   }
   return s.data;

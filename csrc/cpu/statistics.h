@@ -8,7 +8,7 @@
 // are off by up to 5e-4, which the merge would take for distances between the tiles. M2 comes from sums of y - shift,
 // where shift is the mean of some of the tile's own rows: whatever those rows are, sum((y - shift)^2) exceeds M2 by at
 // most the factor (rows in the tile) / (rows in the shift), so the cancellation in M2 is bounded, at any mean of the
-// channel.
+// channel. Where squares overflow, the variance is infinite and rstd 0, as in PyTorch; the mean is exact.
 #pragma once
 
 #include "../ops.h"
@@ -78,17 +78,54 @@ inline void add_moments(const T* y, int64_t rows, int64_t row_stride, int64_t ch
 // Numbers per tile and channel: shift, offset, M2.
 constexpr int kMoments = 3;
 
-// From the moments about `shift` of `rows` rows to the tile's numbers, `pitch` elements apart.
-template <class A>
-inline void finish_tile_moments(int64_t rows, int64_t channels, const A* shift, const A* sum, const A* sum_squares,
-                                int64_t pitch, A* tile) {
+// A tile's stored values: `lines` stretches of `pixels` pixels each.
+template <class T>
+struct StoredTile {
+  const T* y;
+  int64_t lines, line_pitch, pixels, pitch;
+};
+
+// One channel's numbers from the values themselves, in double: what is infinite then is so in the accumulation type.
+template <class T>
+__attribute__((noinline)) void exact_tile_moments(const StoredTile<T>& t, int64_t channel, int64_t apart,
+                                                  Acc<T>* tile) {
+  using A = Acc<T>;
+  const auto sum = [&](const auto& f) {
+    double total = 0;
+    for (int64_t line = 0; line < t.lines; ++line)
+      for (int64_t i = 0; i < t.pixels; ++i)
+        total += f(double(load_partial<T>(t.y + line * t.line_pitch + i * t.pitch + channel, 1)[0]));
+    return total;
+  };
+  const double rows = double(t.lines * t.pixels), first = double(load_partial<T>(t.y + channel, 1)[0]);
+  const double origin = first - first == 0 ? first : 0;  // the mean of a constant is that constant
+  const double mean = origin + sum([&](double y) { return y / rows - origin / rows; });
+  const double m2 = sum([&](double y) { return (y - mean) * (y - mean); });
+  const A shift = A(mean), offset = A(mean - double(shift));
+  tile[0] = shift;
+  tile[apart] = offset - offset == 0 ? offset : A(0);  // of an infinite mean it would be a NaN
+  tile[2 * apart] = A(m2);
+}
+
+// From the moments about `shift` to the tile's numbers, `apart` elements apart. Squares that overflowed have nothing
+// to take the square of the mean from: Inf - Inf is a NaN (and with a fused multiply-add it is not).
+template <class T>
+inline void finish_tile_moments(const StoredTile<T>& t, int64_t channels, const Acc<T>* shift, const Acc<T>* sum,
+                                const Acc<T>* sum_squares, int64_t apart, Acc<T>* tile) {
+  using A = Acc<T>;
+  const A rows = A(t.lines * t.pixels);
+  bool finite = true;
   for (int64_t c = 0; c < channels; ++c) {
-    const A offset = sum[c] / A(rows);
+    const A offset = sum[c] / rows;
     const A squares = sum_squares[c] - sum[c] * offset;
     tile[c] = shift[c];
-    tile[pitch + c] = offset;
-    tile[2 * pitch + c] = squares < 0 ? A(0) : squares;  // a NaN stays
+    tile[apart + c] = offset;
+    tile[2 * apart + c] = squares < 0 ? A(0) : squares;
+    finite &= sum_squares[c] - sum_squares[c] == 0;
   }
+  if (finite) return;
+  for (int64_t c = 0; c < channels; ++c)
+    if (!(sum_squares[c] - sum_squares[c] == 0)) exact_tile_moments(t, c, apart, tile + c);
 }
 
 // partials: [tiles][kMoments][channels]; tile t has count(t) elements per channel. Writes bn [BN_ROWS][channels].

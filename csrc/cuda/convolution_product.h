@@ -59,7 +59,7 @@ struct ConvolutionOutput {
     for (int i = 0; i < S::kWidth; ++i) {
       const float nearer = origin[i] + S::add_lanes(total[i]) / rows;
       const float moved = nearer - origin[i];  // not the quotient, but what rounding left of it
-      squares[i] += moved * (mine * moved - 2.0f * total[i]);
+      squares[i] = moved_squares(squares[i], moved * (mine * moved - 2.0f * total[i]));
       total[i] -= mine * moved;
       origin[i] = nearer;
     }
@@ -148,7 +148,7 @@ struct ConvolutionOutput {
       if (!(part[0] > 0.0f)) continue;
       const float offset = part[2 * S::kColumns] / part[0];
       const float distance = (part[S::kColumns] - base) + offset - mean;
-      m2 += (part[3 * S::kColumns] - offset * part[2 * S::kColumns]) + distance * distance * part[0];
+      m2 += moved_squares(part[3 * S::kColumns], -offset * part[2 * S::kColumns]) + distance * distance * part[0];
     }
     const int64_t columns = args.tiling.columns;
     float* const to = args.partial + program * STATISTICS_ROWS * columns + at;

@@ -16,6 +16,12 @@ __device__ __forceinline__ float relu(float z) { return at_least(z, 0.0f); }
 // BatchNorm's output for its input u. Centred first: a large mean would cancel in u*scale + constant.
 MX_HOST_DEVICE float normalise(float u, float mean, float scale, float shift) { return (u - mean) * scale + shift; }
 
+// Sums of squares about another point: squares + change, where they did not overflow. The change is as large as they
+// are: Inf - Inf would be a NaN, or with a fused multiply-add Inf.
+MX_HOST_DEVICE float moved_squares(float squares, float change) {
+  return squares - squares == 0.0f ? squares + change : squares;
+}
+
 // dy, the gradient of a convolution's output, of the masked gradient at its BatchNorm's output.
 MX_HOST_DEVICE float output_gradient(float h, float y, float p, float q, float mean, float o) {
   return p * h + (q * (y - mean) + o);

@@ -41,7 +41,7 @@ struct Statistics {
     for (int i = 0; i < kChannels; ++i) {
       const float nearer = count > 0.0f ? offset[i] + total[i] / count : first[i];
       const float moved = nearer - offset[i];  // not total/count, but what rounding left of it
-      squares[i] += moved * (count * moved - 2.0f * total[i]);
+      squares[i] = moved_squares(squares[i], moved * (count * moved - 2.0f * total[i]));
       total[i] -= count * moved;
       offset[i] = nearer;
     }
@@ -67,7 +67,7 @@ struct Statistics {
     sum_lanes(counts);
     for (int i = 0; i < kChannels; ++i) {
       const float own = count > 0.0f ? total[i] / count : 0.0f;
-      squares[i] -= total[i] * own;
+      squares[i] = moved_squares(squares[i], -total[i] * own);
       mean[i] = count > 0.0f ? offset[i] - origin[i] + own : 0.0f;
       sum[i] = count * mean[i];
     }

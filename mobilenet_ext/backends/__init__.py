@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from mobilenet_ext import storage
 from mobilenet_ext.backends import cpu, cuda, reference, triton
 
 __all__ = ["available", "current", "device_type", "empty_cache", "kernel", "set", "use"]
@@ -36,11 +37,28 @@ class Backend(NamedTuple):
     why_not: Callable[[], str | None]
 
 
+class _Checked:
+    """Kernels in Python, which look at the memory of their tensors first, as those in C++ do themselves."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        kernel = getattr(self._kernels, op)
+
+        def checked(*args: Any) -> Any:
+            storage.check(*args)
+            return kernel(*args)
+
+        setattr(self, op, checked)
+        return checked
+
+
 _BACKENDS = {  # where several run on a device, `auto` picks the first
     "cpu": Backend(cpu.kernels, "cpu", cpu.why_not),
-    "triton": Backend(triton.kernels, triton.device_type, triton.why_not),
+    "triton": Backend(_Checked(triton.kernels), triton.device_type, triton.why_not),
     "cuda": Backend(cuda.kernels, cuda.device_type, cuda.why_not),
-    "reference": Backend(reference, None, lambda: None),
+    "reference": Backend(_Checked(reference), None, lambda: None),
 }
 
 

@@ -45,7 +45,7 @@ _PLANNED = ("stem_inference", "depthwise_inference", "pointwise_inference", "blo
 
 def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Tensor], Tensor]:
     """A chain of inference ops, (name, what it takes behind the activation) each and every weight packed, as one call
-    (``csrc/cpu/plan.h``). The memory of the tensors in ``steps`` must stay where it is."""
+    (``csrc/cpu/plan.h``), which has copies of the tensors that it needs."""
     tensors: list[Tensor] = []
     program: list[int] = []
     for name, args in steps:

@@ -21,6 +21,7 @@ from mobilenet_ext.triton.depthwise import load_filter
 from mobilenet_ext.triton.formulas import (
     activation,
     load_normalisation,
+    move_squares,
     normalise,
     relu,
     rounded,
@@ -211,7 +212,7 @@ def _kernel(
                 if ((step - row) & (step - row - 1)) == 0:
                     nearer = tl.where(count > 0, offset + total / tl.where(count > 0, count, 1.0), y0.to(tl.float32))
                     moved = nearer - offset  # not total/count, but what rounding left of it
-                    squares += moved * (count * moved - 2 * total)
+                    squares = move_squares(squares, moved * (count * moved - 2 * total))
                     total -= count * moved
                     offset = nearer
                 difference = tl.where(inside, y0.to(tl.float32) - offset, 0.0)
@@ -233,7 +234,7 @@ def _kernel(
         # first lane's offset: rounded at the size of a large mean, they would cost the variance its last digits.
         origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, offset, 0.0), 0)
         lane_mean = total / tl.where(count > 0, count, 1.0)
-        m2 = squares - total * lane_mean
+        m2 = move_squares(squares, -total * lane_mean)
         lane_mean = tl.where(count > 0, offset - origin[None, :] + lane_mean, 0.0)
         all_count = tl.sum(count, 0)
         tile_mean = tl.sum(count * lane_mean, 0) / all_count

@@ -178,6 +178,15 @@ def finite(x):
 
 
 @triton.jit
+def move_squares(squares, change):
+    """Sums of squares about another point: ``squares + change``, where they did not overflow.
+
+    The change is as large as they are: Inf - Inf would be a NaN, or with a fused multiply-add Inf.
+    """
+    return tl.where(squares < float("inf"), squares + change, squares)
+
+
+@triton.jit
 def store_statistics(ptr, channels, offsets, mask, count, mean, mean_rest, m2):
     """One program's row ``[4, channels]`` of the partial statistics that ``finish.statistics`` merges.
 

@@ -23,6 +23,7 @@ from mobilenet_ext.triton.formulas import (
     fold_rows,
     load_normalisation,
     load_tile,
+    move_squares,
     normalise,
     relu,
     rounded,
@@ -141,5 +142,5 @@ def _kernel(
             squares += fold_rows(difference * difference, FOLD)
     if partial_ptr is not None:
         offset = tl.sum(tl.sum(total, 0), 0) / count
-        m2 = tl.sum(tl.sum(squares, 0), 0) - offset * offset * count
+        m2 = move_squares(tl.sum(tl.sum(squares, 0), 0), -offset * offset * count)
         store_statistics(partial_ptr + program * 4 * outputs, outputs, n, column_inside, count, origin, offset, m2)

@@ -164,6 +164,6 @@ def _kernel(
     if STATS:
         pixels = tl.sum(tl.sum(count, 1), 0)
         offset = tl.sum(total, 0) / pixels
-        m2 = tl.sum(squares, 0) - offset * offset * pixels
+        m2 = formulas.move_squares(tl.sum(squares, 0), -offset * offset * pixels)
         partial_row = partial_ptr + tl.program_id(1).to(tl.int64) * 4 * filters
         store_statistics(partial_row, filters, n, n_inside, pixels, tl.sum(origin, 0), offset, m2)

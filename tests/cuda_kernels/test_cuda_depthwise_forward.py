@@ -13,9 +13,12 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
     misaligned,
+    overflowing,
     random_bn,
     same_bits,
 )
@@ -141,3 +144,9 @@ def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., N
     first = ops.depthwise_forward(*args)
     device(order=-1)
     assert all(map(same_bits, first, ops.depthwise_forward(*args)))
+
+
+def test_squares_that_overflow() -> None:
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
+    y, bn = ops.depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)
+    check_overflowed(bn, y)

@@ -13,9 +13,12 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
     misaligned,
+    overflowing,
     random_bn,
     relative_error,
     same_bits,
@@ -223,3 +226,9 @@ def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> 
     device(order=-1)
     second = ops.pointwise_forward(*args)
     assert same_bits(first[0], second[0]) and same_bits(first[1], second[1])
+
+
+def test_squares_that_overflow() -> None:
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("pointwise", 8, torch.float32)
+    y, bn = ops.pointwise_forward(u, None, weight, None, None, 1e-5, True)
+    check_overflowed(bn, y)

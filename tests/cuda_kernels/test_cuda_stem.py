@@ -11,8 +11,11 @@ from cpu_ops import (
     TOLERANCE,
     activation,
     assert_close,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
+    overflowing,
     random_bn,
     random_grad_bn,
     same_bits,
@@ -157,3 +160,9 @@ def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> 
     first = run()
     device(order=-1)
     assert all(map(same_bits, first, run()))
+
+
+def test_squares_that_overflow() -> None:
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("stem", 8, torch.float32)
+    y, bn = ops.stem_forward(u, weight, 1, 1, None, None, 1e-5, True)
+    check_overflowed(bn, y)

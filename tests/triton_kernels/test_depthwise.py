@@ -12,8 +12,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
+    overflowing,
     random_bn,
     random_grad_bn,
 )
@@ -247,3 +250,9 @@ def test_an_empty_batch():
     torch.testing.assert_close(bn, reference.depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)[1])
     h_u, grad_weight, _ = depthwise_backward(y, None, None, u, None, False, weight, 1, 1, True, True)
     assert h_u.shape == u.shape and torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+def test_squares_that_overflow():
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
+    y, bn = depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)
+    check_overflowed(bn, y)

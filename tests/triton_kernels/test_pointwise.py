@@ -12,8 +12,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
+    overflowing,
     random_bn,
     random_grad_bn,
     relative_error,
@@ -268,3 +271,9 @@ def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.Fi
     true = in_float64(reference.pointwise_forward, args)[0]
     theirs = torch.nn.functional.conv2d(a, weight)
     assert relative_error(pointwise_forward(*args)[0], true) <= 1.5 * relative_error(theirs, true)
+
+
+def test_squares_that_overflow(small_blocks: None) -> None:
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("pointwise", 8, torch.float32)
+    y, bn = pointwise_forward(u, None, weight, None, None, 1e-5, True)
+    check_overflowed(bn, y)

@@ -12,8 +12,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    check_overflowed,
+    copying_weight,
     in_float64,
     is_channels_last_dense,
+    overflowing,
     random_bn,
     random_grad_bn,
     relative_error,
@@ -204,3 +207,10 @@ def test_empty_batch() -> None:
     assert stem_inference(x, bn, weight, 2, 1, True).shape == out.shape
     grad_x, grad_weight = stem_backward(h, y, grad_bn_y, x, weight, 2, 1, True, True)
     assert grad_x.shape == x.shape and grad_weight.shape == weight.shape and not grad_weight.any()
+
+
+def test_squares_that_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("stem", 8, torch.float32)
+    y, bn = stem_forward(u, weight, 1, 1, None, None, 1e-5, True)
+    check_overflowed(bn, y)
