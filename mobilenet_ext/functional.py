@@ -5,7 +5,9 @@ backends), in any memory format; the output is channels_last if the input or the
 channels_last inputs are the fast ones. All are differentiable once; differentiating a gradient raises RuntimeError.
 Under autocast the input and the convolution's weight are cast, BatchNorm's vectors and buffers are not.
 
-Arguments that are not accepted raise ValueError or TypeError before anything is computed.
+Arguments that are not accepted raise ValueError or TypeError before anything is computed. While a tool traces
+(``torch.fx``, ``torch.jit.trace``, ``make_fx``, ``torch.export``, ONNX export) it is shown the functions of
+``torch.nn.functional`` that compute the same.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from mobilenet_ext import chain, layers
 from mobilenet_ext.fusion import DTYPES, gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.tracing import is_traced
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
 
@@ -37,6 +41,8 @@ def depthwise_conv2d(
     Returns:
         ``[N, C, (H + 2*padding - 3)//stride + 1, ...]`` in the dtype of ``input``.
     """
+    if is_traced():
+        return F.conv2d(input, weight, bias, stride, padding, groups=weight.shape[0])
     _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
     out = layers.depthwise_conv2d(input, weight, bias, stride, padding)
     return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
@@ -53,6 +59,8 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
+    if is_traced():
+        return F.conv2d(input, weight, bias)
     _check_conv(input, weight, bias, depthwise=False)
     out = layers.pointwise_conv2d(input, weight, bias)
     return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
@@ -93,8 +101,10 @@ def depthwise_bn_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167, algorithm 1.
     """
-    _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if is_traced():
+        return _plain_bn_relu(depthwise_conv2d(input, weight, bias, stride), *vectors, training, momentum, eps, relu)
+    _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("depthwise", input, weight, bias, vectors, stride, training, momentum, eps, relu)
 
@@ -124,8 +134,10 @@ def pointwise_bn_relu(
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
-    _check_conv(input, weight, bias, depthwise=False)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if is_traced():
+        return _plain_bn_relu(pointwise_conv2d(input, weight, bias), *vectors, training, momentum, eps, relu)
+    _check_conv(input, weight, bias, depthwise=False)
     _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("pointwise", input, weight, bias, vectors, 1, training, momentum, eps, relu)
 
@@ -137,6 +149,11 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
     out = chain.run(input, [unit], "relu" if relu else "linear")
     return match_memory_format(out, gives_channels_last(input, [unit]))
+
+
+def _plain_bn_relu(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu):
+    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return F.relu(y) if relu else y
 
 
 def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):

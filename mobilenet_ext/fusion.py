@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
+from mobilenet_ext.tracing import is_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
@@ -41,7 +42,12 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_modules(self, input)
+        if not torch.jit.is_scripting():  # a condition of its own: TorchScript compiles nothing below it
+            if not is_traced():
+                return run_modules(self, input)
+        for module in self:
+            input = module(input)
+        return input
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         # nn.Sequential would call the constructor of the subclass, which may take something else than modules.
@@ -77,11 +83,11 @@ def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
-    tracked: set[int] = set()
+    tracked: set[Tensor] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = {id(buffer) for buffer in unit.bn._buffers.values() if buffer is not None}
+        buffers = {buffer for buffer in unit.bn._buffers.values() if buffer is not None}
         if not tracked.isdisjoint(buffers):
             break  # a chain updates the running statistics of all its units at once, and these twice
         tracked |= buffers
@@ -93,8 +99,6 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
-    if torch.jit.is_tracing():
-        return False
     if type(x) not in TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
@@ -191,6 +195,7 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None  # module.compile()
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
