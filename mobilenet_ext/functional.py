@@ -7,12 +7,13 @@ Under ``torch.func``, in forward-mode differentiation and for subclasses of ``to
 run.
 Under autocast the input and the convolution's weight are cast, BatchNorm's vectors and buffers are not.
 
-Arguments that are not accepted raise ValueError or TypeError before anything is computed.
+Arguments that are not accepted raise ValueError or TypeError before anything is computed. While a tool traces
+(``torch.fx``, ``torch.jit.trace``, ``make_fx``, ``torch.export``, ONNX export) it is shown the functions of
+``torch.nn.functional`` that compute the same.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,6 +22,7 @@ from mobilenet_ext import chain, layers
 from mobilenet_ext.arguments import check_batch_norm, check_conv, check_running_stats
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.fusion import TENSORS, gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.tracing import is_traced
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
 
@@ -40,6 +42,8 @@ def depthwise_conv2d(
     Returns:
         ``[N, C, (H + 2*padding - 3)//stride + 1, ...]`` in the dtype of ``input``.
     """
+    if is_traced():
+        return F.conv2d(input, weight, bias, stride, padding, groups=weight.shape[0])
     check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
     if _runs_plain(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, groups=input.shape[1])
@@ -58,6 +62,8 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
+    if is_traced():
+        return F.conv2d(input, weight, bias)
     check_conv(input, weight, bias, depthwise=False)
     if _runs_plain(input, weight, bias):
         return F.conv2d(input, weight, bias)
@@ -100,8 +106,10 @@ def depthwise_bn_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167, algorithm 1.
     """
-    check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if is_traced():
+        return _plain_bn_relu(depthwise_conv2d(input, weight, bias, stride), *vectors, training, momentum, eps, relu)
+    check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("depthwise", input, weight, bias, vectors, stride, training, momentum, eps, relu)
 
@@ -131,8 +139,10 @@ def pointwise_bn_relu(
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
-    check_conv(input, weight, bias, depthwise=False)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if is_traced():
+        return _plain_bn_relu(pointwise_conv2d(input, weight, bias), *vectors, training, momentum, eps, relu)
+    check_conv(input, weight, bias, depthwise=False)
     check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("pointwise", input, weight, bias, vectors, 1, training, momentum, eps, relu)
 
@@ -143,14 +153,18 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     padding = 1 if kind == "depthwise" else 0
     if _runs_plain(input, weight, bias, *vectors):
         y = F.conv2d(input, weight, bias, stride, padding, groups=input.shape[1] if kind == "depthwise" else 1)
-        z = F.batch_norm(y, *vectors, training, momentum, eps)
-        return torch.relu(z) if relu else z
+        return _plain_bn_relu(y, *vectors, training, momentum, eps, relu)
     others = {"input": input, "weight": weight, "bias": bias, "bn_weight": gamma, "bn_bias": beta}
     check_running_stats(running_mean, running_var, others, training)
     track = momentum if training and running_mean is not None and input.numel() else None
     unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
     out = chain.run(input, [unit], "relu" if relu else "linear")
     return match_memory_format(out, gives_channels_last(input, [unit]))
+
+
+def _plain_bn_relu(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu):
+    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return F.relu(y) if relu else y
 
 
 def _runs_plain(*tensors: Tensor | None) -> bool:

@@ -21,6 +21,7 @@ from mobilenet_ext import chain, ops
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
 from mobilenet_ext.running_stats import why_unusable
+from mobilenet_ext.tracing import is_traced
 
 if TYPE_CHECKING:
     from mobilenet_ext.plans import Plans
@@ -49,9 +50,14 @@ class FusedSequential(nn.Sequential):
     plans: Plans | None = None  # of a frozen container
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.plans is None or is_observed():
-            return run_modules(self, input)
-        return self.plans.run(self, input)
+        if not torch.jit.is_scripting():  # a condition of its own: TorchScript compiles nothing below it
+            if not is_traced():
+                if self.plans is None or is_observed():
+                    return run_modules(self, input)
+                return self.plans.run(self, input)
+        for module in self:
+            input = module(input)
+        return input
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         # nn.Sequential would call the constructor of the subclass, which may take something else than modules.
@@ -93,11 +99,11 @@ def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
-    tracked: set[int] = set()
+    tracked: set[Tensor] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = {id(buffer) for buffer in unit.bn._buffers.values() if buffer is not None}
+        buffers = {buffer for buffer in unit.bn._buffers.values() if buffer is not None}
         if not tracked.isdisjoint(buffers):
             break  # a chain updates the running statistics of all its units at once, and these twice
         tracked |= buffers
@@ -109,9 +115,7 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
-    if torch.jit.is_tracing() or is_transformed():
-        return False
-    if not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
+    if is_transformed() or not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
         return False
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
@@ -225,6 +229,7 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None  # module.compile()
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
@@ -243,8 +248,8 @@ def is_observed() -> bool:
     """Whether somebody follows the operations, who must not be shown a plan: it would keep today's weights for ever
     in a graph, and whoever counts the ops wants to see each."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        is_traced()
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
         or is_transformed()
     )

@@ -98,6 +98,7 @@ class _Decision:
             self._children is module._modules  # the module is no replica of another
             and not any(self._hooks)
             and not any(map(operator.contains, self._attributes, repeat("forward")))
+            and not any(map(operator.contains, self._attributes, repeat("_compiled_call_impl")))
             and len(contents) == len(self._contents)
             and all(map(operator.is_, contents, self._contents))
             and list(map(type, self._modules)) == self._types
