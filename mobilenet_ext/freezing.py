@@ -72,12 +72,13 @@ class _StayInEval:
 
 class FrozenMobileNetV1(MobileNetV1):
     """What :func:`freeze` makes of a :class:`MobileNetV1`: features and classifier run in one call where the backend
-    can, and nothing between them was swapped or has hooks."""
-
-    plans: Plans
+    can, and nothing between them was swapped or has hooks. Dropout between them is for training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if fusion.is_observed() else self.plans.run(self, x)
+        if not torch.jit.is_scripting():  # as in FusedSequential
+            if not fusion.is_observed():
+                return self.plans.run(self, x)
+        return self.classifier(self.feature(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenMobileNetV1:
         return self.plans.convert(self, super()._apply, fn)
@@ -99,7 +100,7 @@ def _network_parts(model: nn.Module) -> list[Part]:
             and "weight" in head[1]._parameters
         ):
             return [FoldedChain([*parts[0].modules, *head], parts[0].units, True, head[1])]
-    return [feature, classifier]  # dropout between them is for training
+    return [feature, classifier]
 
 
 def _is_sequential(module: nn.Module, kind: type[nn.Sequential]) -> bool:

@@ -11,7 +11,7 @@ import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
 from mobilenet_ext.running_stats import why_unusable
 from mobilenet_ext.tracing import is_traced
-
-if TYPE_CHECKING:
-    from mobilenet_ext.plans import Plans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
@@ -47,7 +44,7 @@ class FusedSequential(nn.Sequential):
     Shapes: input ``[N, C, H, W]`` for the first module; output as the last module gives it.
     """
 
-    plans: Plans | None = None  # of a frozen container
+    plans = None  # of a frozen container: its Plans (TorchScript would look an annotation up)
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # a condition of its own: TorchScript compiles nothing below it

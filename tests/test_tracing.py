@@ -140,8 +140,28 @@ def test_tool_sees_the_plain_modules(tool, training):
     assert "mobilenet_ext" not in str(seen[1][0])
 
 
-def test_jit_trace_of_the_network_does_not_warn():
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tool_sees_the_plain_modules_of_a_frozen_model(tool):
+    plain, ours = Network(as_plain).eval().requires_grad_(False), Network(lambda module: module)
+    frozen = mx.freeze(ours)
+    frozen(image())  # there are plans
+    assert TOOLS[tool](frozen) == TOOLS[tool](plain)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_frozen_network(tool):
+    """As the model that it was made of."""
+    model = randomise_(mx.MobileNetV1(10, 0.25)).eval().requires_grad_(False)
+    frozen = mx.freeze(model)
+    frozen(image())
+    ours, expected = str(TOOLS[tool](frozen)), str(TOOLS[tool](model))
+    assert ours == expected and "mobilenet_ext" not in ours
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_jit_trace_of_the_network_does_not_warn(freeze):
     model = mx.MobileNetV1(10, 0.25).eval()
+    model = mx.freeze(model) if freeze else model
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.trace(model, image())
