@@ -118,10 +118,11 @@ def _measure(args: argparse.Namespace) -> int:
     effort = comparison.Effort(getattr(args, "rounds", 0), memory=not getattr(args, "no_memory", False))
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
     report["command"] = shlex.join(["mobilenet-ext", "bench", *_without_files(args.words)])
+    if args.bench != "curves":
+        found = limits.measure_limits(args.device, args.dtype)
+        report["limits"] = {dtype: of._asdict() for dtype, of in found.items()}
     for dtype in args.dtype:
-        bounds = limits.measure_limits(args.device, dtype)
-        report["limits"][dtype] = bounds._asdict()
-        for result in _results(args, dtype, bounds, effort):
+        for result in _results(args, dtype, effort):
             report["results"].append(result)
             if args.json:  # as it grows, so that a run that is cut off leaves what it has
                 results.write(args.json, report)
@@ -136,7 +137,7 @@ def _measure(args: argparse.Namespace) -> int:
     return 1 if any("refused" in row for row in ours) else 0
 
 
-def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort: comparison.Effort) -> Iterator[Any]:
+def _results(args: argparse.Namespace, dtype: str, effort: comparison.Effort) -> Iterator[Any]:
     task = {"inference": "inference", "scaling": getattr(args, "task", "training")}.get(args.bench, "training")
     batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
     if args.bench == "curves":
@@ -146,13 +147,13 @@ def _results(args: argparse.Namespace, dtype: str, bounds: limits.Limits, effort
         print(work, file=sys.stderr, flush=True)
         if args.bench == "kernels":
             for pass_ in args.passes:
-                yield from kernels.compare_layers(work, pass_, args.peers, bounds, effort)
+                yield from kernels.compare_layers(work, pass_, args.peers, effort)
         elif args.bench == "scaling":
-            yield from scaling.measure_scaling(work, bounds, effort)
+            yield from scaling.measure_scaling(work, effort)
         elif args.bench == "curves":
             yield curves.compare_training(work, args.epochs)
         else:
-            yield comparison.compare_runners(work, args.peers, bounds, effort)
+            yield comparison.compare_runners(work, args.peers, effort)
 
 
 def _without_files(words: list[str]) -> list[str]:

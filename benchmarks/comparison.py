@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import checks, peers
-from benchmarks.limits import Limits
 from benchmarks.network import Workload
 from benchmarks.peers.base import Peer
 from benchmarks.timing import interleave
@@ -30,12 +29,12 @@ class Effort(NamedTuple):
     memory: bool = True
 
 
-def compare_runners(work: Workload, names: Sequence[str], limits: Limits, effort: Effort) -> dict[str, Any]:
-    """A result for one workload: what bounds it, and a row for each runner.
+def compare_runners(work: Workload, names: Sequence[str], effort: Effort) -> dict[str, Any]:
+    """A result for one workload: the bytes and operations that bound it, and a row for each runner.
 
     A row has the runner's name, version and, where it ran, ``error`` (relative, against float64), ``seconds`` (a sample
-    a round), ``limit`` (fraction of the machine's limit that the median reaches) and ``peak_bytes``; where it did not,
-    ``skipped`` says why it cannot do the work, ``refused`` what was wrong with its output.
+    a round) and ``peak_bytes``; where it did not, ``skipped`` says why it cannot do the work, ``refused`` what was
+    wrong with its output.
     """
     expected = checks.expected_of(work)
     rows, runners = [], {}
@@ -53,12 +52,10 @@ def compare_runners(work: Workload, names: Sequence[str], limits: Limits, effort
         for row in rows:
             if "seconds" in row:
                 row["peak_bytes"] = peak_memory(row["runner"], work)
-    moved, operations = work.bytes_moved(), work.operations()
     return {
         "workload": work._asdict(),
-        "bytes": moved,
-        "operations": operations,
-        "limit_seconds": limits.seconds(moved, operations),
+        "bytes": work.bytes_moved(),
+        "operations": work.operations(),
         "rows": rows,
     }
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.comparison import Effort
-from benchmarks.limits import Limits
 from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.peers import OURS
 from benchmarks.timing import Call, interleave
@@ -22,9 +21,7 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 EPS = 1e-5
 
 
-def compare_layers(
-    work: Workload, pass_: str, peers: Sequence[str], limits: Limits, effort: Effort
-) -> Iterator[dict[str, Any]]:
+def compare_layers(work: Workload, pass_: str, peers: Sequence[str], effort: Effort) -> Iterator[dict[str, Any]]:
     """A result for each distinct layer of a pass, with ``count``, how often the network has it; rows as in
     ``comparison.compare_runners``."""
     layers = layers_of(work.width, work.resolution, pass_)
@@ -43,14 +40,11 @@ def compare_layers(
         samples = interleave(calls, work.device, effort.rounds, effort.burst_s, pause_s=0.1)
         for row in rows:
             row["seconds"] = samples.get(row["runner"], [])
-        moved = layer.bytes_moved(pass_, work.batch, work.torch_dtype.itemsize)
-        operations = layer.operations(pass_, work.batch)
         yield {
             "workload": {**work._asdict(), "pass": pass_, "layer": layer.name},
             "count": layers.count(layer),
-            "bytes": moved,
-            "operations": operations,
-            "limit_seconds": limits.seconds(moved, operations),
+            "bytes": layer.bytes_moved(pass_, work.batch, work.torch_dtype.itemsize),
+            "operations": layer.operations(pass_, work.batch),
             "rows": [row for row in rows if row["seconds"] or "refused" in row],
         }
 

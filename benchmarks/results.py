@@ -15,9 +15,9 @@ import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext.backends import cpu
-from mobilenet_ext.train.checkpoint import write_atomically
+from mobilenet_ext.files import write_atomically
 
-FORMAT = 1  # of the files; raised when a reader of old ones would misread new ones
+FORMAT = 2  # of the files; raised when a reader of old ones would misread new ones
 FOLDER = Path(__file__).parent / "results"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.comparison import Effort, compare_runners
-from benchmarks.limits import Limits
 from benchmarks.network import Workload
 from benchmarks.peers import OURS
 from benchmarks.timing import summary
@@ -20,14 +19,14 @@ POINTS: dict[str, tuple[float, ...]] = {
 }
 
 
-def measure_scaling(work: Workload, limits: Limits, effort: Effort) -> Iterator[dict[str, Any]]:
+def measure_scaling(work: Workload, effort: Effort) -> Iterator[dict[str, Any]]:
     """A result as of ``comparison.compare_runners`` for each point, one setting of ``work`` changed at a time; ``axis``
     names it."""
     for axis, values in POINTS.items():
         for value in values:
             point = work._replace(**{axis: value})
             print(point, file=sys.stderr, flush=True)
-            yield {"axis": axis, **compare_runners(point, RUNNERS, limits, effort)}
+            yield {"axis": axis, **compare_runners(point, RUNNERS, effort)}
 
 
 def scaling_lines(results: list[dict[str, Any]]) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.curves import curves_lines
+from benchmarks.limits import Limits, limits_of
 from benchmarks.network import Workload
 from benchmarks.peers import OURS, is_ours
 from benchmarks.scaling import scaling_lines
@@ -40,13 +41,15 @@ def heading(report: dict[str, Any]) -> str:
     about = report["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['device']}; {versions}; commit {about['commit']}; {about['date']}"]
-    for dtype, limits in report["limits"].items():
-        copy, product = limits["bytes_per_second"] / 1e9, limits["operations_per_second"] / 1e9
-        lines.append(f"limits: copy {copy:.1f} GB/s, {dtype} product {product:.0f} GFLOP/s")
+    for dtype, limits in limits_of(report).items():
+        first, *others = (amount for amount, _ in limits.bytes_per_second)
+        moving = [f"data {limits.moving(first) / 1e9:.1f} GB/s"]
+        moving += [f"from {amount / 2**20:g} MiB on {limits.moving(amount) / 1e9:.1f}" for amount in others]
+        lines.append(f"limits: {dtype} {limits.operations_per_second / 1e9:.0f} GFLOP/s; {', '.join(moving)}")
     return "\n".join(lines)
 
 
-def comparison_table(result: dict[str, Any]) -> str:
+def comparison_table(result: dict[str, Any], limits: Limits) -> str:
     """One workload: time, spread, ratio to the fastest peer (above 1: faster than it), share of the limit, memory."""
     rows, best = result["rows"], best_peer(result["rows"])
     lines = [["", "ms", "quartiles", "best peer / it", "of limit", "peak MiB", "error"]]
@@ -64,7 +67,7 @@ def comparison_table(result: dict[str, Any]) -> str:
                 milliseconds(time.median),
                 f"{milliseconds(time.low)} to {milliseconds(time.high)}",
                 ratio,
-                f"{result['limit_seconds'] / time.median:.0%}",
+                f"{limits.share(result, time.median):.0%}",
                 f"{peak / 2**20:.0f}" if peak is not None else "",
                 f"{row['error']:.0e}",
             ]
@@ -78,8 +81,9 @@ def kernels_table(report: dict[str, Any]) -> str:
     for result in report["results"]:
         work = result["workload"]
         passes.setdefault((work["pass"], work["dtype"], work["batch"]), []).append(result)
-    blocks = []
+    blocks, limits_by_dtype = [], limits_of(report)
     for (pass_, dtype, batch), found in passes.items():
+        limits = limits_by_dtype[dtype]
         peers = [row["runner"] for row in found[0]["rows"] if row["runner"] != OURS]
         ours = [summary(_row(result, OURS)["seconds"]).median for result in found]
         total = sum(time * result["count"] for time, result in zip(ours, found, strict=True))
@@ -98,11 +102,11 @@ def kernels_table(report: dict[str, Any]) -> str:
                     f"{time * result['count'] / total:.1%}",
                     f"{result['bytes'] / time / 1e9:.1f}",
                     f"{result['operations'] / time / 1e9:.0f}",
-                    f"{result['limit_seconds'] / time:.0%}",
+                    f"{limits.share(result, time):.0%}",
                     *ratios,
                 ]
             )
-        limit = sum(result["limit_seconds"] * result["count"] for result in found)
+        limit = sum(limits.seconds(result["bytes"], result["operations"]) * result["count"] for result in found)
         title = f"{pass_}, {dtype}, batch {batch}: {milliseconds(total)} ms, {limit / total:.0%} of the limit"
         blocks.append(f"{title}\n{aligned(lines)}")
     return "\n\n".join(blocks)
@@ -120,4 +124,6 @@ def tables(report: dict[str, Any]) -> str:
         return "\n" + aligned(scaling_lines(report["results"]))
     if report["bench"] == "curves":
         return "\n" + aligned(curves_lines(report["results"]))
-    return "\n" + "\n\n".join(comparison_table(result) for result in report["results"])
+    limits = limits_of(report)
+    parts = (comparison_table(result, limits[result["workload"]["dtype"]]) for result in report["results"])
+    return "\n" + "\n\n".join(parts)

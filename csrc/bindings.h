@@ -5,6 +5,7 @@
 //
 // Backend is a class that is made of a call's first tensor and lives as long as the call, with
 //   kDevice, kDeviceName, kFloat64            where its tensors live, and whether float64 is among their dtypes
+//   empty(shape, type)                        allocates a contiguous tensor
 //   empty_activation(n, c, h, w, type)        allocates a channels_last tensor
 //   packed_bytes(dtype, c_in, c_out, block)   size of what may come as `packed` to a pointwise convolution or a block
 //   depthwise_forward(const ForwardArgs&) ... a method for each kernel
@@ -49,6 +50,10 @@ inline Tensor empty_channels_last(int64_t n, int64_t c, int64_t h, int64_t w, Sc
                                   torch::stable::Device device) {
   return torch::stable::empty({n, c, h, w}, type, std::nullopt, device, std::nullopt,
                               torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty_contiguous(std::initializer_list<int64_t> shape, ScalarType type, torch::stable::Device device) {
+  return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, device);
 }
 
 inline std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -166,9 +171,7 @@ struct Call {
     check_dense(packed, "packed", ScalarType::Byte, {backend.packed_bytes(dtype, c_in, c_out, block)});
   }
 
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
-    return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, device);
-  }
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const { return backend.empty(shape, type); }
 
   Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
     return backend.empty_activation(n, c, h, w, type);

@@ -1,6 +1,6 @@
 """Fused depthwise-separable convolutions for PyTorch: kernels, modules, and MobileNetV1 on them."""
 
-from mobilenet_ext import backends, functional, nn
+from mobilenet_ext import backends, flops, functional, nn  # noqa: F401  (flops registers formulas)
 from mobilenet_ext.freezing import freeze
 from mobilenet_ext.models import MobileNetV1
 

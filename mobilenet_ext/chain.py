@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import ops, storage
-from mobilenet_ext.autograd import refuse_double_backward
+from mobilenet_ext.autograd import as_gradient_of, first_order
 from mobilenet_ext.backends.reference import BN_MEAN, BN_SCALE, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
 from mobilenet_ext.layers import update_running_stats_
 
@@ -81,21 +81,24 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
         ValueError: batch statistics over one value a channel.
     """
     dtype = compute_dtype(x)
-    # With forward-mode differentiation on, the autograd node is where it is refused.
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if not (any(unit.batch_stats for unit in units) or _needs_grad(x, units) or forward_mode):
-        return infer(x, [fold(unit) for unit in units], end, dtype)
-
     counts = _values_per_channel(x, units)
+    inferred = _leading_inference_units(x, units)
+    if inferred == len(units):
+        return infer(x, [fold(unit) for unit in units], end, dtype)
+    if inferred:
+        x = infer(x, [fold(unit) for unit in units[:inferred]], "relu", dtype)
+        units = units[inferred:]
+
     storage.check(x, *(t for u in units for t in (u.conv_bias, u.running_mean, u.running_var)))
     settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps) for u in units)
     params: list[Tensor | None] = []
     for unit in units:
         running_bn = None if unit.batch_stats else _running_bn(unit)
         params += [unit.weight, unit.conv_bias, unit.gamma, unit.beta, running_bn]
-    # Converted here, so that what the node saves is its own input: through it a second derivative finds the node.
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    out, *bns = _Chain.apply(settings, end, dtype, _needs_grad(x, units), x, *params)
+    # Converted in front of the node, so that what it saves is its own input: through it a second derivative finds it.
+    if x.dtype != dtype or not x.is_contiguous(memory_format=torch.channels_last):
+        x = _AsInput.apply(x, dtype)
+    out, *bns = _Chain.apply(settings, end, dtype, _first_to_learn(x, units), x, *params)
 
     batch_units = [unit for unit in units if unit.batch_stats]
     tracked = [row for row in zip(batch_units, bns, counts, strict=True) if row[0].momentum is not None]
@@ -138,7 +141,7 @@ class Step(NamedTuple):
 
 def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -> Tensor:
     """Run folded units over ``x`` in ``dtype``, without autograd."""
-    return execute(x, plan(units, end, dtype), dtype)
+    return execute(as_input(x, dtype), plan(units, end, dtype))
 
 
 def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
@@ -170,9 +173,8 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
     return steps
 
 
-def execute(x: Tensor, steps: list[Step], dtype: torch.dtype) -> Tensor:
-    """Run a plan that was made for ``dtype``."""
-    x = as_input(x, dtype)
+def execute(x: Tensor, steps: list[Step]) -> Tensor:
+    """Run a plan over ``x``, which :func:`as_input` gave."""
     for op, args in steps:
         x = op(x, *args)
     return x
@@ -198,11 +200,25 @@ def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
     return bn
 
 
-def _needs_grad(x: Tensor, units: list[Unit]) -> bool:
+def _parameters(unit: Unit) -> tuple[Tensor | None, ...]:
+    return unit.weight, unit.conv_bias, unit.gamma, unit.beta
+
+
+def _first_to_learn(x: Tensor, units: list[Unit]) -> int | None:
+    """The unit where backward ends: the first one that gives a gradient, be it to ``x``. None: no unit does."""
     if not torch.is_grad_enabled():
-        return False
-    tensors = [x, *(t for u in units for t in (u.weight, u.conv_bias, u.gamma, u.beta) if t is not None)]
-    return any(t.requires_grad for t in tensors)
+        return None
+    if x.requires_grad:
+        return 0
+    learns = (any(p is not None and p.requires_grad for p in _parameters(unit)) for unit in units)
+    return next((i for i, learning in enumerate(learns) if learning), None)
+
+
+def _leading_inference_units(x: Tensor, units: list[Unit]) -> int:
+    """How many units in front have no batch statistics to take and no gradient to give."""
+    first = _first_to_learn(x, units)
+    units = units[:first]
+    return next((i for i, unit in enumerate(units) if unit.batch_stats), len(units))
 
 
 def _values_per_channel(x: Tensor, units: list[Unit]) -> list[int]:
@@ -240,76 +256,97 @@ def _absorb_non_finite(bn: Tensor, conv_bias: Tensor | None) -> Tensor:
     return bn if conv_bias is None else bn + conv_bias.to(bn.dtype) * 0
 
 
-class _Chain(torch.autograd.Function):
-    """``apply(settings, end, dtype, save, x, *params)`` with ``x`` channels_last in ``dtype`` and (weight, conv_bias,
-    gamma, beta, running_bn) a unit in ``params``, ``running_bn`` None where batch statistics are wanted. Returns the
-    output and the ``bn`` of every unit with batch statistics."""
+_NAME = "mobilenet_ext: chain of convolution, BatchNorm and ReLU"
+
+
+class _AsInput(torch.autograd.Function):
+    """``apply(x, dtype)``: ``x`` in ``dtype`` and channels_last; its gradient has the dtype and strides of ``x``."""
 
     @staticmethod
-    def forward(ctx, settings, end, dtype, save, x, *params):
+    def forward(ctx, x, dtype):
+        # Without values: the strides, also where they are symbols of a traced graph.
+        ctx.like = x.detach().to("meta")
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    @first_order(_NAME)
+    def backward(ctx, saved, grad):
+        return as_gradient_of(ctx.like, grad), None
+
+
+class _Chain(torch.autograd.Function):
+    """``apply(settings, end, dtype, first, x, *params)`` with ``x`` channels_last in ``dtype`` and (weight, conv_bias,
+    gamma, beta, running_bn) a unit in ``params``, ``running_bn`` None where batch statistics are wanted. Backward ends
+    at the unit ``first``, and nothing is kept of those before it. Returns the output and the ``bn`` of every unit with
+    batch statistics."""
+
+    @staticmethod
+    def forward(ctx, settings, end, dtype, first, x, *params):
         u, bn = x, None
-        activations, weights, bns = [u], [], []
+        inputs, weights, bns, batch_bns = [], [], [], []
         for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
             weight = _as_weight(weight, dtype)
             vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
+            if first is not None and i >= first:
+                # Of the first unit, what it computes from is kept only for a gradient that depends on it.
+                used = i > first or ctx.needs_input_grad[4] or ctx.needs_input_grad[5 + 5 * i]
+                inputs.append(u if used else None)
+                weights.append(weight if used else None)
+                bns.append(bn if used else None)
             if kind == "stem":
                 u, batch_bn = ops.stem_forward(u, weight, stride, padding, *vectors)
             elif kind == "depthwise":
                 u, batch_bn = ops.depthwise_forward(u, bn, weight, stride, padding, *vectors)
             else:
                 u, batch_bn = ops.pointwise_forward(u, bn, weight, *vectors)
-            bn = _absorb_non_finite(batch_bn, conv_bias) if batch_stats else running_bn
-            bns.append(bn)
-            if save:
-                activations.append(u)
-                weights.append(weight)
+            bn = running_bn
+            if batch_stats:
+                bn = _absorb_non_finite(batch_bn, conv_bias)
+                batch_bns.append(bn)
         out = ops.bn_relu_pool_forward(u, bn) if end == "pool" else ops.bn_relu_forward(u, bn, end == "relu")
 
-        if save:
-            ctx.save_for_backward(*activations, *weights, *bns)
-        ctx.settings, ctx.end = settings, end
-        ctx.dtypes = tuple(None if p is None else p.dtype for p in params)
+        if first is not None:
+            ctx.save_for_backward(*inputs, u, *weights, *bns, bn)
+            ctx.settings, ctx.end, ctx.first, ctx.parameters = settings[first:], end, first, params
         ctx.set_materialize_grads(False)
-        batch_bns = [bn for bn, setting in zip(bns, settings, strict=True) if setting.batch_stats]
         ctx.mark_non_differentiable(*batch_bns)
         return out, *batch_bns
 
     @staticmethod
-    @refuse_double_backward("mobilenet_ext: chain of convolution, BatchNorm and ReLU")
-    def backward(ctx, grad, *_):
-        settings, needs_x, needs = ctx.settings, ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+    @first_order(_NAME)
+    def backward(ctx, saved, grad, *_):
+        settings, needs_x, needs = ctx.settings, ctx.needs_input_grad[4], ctx.needs_input_grad[5 + 5 * ctx.first :]
         grads: list[Tensor | None] = [None] * len(needs)
+        before = (None,) * (5 + 5 * ctx.first)
         if grad is None:
-            return None, None, None, None, None, *grads
+            return *before, *grads
         n = len(settings)
-        saved = ctx.saved_tensors
+        rows: dict[int, Tensor] = {}
+        # activations[i] and bns[i] are the input of unit i and how it is normalised, those at i + 1 its output.
         activations, weights, bns = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 :]
-        # Behind the first unit with something to learn, nothing is needed.
-        first = 0 if needs_x else next(i for i in range(n) if any(needs[5 * i : 5 * i + 4]))
 
         grad = grad.to(activations[n].dtype).contiguous(memory_format=torch.channels_last)
-        last = (grad, activations[n], bns[-1], settings[-1].batch_stats)
+        last = (grad, activations[n], bns[n], settings[-1].batch_stats)
         if ctx.end == "pool":
             h, grad_bn = ops.bn_relu_pool_backward(*last)
         else:
             h, grad_bn = ops.bn_relu_backward(*last, ctx.end == "relu")
-        for i in range(n - 1, first - 1, -1):
+        for i in range(n - 1, -1, -1):
             kind, stride, padding, batch_stats, _ = settings[i]
             weight_grad, bias_grad, gamma_grad, beta_grad = range(5 * i, 5 * i + 4)
-            if needs[gamma_grad]:
-                grads[gamma_grad] = grad_bn[GRAD_GAMMA]
-            if needs[beta_grad]:
-                grads[beta_grad] = grad_bn[GRAD_BETA]
+            for which, row in ((gamma_grad, GRAD_GAMMA), (beta_grad, GRAD_BETA)):
+                if needs[which]:
+                    rows[which] = grad_bn[row]
             if needs[bias_grad]:
                 # DistributedDataParallel waits for a gradient, so it is zero and not None under batch statistics.
                 grads[bias_grad] = (
                     torch.zeros_like(grad_bn[GRAD_BETA]) if batch_stats else grad_bn[GRAD_P] * grad_bn[GRAD_BETA]
                 )
-            need_input = i > first or needs_x
+            need_input = i > 0 or needs_x
             if not (need_input or needs[weight_grad]):
                 break
-            bn_u, batch_stats_u = (bns[i - 1], settings[i - 1].batch_stats) if i else (None, False)
+            bn_u, batch_stats_u = bns[i], i > 0 and settings[i - 1].batch_stats
             output = (h, activations[i + 1] if batch_stats else None, grad_bn)
             wanted = (need_input, needs[weight_grad])
             if kind == "stem":
@@ -322,5 +359,11 @@ class _Chain(torch.autograd.Function):
                     h, grad_weight, grad_bn = ops.pointwise_backward(*output, *source, *wanted)
             if needs[weight_grad]:
                 grads[weight_grad] = grad_weight
-        grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, h if needs_x else None, *grads
+        if rows:
+            # Tensors of their own, as every other gradient, in as few kernels as there can be.
+            for which, grad in zip(rows, torch._foreach_mul(list(rows.values()), 1.0), strict=True):
+                grads[which] = grad
+        params = ctx.parameters[5 * ctx.first :]
+        grads = [None if g is None else as_gradient_of(p, g) for p, g in zip(params, grads, strict=True)]
+        grad_x = as_gradient_of(activations[0], h) if needs_x else None
+        return *before[:4], grad_x, *before[5:], *grads

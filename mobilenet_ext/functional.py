@@ -3,21 +3,26 @@
 They take and return ordinary activations ``[N, C, H, W]`` in float32, bfloat16, float16 or float64 (CPU and reference
 backends), in any memory format; the output is channels_last if the input or the weight is, as ``nn.Conv2d`` has it, and
 channels_last inputs are the fast ones. All are differentiable once; differentiating a gradient raises RuntimeError.
+Under ``torch.func``, in forward-mode differentiation and for subclasses of ``torch.Tensor`` PyTorch's own functions
+run.
 Under autocast the input and the convolution's weight are cast, BatchNorm's vectors and buffers are not.
 
-Arguments that are not accepted raise ValueError or TypeError before anything is computed.
+Arguments that are not accepted raise ValueError or TypeError before anything is computed. While a tool traces
+(``torch.fx``, ``torch.jit.trace``, ``make_fx``, ``torch.export``, ONNX export) it is shown the functions of
+``torch.nn.functional`` that compute the same.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mobilenet_ext import chain, layers
-from mobilenet_ext.fusion import DTYPES, gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.arguments import check_batch_norm, check_conv, check_running_stats
+from mobilenet_ext.autograd import is_transformed
+from mobilenet_ext.fusion import TENSORS, gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.tracing import is_traced
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
 
@@ -37,8 +42,12 @@ def depthwise_conv2d(
     Returns:
         ``[N, C, (H + 2*padding - 3)//stride + 1, ...]`` in the dtype of ``input``.
     """
-    _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
-    out = layers.depthwise_conv2d(input, weight, bias, stride, padding)
+    if is_traced():
+        return F.conv2d(input, weight, bias, stride, padding, groups=weight.shape[0])
+    check_conv(input, weight, bias, depthwise=True, stride=stride, padding=padding)
+    if _runs_plain(input, weight, bias):
+        return F.conv2d(input, weight, bias, stride, padding, groups=input.shape[1])
+    out = layers.depthwise_conv2d(input, weight, bias, int(stride), int(padding))
     return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
 
 
@@ -53,7 +62,11 @@ def pointwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
-    _check_conv(input, weight, bias, depthwise=False)
+    if is_traced():
+        return F.conv2d(input, weight, bias)
+    check_conv(input, weight, bias, depthwise=False)
+    if _runs_plain(input, weight, bias):
+        return F.conv2d(input, weight, bias)
     out = layers.pointwise_conv2d(input, weight, bias)
     return match_memory_format(out, is_channels_last(input) or is_channels_last(weight))
 
@@ -93,9 +106,11 @@ def depthwise_bn_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167, algorithm 1.
     """
-    _check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
-    _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
+    if is_traced():
+        return _plain_bn_relu(depthwise_conv2d(input, weight, bias, stride), *vectors, training, momentum, eps, relu)
+    check_conv(input, weight, bias, depthwise=True, stride=stride, padding=1)
+    check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("depthwise", input, weight, bias, vectors, stride, training, momentum, eps, relu)
 
 
@@ -124,107 +139,34 @@ def pointwise_bn_relu(
     Returns:
         ``[N, C, H, W]`` in the dtype of ``input``.
     """
-    _check_conv(input, weight, bias, depthwise=False)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
-    _check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
+    if is_traced():
+        return _plain_bn_relu(pointwise_conv2d(input, weight, bias), *vectors, training, momentum, eps, relu)
+    check_conv(input, weight, bias, depthwise=False)
+    check_batch_norm(input, weight, *vectors, training, momentum, eps, relu)
     return _conv_bn_relu("pointwise", input, weight, bias, vectors, 1, training, momentum, eps, relu)
 
 
 def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum, eps, relu):
     running_mean, running_var, gamma, beta = vectors
-    track = momentum if training and running_mean is not None and input.numel() else None
+    stride, momentum, eps = int(stride), float(momentum), float(eps)
     padding = 1 if kind == "depthwise" else 0
+    if _runs_plain(input, weight, bias, *vectors):
+        y = F.conv2d(input, weight, bias, stride, padding, groups=input.shape[1] if kind == "depthwise" else 1)
+        return _plain_bn_relu(y, *vectors, training, momentum, eps, relu)
+    others = {"input": input, "weight": weight, "bias": bias, "bn_weight": gamma, "bn_bias": beta}
+    check_running_stats(running_mean, running_var, others, training)
+    track = momentum if training and running_mean is not None and input.numel() else None
     unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
     out = chain.run(input, [unit], "relu" if relu else "linear")
     return match_memory_format(out, gives_channels_last(input, [unit]))
 
 
-def _check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):
-    _check_activation("input", input)
-    _check_tensor("weight", weight, input.device)
-    if bias is not None:
-        _check_tensor("bias", bias, input.device)
-    channels = input.shape[1]
-    if depthwise:
-        if tuple(weight.shape) != (channels, 1, 3, 3):
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [{channels}, 1, 3, 3]")
-    elif weight.ndim != 4 or tuple(weight.shape[1:]) != (channels, 1, 1) or weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C, {channels}, 1, 1] with C > 0")
-    _check_vector("bias", bias, weight.shape[0])
-    if type(stride) is not int or stride not in (1, 2):
-        raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
-    if type(padding) is not int or padding not in (0, 1):
-        raise ValueError(f"padding: got {padding!r}, accepted are 0 and 1")
-    smallest = weight.shape[2] - 2 * padding
-    if min(input.shape[2:]) < smallest:
-        raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are sides of {smallest} and more")
-
-    if forward_ad._current_level >= 0:
-        for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise TypeError(f"{name}: got a dual tensor; forward-mode differentiation is not supported")
-    accepted = [d for d in DTYPES if d != torch.float64] if chain.is_autocast(input) else [input.dtype]
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in accepted:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}, accepted beside an input of {input.dtype}: {_names(accepted)}"
-            )
+def _plain_bn_relu(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu):
+    y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return F.relu(y) if relu else y
 
 
-def _check_batch_norm(
-    input, weight, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, relu
-):  # fmt: skip
-    for name, switch in (("training", training), ("relu", relu)):
-        if not isinstance(switch, bool):
-            raise TypeError(f"{name}: got {type(switch).__name__}, a bool is accepted")
-    vectors = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
-    dtype = chain.compute_dtype(input)
-    accepted = [dtype] if dtype.itemsize > 2 else [dtype, torch.float32]
-    given = {name: vector for name, vector in vectors.items() if vector is not None}
-    for name, vector in given.items():
-        _check_tensor(name, vector, input.device)
-        _check_vector(name, vector, weight.shape[0])
-        if vector.dtype not in accepted:
-            raise TypeError(f"{name}: got {vector.dtype}, accepted beside activations of {dtype}: {_names(accepted)}")
-        first = next(iter(given))
-        if vector.dtype != given[first].dtype:
-            raise TypeError(f"{name}: got {vector.dtype}, accepted is the dtype of {first}, {given[first].dtype}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean, running_var: got only one of them, accepted are both or none")
-    if not training and running_mean is None:
-        raise ValueError("running_mean: got None, which is accepted only with training=True")
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name}: got {type(number).__name__}, a float is accepted")
-        if not math.isfinite(number):
-            raise ValueError(f"{name}: got {number}, finite values are accepted")
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"eps: got {eps}, accepted are values above 0, and 0 with training=False")
-
-
-def _check_activation(name: str, x: Tensor) -> None:
-    _check_tensor(name, x, None)
-    if x.ndim != 4:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is [N, C, H, W]")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {x.dtype}, accepted are {_names(DTYPES)}")
-    if x.shape[1] == 0:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, at least one channel is accepted")
-
-
-def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, a torch.Tensor is accepted")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: got a tensor of layout {x.layout}, accepted is torch.strided")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: is on {x.device}, accepted is the device of the input, {device}")
-
-
-def _check_vector(name: str, x: Tensor | None, channels: int) -> None:
-    if x is not None and tuple(x.shape) != (channels,):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is [{channels}]")
-
-
-def _names(dtypes) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def _runs_plain(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch's own functions compute this: they know every transform, and subclasses know them."""
+    return is_transformed() or not all(t is None or type(t) in (*TENSORS, FakeTensor) for t in tensors)

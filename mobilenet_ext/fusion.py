@@ -7,17 +7,24 @@ support, and nothing watches or changes them: no hooks (theirs or global), no pr
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain, ops
+from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
+from mobilenet_ext.running_stats import why_unusable
+from mobilenet_ext.tracing import is_traced
+
+if TYPE_CHECKING:
+    from mobilenet_ext.plans import Plans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
@@ -40,19 +47,34 @@ class FusedSequential(nn.Sequential):
     Shapes: input ``[N, C, H, W]`` for the first module; output as the last module gives it.
     """
 
+    plans: Plans | None = None  # of a frozen container
+
     def forward(self, input: Tensor) -> Tensor:
-        return run_modules(self, input)
+        if not torch.jit.is_scripting():  # a condition of its own: TorchScript compiles nothing below it
+            if not is_traced():
+                if self.plans is None or is_observed():
+                    return run_modules(self, input)
+                return self.plans.run(self, input)
+        for module in self:
+            input = module(input)
+        return input
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         # nn.Sequential would call the constructor of the subclass, which may take something else than modules.
         if isinstance(index, slice):
-            return FusedSequential(OrderedDict(list(self._modules.items())[index]))
+            part = FusedSequential(OrderedDict(list(self._modules.items())[index]))
+            part.training, part.plans = self.training, copy.copy(self.plans)
+            return part
         return super().__getitem__(index)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSequential:
+        """``.to()`` and the like."""
+        return super()._apply(fn, recurse) if self.plans is None else self.plans.convert(self, super()._apply, fn)
 
-def run_modules(container: nn.Sequential, x: Tensor) -> Tensor:
-    """Run the modules in ``container`` one after the other, chains of fusable units through the kernels."""
-    modules = list(flatten(container))
+
+def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Run modules one after the other, chains of fusable units through the kernels."""
+    modules = list(flatten(modules))
     i = 0
     while i < len(modules):
         units, pool = leading_chain(modules[i:])
@@ -65,9 +87,9 @@ def run_modules(container: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
-    """The modules in ``container``, with those of its untouched sequential containers in their places."""
-    for module in container:
+def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """``modules``, with those of untouched sequential containers among them in their places."""
+    for module in modules:
         if type(module).forward in (nn.Sequential.forward, FusedSequential.forward) and is_untouched(module):
             yield from flatten(module)
         else:
@@ -77,11 +99,11 @@ def flatten(container: nn.Sequential) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
-    tracked: set[int] = set()
+    tracked: set[Tensor] = set()
     while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = {id(buffer) for buffer in unit.bn._buffers.values() if buffer is not None}
+        buffers = {buffer for buffer in unit.bn._buffers.values() if buffer is not None}
         if not tracked.isdisjoint(buffers):
             break  # a chain updates the running statistics of all its units at once, and these twice
         tracked |= buffers
@@ -93,12 +115,8 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
-    if torch.jit.is_tracing():
+    if is_transformed() or not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
         return False
-    if type(x) not in TENSORS or x.layout != torch.strided or x.ndim != 4 or x.numel() == 0:
-        return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return False  # torch.func and forward-mode differentiation
     dtype = chain.compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return False
@@ -116,12 +134,20 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
             return False
         if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
             return False
+        running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+        if any(why_unusable(t, _tracks(bn)) for t in running):
+            return False
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         h, w = (ops.conv_output_size(size, kernel, stride, padding) for size in (h, w))
         if channels != conv.in_channels or h < 1 or w < 1:
             return False
         channels = conv.out_channels
     return True
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor with strides, of no subclass, and not a list of several (a nested tensor)."""
+    return type(x) in TENSORS and x.layout == torch.strided and not x.is_nested
 
 
 def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
@@ -150,8 +176,20 @@ def gives_channels_last(x: Tensor, units: Iterable[Unit | InferenceUnit]) -> boo
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch takes ``x`` for a channels_last tensor, which it tells from the strides."""
-    return suggest_memory_format(x) == torch.channels_last
+    """Whether PyTorch takes ``x`` (4-D) for a channels_last tensor, which it tells from the strides.
+
+    As ``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h. PyTorch's Python version of it imports sympy at its
+    first call: a second under a lock that the child of a fork would wait for for ever.
+    """
+    sizes, strides = x.shape, x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
 
 
 def match_memory_format(out: Tensor, channels_last: bool) -> Tensor:
@@ -191,10 +229,29 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None  # module.compile()
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
+    )
+
+
+def hooks_around(modules: Iterable[nn.Module]) -> list[dict]:
+    """The dictionaries that :func:`is_untouched` wants to see empty for ``modules``."""
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    around = [getattr(nn_module, f"_global_{name}") for name in names]
+    return around + [getattr(module, f"_{name}") for module in modules for name in names]
+
+
+def is_observed() -> bool:
+    """Whether somebody follows the operations, who must not be shown a plan: it would keep today's weights for ever
+    in a graph, and whoever counts the ops wants to see each."""
+    return (
+        is_traced()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
+        or is_transformed()
     )
 
 
@@ -232,12 +289,23 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
         and bn.num_features == conv.out_channels
         and (bn.running_mean is None) == (bn.running_var is None)
         and bn.eps > 0
+        and not any(type(number) is int and abs(number) > _LARGEST for number in (bn.eps, bn.momentum))
     )
 
 
+_LARGEST = sys.float_info.max  # integers go on
+
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Linear)}
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
+_FORWARDS = {kind: kind.forward for kind in _CLASSES}
+
+
+def forwards_are_original() -> bool:
+    """Whether the classes of a unit's modules have their own ``forward``."""
+    return nn.Conv2d._conv_forward is _CONV_FORWARD and all(
+        kind.forward is forward for kind, forward in _FORWARDS.items()
+    )
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:

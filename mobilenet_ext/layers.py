@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import ops, storage
-from mobilenet_ext.autograd import refuse_double_backward
+from mobilenet_ext.autograd import as_gradient_of, first_order
 from mobilenet_ext.backends.reference import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA
 
 _library = torch.library.Library("mobilenet_ext", "FRAGMENT")
@@ -61,8 +61,8 @@ def _save_layer(ctx, inputs, output):
     ctx.save_for_backward(u, mean, scale, shift, weight, y, mean_y)
 
 
-def _layer_backward(conv_backward, ctx, grad_y, grad_mean, grad_var):
-    u, mean, scale, shift, weight, y, mean_y = ctx.saved_tensors
+def _layer_backward(conv_backward, ctx, saved, grad_y, grad_mean, grad_var):
+    u, mean, scale, shift, weight, y, mean_y = saved
     count = max(y.numel() // y.shape[1], 1)
     zero = torch.zeros_like(mean_y)
     grad_bn_y = torch.stack([zero + 1, 2 * grad_var / count, mean_y, grad_mean / count, zero, zero])
@@ -71,12 +71,11 @@ def _layer_backward(conv_backward, ctx, grad_y, grad_mean, grad_var):
         _dense(grad_y), y, grad_bn_y, _dense(u), _pack(mean, scale, shift), False, weight.contiguous(),
         *ctx.geometry, need_u, ctx.needs_input_grad[4],
     )  # fmt: skip
-    grads = (h, None, None, None)
-    if not need_u:
-        grads = (None, None, None, None)
-    elif mean is not None:
-        grads = _split_grad(h, grad_bn, scale)
-    grad_weight = grad_weight.to(weight.dtype) if ctx.needs_input_grad[4] else None
+    grads = (None, None, None, None)
+    if need_u:
+        grad_u, *vectors = (h, None, None, None) if mean is None else _split_grad(h, grad_bn, scale)
+        grads = (as_gradient_of(u, grad_u), *vectors)
+    grad_weight = as_gradient_of(weight, grad_weight) if ctx.needs_input_grad[4] else None
     return *grads, grad_weight, *(None for _ in ctx.geometry)
 
 
@@ -88,14 +87,14 @@ def _pointwise(u, mean, scale, shift, weight):
     return _layer_forward(ops.pointwise_forward, u, mean, scale, shift, weight)
 
 
-@refuse_double_backward("mobilenet_ext::depthwise")
-def _depthwise_backward(ctx, *grads):
-    return _layer_backward(ops.depthwise_backward, ctx, *grads)
+@first_order("mobilenet_ext::depthwise")
+def _depthwise_backward(ctx, saved, *grads):
+    return _layer_backward(ops.depthwise_backward, ctx, saved, *grads)
 
 
-@refuse_double_backward("mobilenet_ext::pointwise")
-def _pointwise_backward(ctx, *grads):
-    return _layer_backward(ops.pointwise_backward, ctx, *grads)
+@first_order("mobilenet_ext::pointwise")
+def _pointwise_backward(ctx, saved, *grads):
+    return _layer_backward(ops.pointwise_backward, ctx, saved, *grads)
 
 
 def _bn_relu(y, mean, scale, shift, relu):
@@ -107,11 +106,12 @@ def _save_bn_relu(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-@refuse_double_backward("mobilenet_ext::bn_relu")
-def _bn_relu_backward(ctx, grad):
-    y, mean, scale, shift = ctx.saved_tensors
+@first_order("mobilenet_ext::bn_relu")
+def _bn_relu_backward(ctx, saved, grad):
+    y, mean, scale, shift = saved
     h, grad_bn = ops.bn_relu_backward(_dense(grad), _dense(y), _pack(mean, scale, shift), False, ctx.relu)
-    return *_split_grad(h, grad_bn, scale), None
+    grad_y, *vectors = _split_grad(h, grad_bn, scale)
+    return as_gradient_of(y, grad_y), *vectors, None
 
 
 def _bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -143,8 +143,8 @@ def _channel_sums(x: Tensor) -> Tensor:
     return ops.bn_relu_backward(x, x, identity, False, False)[1][GRAD_BETA].clone()
 
 
-def _conv2d_backward(conv_backward, ctx, grad):
-    input, weight = ctx.saved_tensors
+def _conv2d_backward(conv_backward, ctx, saved, grad):
+    input, weight = saved
     need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
     grad_input = grad_weight = grad_bias = None
     if need_input or need_weight:
@@ -156,21 +156,21 @@ def _conv2d_backward(conv_backward, ctx, grad):
         # Not Tensor.sum, which cuts a sum by the number of threads: the same bits for every number of them.
         grad_bias = _channel_sums(_dense(grad)).to(ctx.bias_dtype)
     return (
-        grad_input if need_input else None,
-        grad_weight.to(weight.dtype) if need_weight else None,
+        as_gradient_of(input, grad_input) if need_input else None,
+        as_gradient_of(weight, grad_weight) if need_weight else None,
         grad_bias,
         *(None for _ in ctx.geometry),
     )
 
 
-@refuse_double_backward("mobilenet_ext::depthwise_conv2d")
-def _depthwise_conv2d_backward(ctx, grad):
-    return _conv2d_backward(ops.depthwise_backward, ctx, grad)
+@first_order("mobilenet_ext::depthwise_conv2d")
+def _depthwise_conv2d_backward(ctx, saved, grad):
+    return _conv2d_backward(ops.depthwise_backward, ctx, saved, grad)
 
 
-@refuse_double_backward("mobilenet_ext::pointwise_conv2d")
-def _pointwise_conv2d_backward(ctx, grad):
-    return _conv2d_backward(ops.pointwise_backward, ctx, grad)
+@first_order("mobilenet_ext::pointwise_conv2d")
+def _pointwise_conv2d_backward(ctx, saved, grad):
+    return _conv2d_backward(ops.pointwise_backward, ctx, saved, grad)
 
 
 @torch.no_grad()

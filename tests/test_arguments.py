@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
-from behaviour import KernelOps
+from behaviour import KernelOps, Plain
+from torch import Tensor, nn
 
 import mobilenet_ext as mx
 
@@ -249,3 +255,208 @@ def test_unknown_and_missing_arguments(function):
         getattr(mx.functional, function)(**CALLS[function](), dilation=1)
     with pytest.raises(TypeError, match="weight"):
         getattr(mx.functional, function)(torch.randn(1, 8, 6, 6))
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000], ids=["1e400", "-1e400", "1e5000"])
+@pytest.mark.parametrize("argument", ["momentum", "eps"])
+def test_integers_larger_than_any_float(function, argument, value):
+    """Python does not even print those of more than 4300 digits."""
+    assert "expected" in refused(function, argument, value, training=True)
+    refused(function, argument, value)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), Fraction(1, 4)], ids=lambda n: type(n).__name__)
+def test_numbers_of_other_libraries(cpu_backend, function, number):
+    call = getattr(mx.functional, function)
+    for argument in ("momentum", "eps"):
+        given, expected = (CALLS[function]() for _ in range(2))
+        torch.testing.assert_close(
+            call(
+                **given | {"input": expected["input"], "weight": expected["weight"]},
+                training=True,
+                **{argument: number},
+            ),
+            call(**expected, training=True, **{argument: 0.25}),
+        )
+        torch.testing.assert_close(given["running_var"], expected["running_var"])
+
+
+@pytest.mark.parametrize("function", DEPTHWISE)
+def test_integers_of_other_libraries(cpu_backend, function):
+    arguments, call = CALLS[function](), getattr(mx.functional, function)
+    assert torch.equal(call(**arguments, stride=np.int64(2)), call(**arguments, stride=2))
+    refused(function, "stride", np.float64(1))
+    refused(function, "stride", np.int64(3))
+    refused(function, "stride", 10**400)
+
+
+def inference_tensor(like: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return like.clone()
+
+
+UNUSABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda t: t[:1].expand(len(t)),
+    "of an inference mode": inference_tensor,
+    "leaf": lambda t: t.clone().requires_grad_(),
+    "not a leaf": lambda t: t.clone().requires_grad_() * 1,
+    "view of a leaf": lambda t: t[None].clone().requires_grad_()[0],
+}
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("argument", ["running_mean", "running_var"])
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_running_statistics_that_cannot_be_updated(function, argument, kind):
+    buffer = UNUSABLE[kind](CALLS[function]()[argument])
+    before = buffer.detach().clone()
+    assert "expected" in refused(function, argument, buffer, training=True)
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_running_statistics_that_are_only_read(cpu_backend, function, kind):
+    """As by F.batch_norm: none that need a gradient."""
+    arguments = CALLS[function]()
+    buffer = UNUSABLE[kind](arguments["running_var"])
+    if buffer.requires_grad:
+        refused(function, "running_var", buffer)
+    with torch.no_grad():
+        actual = getattr(mx.functional, function)(**arguments | {"running_var": buffer})
+        expected = getattr(mx.functional, function)(**arguments | {"running_var": buffer.detach().clone()})
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_running_statistics_in_the_memory_of_another_argument(function):
+    arguments = CALLS[function]()
+    c = len(arguments["running_mean"])
+    mean = arguments["running_mean"]
+    refused(function, "running_var", mean, running_mean=mean, training=True)
+    shifted = torch.ones(c + 1)
+    refused(function, "running_var", shifted[1:], running_mean=shifted[:-1], training=True)
+    for other in ("bias", "bn_weight", "bn_bias"):
+        for argument in ("running_mean", "running_var"):
+            tensor = arguments[other]
+            assert other in refused(function, argument, tensor, **{other: tensor}, training=True)
+    whole = torch.ones(arguments["input"].numel())
+    message = refused(function, "running_mean", whole[3 : 3 + c], input=whole.view(2, 8, 6, 6), training=True)
+    assert "input" in message
+    weight = arguments["weight"].clone()
+    refused(function, "running_var", weight.view(-1)[:c], weight=weight, training=True)
+
+
+@pytest.mark.parametrize("function", WITH_BATCH_NORM)
+def test_running_statistics_beside_others_in_one_memory(cpu_backend, function):
+    """Rows, columns and every other element of one tensor: each has memory of its own, and is updated."""
+    call = getattr(mx.functional, function)
+    expected = CALLS[function]()
+    call(**expected, training=True)
+    c = len(expected["running_mean"])
+    names = ("running_mean", "running_var", "bn_weight", "bn_bias")
+    for views in (
+        torch.zeros(4, c).unbind(0),
+        torch.zeros(c, 4).unbind(1),
+        [torch.zeros(4 * c)[i::4] for i in range(4)],
+    ):
+        given = {
+            **expected,
+            **{name: view.copy_(CALLS[function]()[name]) for name, view in zip(names, views, strict=True)},
+        }
+        call(**given, training=True)
+        for name in names[:2]:
+            torch.testing.assert_close(given[name], expected[name])
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors(function):
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([torch.randn(8, 6, 6), torch.randn(8, 6, 6)], layout=layout)
+        assert "nested" in refused(function, "input", nested)
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz.*:DeprecationWarning")
+def test_quantised_and_other_layouts(function):
+    arguments = CALLS[function]()
+    refused(function, "weight", torch.quantize_per_tensor(arguments["weight"], 0.1, 0, torch.qint8))
+    refused(function, "input", torch.quantize_per_tensor(arguments["input"], 0.1, 0, torch.quint8))
+    refused(function, "input", arguments["input"].to_mkldnn())
+
+
+class Doubling(torch.Tensor):
+    """A subclass that gives an operation another meaning."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 2 if func is torch.conv2d else out
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_subclasses_mean_what_they_mean_to_pytorch(cpu_backend, function):
+    arguments = CALLS[function]() | {"bias": None}
+    call = getattr(mx.functional, function)
+    out = call(**arguments | {"input": arguments["input"].as_subclass(Doubling)})
+    assert type(out) is Doubling
+    twice = call(**arguments | {"weight": 2 * arguments["weight"]})
+    torch.testing.assert_close(out.as_subclass(Tensor), twice)
+
+
+def assert_as_plain(model: nn.Module, x: Tensor, change: Callable[[nn.Module], None] = lambda model: None) -> None:
+    """The same error from the module as from its leaves, or the same result and buffers; both after ``change``."""
+    plain = Plain(model)
+    change(model)
+    change(plain.module)
+    outcomes = []
+    for module in (model, plain):
+        try:
+            outcomes.append(module(x))
+        except Exception as error:  # whichever it is, it has to be both modules'
+            outcomes.append((type(error), str(error)))
+    if isinstance(outcomes[1], Tensor):
+        torch.testing.assert_close(*outcomes)
+        for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+    else:
+        assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "training", "learns"),
+    [("of an inference mode", True, True), ("of an inference mode", True, False), ("leaf", True, True)]
+    + [("leaf", False, True), ("not a leaf", True, True), ("expanded", True, True), ("expanded", False, True)],
+)
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_modules_do_with_odd_buffers_what_plain_modules_do(cpu_backend, name, kind, training, learns):
+    def change(model: nn.Module) -> None:
+        model[1]._buffers[name] = UNUSABLE[kind](model[1]._buffers[name])
+
+    model = mx.nn.DepthwiseConvBNReLU(4).train(training).requires_grad_(learns)
+    assert_as_plain(model, torch.randn(2, 4, 6, 6), change)
+
+
+@pytest.mark.parametrize("setting", ["momentum", "eps"])
+@pytest.mark.parametrize("value", [True, 1, np.float32(0.25), 10**400], ids=["bool", "int", "numpy", "1e400"])
+def test_modules_do_with_odd_settings_what_plain_modules_do(cpu_backend, setting, value):
+    model = mx.nn.DepthwiseConvBNReLU(4)
+    setattr(model[1], setting, value)
+    assert_as_plain(model, torch.randn(2, 4, 6, 6))
+    assert_as_plain(copy.deepcopy(model).eval(), torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("x", [torch.randn(2, 4, 0, 6), torch.randn(2, 4, 6, 0), torch.randn(0, 4, 0, 0)], ids=str)
+def test_modules_and_images_without_pixels(cpu_backend, x):
+    assert_as_plain(mx.nn.DepthwiseConvBNReLU(4).eval(), x)
+    assert_as_plain(mx.nn.PointwiseConvBNReLU(4, 3).eval(), x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_modules_and_nested_tensors(cpu_backend):
+    assert_as_plain(mx.nn.DepthwiseConvBNReLU(4).eval(), torch.nested.nested_tensor([torch.randn(4, 6, 6)] * 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -169,6 +170,113 @@ def test_a_swapped_child_is_seen(backend64):
     model[0][1][2] = nn.Hardswish()
     torch.testing.assert_close(compiled(x), model(x))
     assert not torch.allclose(compiled(x), before)
+
+
+def blocks(convert: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
+    return [convert(mx.nn.DepthwiseSeparableConv(8, 8)) for _ in range(12)]
+
+
+def as_plain(module: nn.Module) -> nn.Module:
+    return nn.Sequential(*map(as_plain, module)) if isinstance(module, nn.Sequential) else module
+
+
+def equal_blocks_in_a_row(convert, graphs):
+    model = nn.Sequential(*blocks(convert))
+    for block in model:
+        block.compile(backend=graphs)
+    for _ in range(2):
+        model(torch.randn(2, 8, 8, 8))
+
+
+def equal_blocks_of_one_function(convert, graphs):
+    run = torch.compile(lambda block, x: block(x), backend=graphs)
+    for block in blocks(convert):
+        run(block, torch.randn(2, 8, 8, 8))
+
+
+def blocks_of_two_strides(convert, graphs):
+    for i in range(12):
+        block = convert(mx.nn.DepthwiseSeparableConv(8, 8, stride=1 + i % 2))
+        block.compile(backend=graphs)
+        block(torch.randn(2, 8, 8, 8))
+
+
+def loaded_parameters(convert, graphs):
+    model = convert(features())
+    compiled = torch.compile(model, backend=graphs)
+    for _ in range(4):
+        compiled(image())
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def replaced_buffers(convert, graphs):
+    model = convert(features())
+    compiled = torch.compile(model, backend=graphs)
+    for _ in range(4):
+        compiled(image())
+        for bn in batch_norms(model):
+            bn._buffers.update({name: buffer.clone() for name, buffer in bn._buffers.items()})
+
+
+def ten_networks(convert, graphs):
+    for _ in range(10):
+        model = convert(features())
+        model.compile(backend=graphs)
+        model(image())
+
+
+def copies_of_a_network(convert, graphs):
+    model = convert(features())
+    for _ in range(10):
+        model = copy.deepcopy(model)
+        torch.compile(model, backend=graphs)(image())
+
+
+def mode_and_momentum(convert, graphs):
+    model = convert(features())
+    compiled = torch.compile(model, backend=graphs)
+    for training, momentum in ((True, 0.1), (False, 0.1), (True, 0.2), (True, 0.1), (False, 0.2)):
+        for bn in batch_norms(model.train(training)):
+            bn.momentum = momentum
+        compiled(image())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        equal_blocks_in_a_row,
+        equal_blocks_of_one_function,
+        blocks_of_two_strides,
+        loaded_parameters,
+        replaced_buffers,
+        ten_networks,
+        copies_of_a_network,
+        mode_and_momentum,
+    ],
+)
+def test_as_few_compilations_as_the_plain_modules(use):
+    """Modules of the same make share a graph: nothing of it depends on which module or tensor it was made for."""
+    counts = []
+    for convert in (as_plain, lambda module: module):
+        torch._dynamo.reset()
+        graphs = torch._dynamo.testing.CompileCounter()
+        use(convert, graphs)
+        counts.append(graphs.frame_count)
+    assert 0 < counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+@torch._dynamo.config.patch(skip_no_tensor_aliasing_guards_on_parameters=False)  # by default torch does not look
+def test_batch_norms_that_share_a_buffer(backend64, compiled_before):
+    model = features(3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if compiled_before:
+        compiled(image())
+    first, second = batch_norms(model)[1:]
+    second.running_mean, second.num_batches_tracked = first.running_mean, first.num_batches_tracked
+    twin = copy.deepcopy(model)
+    assert_same(compiled, model, twin, image())
+    assert first.num_batches_tracked == 2 + compiled_before
 
 
 def test_autocast(cpu_backend):

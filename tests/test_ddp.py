@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,13 +49,17 @@ def compare(fused: torch.nn.Module, plain: torch.nn.Module) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-def work(rank: int, folder: str, backend: str) -> None:
+def join(rank: int, folder: str, backend: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     mx.backends.set(backend)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )
+
+
+def work(rank: int, folder: str, backend: str) -> None:
+    join(rank, folder, backend)
     for options in ({}, {"static_graph": True, "gradient_as_bucket_view": True}):
         model, plain = networks()
         parallel = DistributedDataParallel(model, **options)
@@ -78,3 +83,47 @@ def work(rank: int, folder: str, backend: str) -> None:
 
 def test_two_processes(tmp_path):
     multiprocessing.spawn(work, args=(str(tmp_path), mx.backends.current("cpu")), nprocs=WORLD, join=True)
+
+
+def channels_last(model: torch.nn.Module) -> torch.nn.Module:
+    return model.to(memory_format=torch.channels_last)
+
+
+def strides_of_one(model: torch.nn.Module) -> torch.nn.Module:
+    """Parameters whose strides along dimensions of size 1 are those of no memory format."""
+    for p in model.parameters():
+        strides = [7 if size == 1 else stride for size, stride in zip(p.shape, p.stride(), strict=True)]
+        p.data = p.data.as_strided(p.shape, strides)
+    return model
+
+
+def train_without_warnings(rank: int, folder: str, backend: str) -> None:
+    """DistributedDataParallel warns once a process of gradients whose strides are not their parameters'."""
+    warnings.simplefilter("error")
+    join(rank, folder, backend)
+    for lay_out, frozen in ((channels_last, 0), (strides_of_one, 0), (channels_last, 9)):
+        for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+            model, plain = networks()
+            for network in (model, plain):
+                network.feature[:frozen].requires_grad_(False).eval()
+            parallel = DistributedDataParallel(lay_out(model), **options)
+            # In this format, because the plain modules cause the warning in the others.
+            reference = DistributedDataParallel(channels_last(plain), **options)
+            for step in range(2):
+                x = batches(step)[rank]
+                parallel(x).square().sum().backward()
+                reference(x).square().sum().backward()
+            for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None) == (not p.requires_grad), name
+                if p.requires_grad:
+                    assert p.grad.stride() == p.stride(), name
+                    if not is_conv_bias(name):
+                        error = ((p.grad - q.grad).norm() / q.grad.norm()).item()
+                        assert error < 1e-6, f"{name}: {error:.1e}"
+    dist.destroy_process_group()
+
+
+def test_no_warning(tmp_path):
+    multiprocessing.spawn(
+        train_without_warnings, args=(str(tmp_path), mx.backends.current("cpu")), nprocs=WORLD, join=True
+    )

@@ -1,6 +1,9 @@
 // The CPU backend as the torch bindings want it.
 #pragma once
 
+#include <exception>
+#include <memory>
+
 #include "../bindings.h"
 #include "blocks.h"
 #include "runtime.h"
@@ -15,14 +18,21 @@ struct Backend {
 
   explicit Backend(const Tensor&) {}
 
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
+    return allocated([&] { return empty_contiguous(shape, type, torch::stable::Device(kDevice)); });
+  }
+
   Tensor empty_activation(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) const {
     const torch::stable::Device device(kDevice);
     const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
     const size_t bytes = size_t(n) * c * h * w * itemsize;
-    if (bytes < kSmallestBlock) return empty_channels_last(n, c, h, w, type, device);
-    void* const block = take_block(bytes);
+    if (bytes < kSmallestBlock) return allocated([&] { return empty_channels_last(n, c, h, w, type, device); });
+    std::unique_ptr<void, void (*)(void*)> block(take_block(bytes), return_block);
     STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
-    return torch::stable::from_blob(block, {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
+    Tensor activation =
+        torch::stable::from_blob(block.get(), {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
+    block.release();  // to the tensor
+    return activation;
   }
 
   int64_t packed_bytes(Dtype dtype, int64_t c_in, int64_t c_out, bool block) const {
@@ -39,6 +49,19 @@ struct Backend {
   void normalise_backward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_backward(args); }
   void block_inference(const BlockArgs& args) const { kernels(args.dtype).block_inference(args); }
   void bn_from_running(const RunningArgs& args) const;
+
+ private:
+  // PyTorch's allocator does not know of idle blocks: where it finds no memory, these go first. Gradients of weights
+  // and the like are not blocks themselves, whose storage cannot be resized.
+  template <class Allocate>
+  static Tensor allocated(const Allocate& allocate) {
+    try {
+      return allocate();
+    } catch (const std::exception&) {
+      release_idle_blocks();
+      return allocate();
+    }
+  }
 };
 
 }  // namespace mx::cpu

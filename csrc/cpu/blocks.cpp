@@ -1,97 +1,193 @@
 #include "blocks.h"
 
+#include <pthread.h>
 #include <stdint.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <chrono>
 #include <iterator>
-#include <map>
 #include <mutex>
-#include <unordered_map>
+#include <new>
+#include <set>
+#include <utility>
+
+#include "fork_safe_mutex.h"
 
 namespace mx::cpu {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr size_t kHugePage = size_t(2) << 20, kPage = size_t(64) << 10;  // of every system at most
-// Calls of take_block after which a block that nobody took goes back to the system. A training step takes fewer than
-// a hundred.
+
+// Calls of take_block, and time, after which a block that nobody took goes back to the system. A training step takes
+// fewer than a hundred, and a longer step than this is rare.
 constexpr uint64_t kKeptCalls = 512;
+constexpr std::chrono::seconds kKeptTime(60);
+
+// A step needs more blocks than it uses at once, for a block serves only tensors of about its size.
+constexpr size_t kMostKept = 2;
 
 // Marking a small block, page by page, takes longer than filling it.
 constexpr size_t kMarked = size_t(16) << 20;
 
-struct FreeBlock {
+struct Block {
   void* data;
-  uint64_t returned_at;
+  size_t size;
+  uint64_t returned_at_call;
+  Clock::time_point returned_at;
 };
+
+struct ByAddress {
+  bool operator()(const Block& a, const Block& b) const { return a.data < b.data; }
+};
+
+struct BySize {
+  bool operator()(const Block& a, const Block& b) const { return a.size < b.size; }
+};
+
+// A block's node moves between the sets: to return one takes no memory.
+using LentBlocks = std::set<Block, ByAddress>;
+using IdleBlocks = std::multiset<Block, BySize>;  // among equal ones the one returned last is the last
+
+// Must be called without the lock.
+void unmap(const IdleBlocks& blocks) {
+  for (const Block& block : blocks) munmap(block.data, block.size);
+}
+
+// On a boundary of huge pages, which fault and are marked a few hundred times faster than small ones.
+void* map(size_t size) {
+  void* const data = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(data);
+  char* const aligned = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (aligned > begin) munmap(begin, size_t(aligned - begin));
+  munmap(aligned + size, size_t(begin + kHugePage - aligned));
+  madvise(aligned, size, MADV_HUGEPAGE);
+  return aligned;
+}
 
 class Blocks {
  public:
   void* take(size_t bytes) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++calls_;
-    drop_old();
-    // The smallest that is large enough, of these the one returned last, but none that would waste more than an eighth.
-    auto found = free_.lower_bound(size);
-    if (found != free_.end() && found->first <= size + size / 8) {
-      found = std::prev(free_.upper_bound(found->first));
-      void* const data = found->second.data;
-      sizes_[data] = found->first;
-      free_.erase(found);
-      return data;
+    IdleBlocks dropped;
+    void* data;
+    {
+      const std::lock_guard<ForkSafeMutex> lock(mutex_);
+      ++calls_;
+      drop_old(dropped);
+      data = take_idle(size);
+      if (data == nullptr) make_room(size, dropped);
     }
-    void* const data = map(size);
-    if (data != nullptr) sizes_[data] = size;
-    return data;
+    unmap(dropped);
+    return data != nullptr ? data : take_new(size);
   }
 
   void put(void* data) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = sizes_.find(data);
-    if (found->second >= kMarked) madvise(data, found->second, MADV_FREE);
-    free_.insert({found->second, {data, calls_}});
-    sizes_.erase(found);
+    LentBlocks::node_type node;
+    {
+      const std::lock_guard<ForkSafeMutex> lock(mutex_);
+      node = lent_.extract(lent_.find(Block{data}));
+    }
+    Block& block = node.value();
+    if (block.size >= kMarked) madvise(data, block.size, MADV_FREE);
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
+    block.returned_at_call = calls_;
+    block.returned_at = Clock::now();
+    lent_bytes_ -= block.size;
+    idle_bytes_ += block.size;
+    idle_.insert(std::move(node));
+  }
+
+  void release_idle() {
+    IdleBlocks dropped;
+    {
+      const std::lock_guard<ForkSafeMutex> lock(mutex_);
+      dropped.swap(idle_);
+      idle_bytes_ = 0;
+    }
+    unmap(dropped);
   }
 
  private:
-  // On a boundary of huge pages, which fault and are marked a few hundred times faster than small ones.
-  static void* map(size_t size) {
-    void* const data = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) return nullptr;
-    char* const begin = static_cast<char*>(data);
-    char* const aligned = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
-    if (aligned > begin) munmap(begin, size_t(aligned - begin));
-    munmap(aligned + size, size_t(begin + kHugePage - aligned));
-    madvise(aligned, size, MADV_HUGEPAGE);
-    return aligned;
+  void* take_idle(size_t size) {
+    // The smallest that is large enough, of these the one returned last, but none that would waste more than an eighth.
+    const auto smallest = idle_.lower_bound(Block{nullptr, size});
+    if (smallest == idle_.end() || smallest->size > size + size / 8) return nullptr;
+    auto node = idle_.extract(std::prev(idle_.upper_bound(*smallest)));
+    void* const data = node.value().data;
+    idle_bytes_ -= node.value().size;
+    lend(std::move(node));
+    return data;
   }
 
-  void drop_old() {
-    for (auto block = free_.begin(); block != free_.end();) {
-      if (calls_ - block->second.returned_at > kKeptCalls) {
-        munmap(block->second.data, block->first);
-        block = free_.erase(block);
-      } else {
-        ++block;
-      }
+  void* take_new(size_t size) {
+    LentBlocks made;
+    made.insert(Block{nullptr, size});  // first, as it may throw
+    auto node = made.extract(made.begin());
+    void* data = map(size);
+    if (data == nullptr) {
+      release_idle();
+      data = map(size);
+    }
+    if (data == nullptr) return nullptr;
+    node.value().data = data;
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
+    lend(std::move(node));
+    return data;
+  }
+
+  void lend(LentBlocks::node_type node) {
+    lent_bytes_ += node.value().size;
+    most_lent_bytes_ = std::max(most_lent_bytes_, lent_bytes_);
+    lent_.insert(std::move(node));
+  }
+
+  // For a new block: the oldest idle ones go while there would be more than kMostKept allows.
+  void make_room(size_t size, IdleBlocks& dropped) {
+    const size_t most = kMostKept * std::max(most_lent_bytes_, lent_bytes_ + size);
+    while (!idle_.empty() && lent_bytes_ + idle_bytes_ + size > most)
+      drop(std::min_element(idle_.begin(), idle_.end(),
+                            [](const Block& a, const Block& b) { return a.returned_at < b.returned_at; }),
+           dropped);
+  }
+
+  void drop_old(IdleBlocks& dropped) {
+    const Clock::time_point now = Clock::now();
+    for (auto block = idle_.begin(); block != idle_.end();) {
+      const bool old = calls_ - block->returned_at_call > kKeptCalls || now - block->returned_at > kKeptTime;
+      block = old ? drop(block, dropped) : std::next(block);
     }
   }
 
-  std::mutex mutex_;
+  IdleBlocks::iterator drop(IdleBlocks::iterator block, IdleBlocks& dropped) {
+    const auto next = std::next(block);
+    idle_bytes_ -= block->size;
+    dropped.insert(idle_.extract(block));
+    return next;
+  }
+
+  ForkSafeMutex mutex_;
   uint64_t calls_ = 0;
-  std::multimap<size_t, FreeBlock> free_;  // by size
-  std::unordered_map<void*, size_t> sizes_;
+  IdleBlocks idle_;
+  LentBlocks lent_;
+  size_t idle_bytes_ = 0, lent_bytes_ = 0, most_lent_bytes_ = 0;
 };
 
-// Never destroyed: tensors may outlive the end of main.
-Blocks& blocks() {
-  static Blocks* const blocks = new Blocks;
-  return *blocks;
-}
+// Made when the library is loaded, for the guard of a variable inside of a function is a lock that fork knows nothing
+// of; never destroyed, for tensors may outlive the end of main.
+Blocks* const blocks = [] {
+  auto* const made = new Blocks;
+  if (pthread_atfork(nullptr, nullptr, release_idle_blocks) != 0) throw std::bad_alloc();
+  return made;
+}();
 
 }  // namespace
 
-void* take_block(size_t bytes) { return blocks().take(bytes); }
-void return_block(void* block) { blocks().put(block); }
+void* take_block(size_t bytes) { return blocks->take(bytes); }
+void return_block(void* block) { blocks->put(block); }
+void release_idle_blocks() { blocks->release_idle(); }
 
 }  // namespace mx::cpu

@@ -3,7 +3,17 @@
 // A fresh block costs more than the kernel that fills it: the system hands out pages one fault at a time and zeroes
 // them, which takes several times as long as writing them (benchmarks/NOTES.md), and malloc gives blocks of this size
 // back at once. A network's activations have the same few sizes step after step, so the blocks of one step serve the
-// next. Large ones are marked while they wait: the system takes their pages back when it is short of memory.
+// next.
+//
+// What is kept is for speed alone, so it goes back to the system
+//   - when the system has no memory for a new block, a workspace or another tensor of this library;
+//   - before blocks in use and idle ones together are more than kMostKept times what was ever in use at once;
+//   - at the next call, when nobody took it for a while;
+//   - in the child of a fork, which may never use it;
+//   - by release_idle_blocks().
+// Pages of large idle blocks are marked, and the system takes them back by itself when it is short of memory. That does
+// not help against a limit on the address space (RLIMIT_AS), which counts them nevertheless: there somebody else's
+// allocation can fail because of idle blocks.
 #pragma once
 
 #include <stddef.h>
@@ -16,5 +26,8 @@ constexpr size_t kSmallestBlock = size_t(1) << 20;
 // Memory of at least `bytes` bytes on a cache line, contents undefined; null if there is none.
 void* take_block(size_t bytes);
 void return_block(void* block);
+
+// Gives all blocks that nobody uses back to the system.
+void release_idle_blocks();
 
 }  // namespace mx::cpu

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "backend.h"
+#include "fork_safe_mutex.h"
 
 namespace mx::cpu {
 namespace {
@@ -46,7 +47,7 @@ class Plans {
     void* const address = new char();
     const Tensor handle = torch::stable::from_blob(
         address, {1}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte, drop);
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
     plans_.emplace(address, std::move(plan));
     return handle;
   }
@@ -54,7 +55,7 @@ class Plans {
   // Shared, because another thread may take the handle's memory away while the plan runs.
   std::shared_ptr<const Plan> at(const Tensor& handle) {
     const void* const address = handle.const_data_ptr();
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeMutex> lock(mutex_);
     const auto found = plans_.find(address);
     STD_TORCH_CHECK(found != plans_.end(), "plan: expected what make_plan gave, got another tensor or a copy of it");
     return found->second;
@@ -63,24 +64,21 @@ class Plans {
  private:
   static void drop(void* address);
 
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   std::unordered_map<const void*, std::shared_ptr<const Plan>> plans_;
 };
 
-// Never destroyed: handles may outlive the end of main.
-Plans& plans() {
-  static Plans* const plans = new Plans;
-  return *plans;
-}
+// Made when the library is loaded (blocks.cpp), never destroyed: handles may outlive the end of main.
+Plans* const plans = new Plans;
 
 void Plans::drop(void* address) {
   std::shared_ptr<const Plan> plan;  // destroyed without the lock
   {
-    const std::lock_guard<std::mutex> lock(plans().mutex_);
-    const auto found = plans().plans_.find(address);
-    if (found != plans().plans_.end()) {
+    const std::lock_guard<ForkSafeMutex> lock(plans->mutex_);
+    const auto found = plans->plans_.find(address);
+    if (found != plans->plans_.end()) {
       plan = std::move(found->second);
-      plans().plans_.erase(found);
+      plans->plans_.erase(found);
     }
   }
   delete static_cast<char*>(address);
@@ -241,11 +239,11 @@ Tensor make_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t>&
     STD_TORCH_CHECK(program[i] >= 0 && program[i] < (i == 0 ? kOps - 1 : kOps), "program: no op ", program[i]);
     builder.add(Op(program[i]), program[i + 1], program[i + 2], program[i + 3]);
   }
-  return plans().add(builder.finish());
+  return plans->add(builder.finish());
 }
 
 Tensor run_plan(const Tensor& x, const Tensor& handle) {
-  const std::shared_ptr<const Plan> found = plans().at(handle);
+  const std::shared_ptr<const Plan> found = plans->at(handle);
   const Plan& plan = *found;
   const Call<Backend> call(x);
   call.check_activation(x, "x");

@@ -8,9 +8,11 @@
 
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "blocks.h"
 #include "host/cpu_features.h"
 
 namespace mx::cpu {
@@ -66,19 +68,29 @@ struct ScratchSlot {
   void* data = nullptr;
   size_t bytes = 0;
   ~ScratchSlot() { free(data); }
+
+  void release() {
+    free(data);
+    data = nullptr;
+    bytes = 0;
+  }
 };
+
+constexpr int kSlots = 8;
+thread_local ScratchSlot slots[kSlots];
 
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
-  constexpr int kSlots = 8;
-  static thread_local ScratchSlot slots[kSlots];
   ScratchSlot& s = slots[slot];
   if (s.bytes < bytes) {
-    free(s.data);
-    s.bytes = 0;
+    s.release();
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     s.data = aligned_alloc(kAlignment, rounded);
+    if (s.data == nullptr) {
+      release_idle_blocks();
+      s.data = aligned_alloc(kAlignment, rounded);
+    }
     STD_TORCH_CHECK(s.data != nullptr, "not enough memory for a workspace of ", rounded, " bytes");
     s.bytes = rounded;
   }
@@ -136,9 +148,15 @@ InstructionSet choose_set() {
   return {};
 }
 
+// Chosen at the first call, for it asks the system for permission to use AMX. Threads that are first together all
+// choose, and the same: a static variable's guard would stay locked in the child of a fork (fork_safe_mutex.h).
 const InstructionSet& chosen_set() {
-  static const InstructionSet chosen = choose_set();
-  return chosen;
+  static std::atomic<const InstructionSet*> chosen{nullptr};
+  const InstructionSet* set = chosen.load(std::memory_order_acquire);
+  if (set != nullptr) return *set;
+  auto made = std::make_unique<const InstructionSet>(choose_set());
+  if (chosen.compare_exchange_strong(set, made.get(), std::memory_order_acq_rel)) set = made.release();
+  return *set;
 }
 
 }  // namespace
@@ -159,3 +177,8 @@ const Kernels& kernels(Dtype dtype) {
 }  // namespace mx::cpu
 
 extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() { return mx::cpu::chosen_set().name; }
+
+extern "C" __attribute__((visibility("default"))) void mx_cpu_empty_cache() {
+  mx::cpu::release_idle_blocks();
+  for (mx::cpu::ScratchSlot& slot : mx::cpu::slots) slot.release();
+}

@@ -18,6 +18,10 @@ struct Backend {
     return empty_channels_last(n, c, h, w, type, device);
   }
 
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
+    return empty_contiguous(shape, type, device);
+  }
+
   // The kernels take weights as they are.
   int64_t packed_bytes(Dtype, int64_t, int64_t, bool) const { return 0; }
 

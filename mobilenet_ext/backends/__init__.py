@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from mobilenet_ext import storage
 from mobilenet_ext.backends import cpu, cuda, reference, triton
 
-__all__ = ["available", "current", "device_type", "kernel", "set", "use"]
+__all__ = ["available", "current", "device_type", "empty_cache", "kernel", "set", "use"]
 
 AUTO = "auto"
 
@@ -112,6 +112,19 @@ def current(device_type: str) -> str:
 def device_type(name: str) -> str | None:
     """The type of device that a backend's tensors live on (``"cpu"``, ``"cuda"``); None if any will do."""
     return _BACKENDS[name].device_type
+
+
+def empty_cache() -> None:
+    """Give the memory that backends keep for later calls back to the system, as ``torch.cuda.empty_cache`` does.
+
+    Only the ``cpu`` backend keeps any: the memory of activations that nobody uses any more, and workspaces. What
+    tensors use stays, and the next calls are slower by the memory that they have to ask for anew.
+
+    Memory also goes back by itself: where this library finds none otherwise, and in calls after it was not used for a
+    minute or for 512 activations. This function is for the memory that somebody else needs when no such call comes:
+    PyTorch's own tensors under a limit on the address space, another process. GPU backends take theirs from PyTorch.
+    """
+    cpu.empty_cache()
 
 
 def kernel(op: str, device_type: str) -> Callable[..., Any]:

@@ -28,6 +28,11 @@ def isa() -> str:
     return chosen().decode()
 
 
+def empty_cache() -> None:
+    """Gives the memory that the kernels keep for later calls back to the system."""
+    ctypes.CDLL(str(LIBRARY)).mx_cpu_empty_cache()
+
+
 def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise_weight: Tensor) -> Tensor:
     """What ``block_inference``, or without a depthwise part ``pointwise_inference``, otherwise makes of these at each
     call (``csrc/cpu/block.h``): uint8, one-dimensional."""

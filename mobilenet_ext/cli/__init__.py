@@ -7,6 +7,7 @@ the exit status.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (train, sweep, eval, predict, bench, doctor):
         command.add_parser(subparsers).set_defaults(run=command.run)
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files and classes are bytes, of any encoding
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: started with its output closed
+            sys.stdout.flush()
         return status
     except TrainError as error:
         print(f"mobilenet-ext: {error}", file=sys.stderr)

@@ -29,10 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Prints the measurements."""
     run_options = options.run_options(args)
-    use_backend(run_options.backend)
-    stats, smoothing, classes = evaluate_checkpoint(
-        args.checkpoint, run_options, data=args.data, batch_size=args.batch_size
-    )
+    with use_backend(run_options.backend):
+        stats, smoothing, classes = evaluate_checkpoint(
+            args.checkpoint, run_options, data=args.data, batch_size=args.batch_size
+        )
     print(f"loss   {stats.loss:.4f}" + (f"  (label smoothing {smoothing:g})" if smoothing else ""))
     print(f"top-1  {stats.accuracy:.4f}")
     print(f"top-5  {stats.top5_accuracy:.4f}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mobilenet_ext.train.errors import RecipeError, TrainError
+from mobilenet_ext.train.errors import RecipeError, TrainError, reason
 from mobilenet_ext.train.loop import choose_device
 from mobilenet_ext.train.recipe import AMP_MODES
 from mobilenet_ext.train.run import RunOptions
@@ -98,12 +98,21 @@ def device_of(args: argparse.Namespace) -> Any:
 
 
 def free_folder(name: str) -> Path:
-    """``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that is not there yet."""
+    """Makes ``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that was not there yet.
+
+    Raises:
+        TrainError: it cannot be made.
+    """
     folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # or another process has just made it
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+        except OSError as error:
+            raise TrainError(f"cannot make the output folder {folder}: {reason(error)}") from error
 
 
 def require_out(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mobilenet_ext.cli import options
-from mobilenet_ext.train.data import UnreadableImage
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError
 from mobilenet_ext.train.inference import Classifier
 from mobilenet_ext.train.run import use_backend
@@ -31,17 +31,17 @@ def run(args: argparse.Namespace) -> int:
     """Prints the classes of each image; 1 where an image could not be read, after the others."""
     if args.top < 1:
         raise TrainError(f"--top must be 1 or more, not {args.top}")
-    use_backend(args.backend)
-    classifier = Classifier(args.checkpoint, options.device_of(args))
     status = 0
-    for path in args.images:
-        try:
-            best = classifier.best_classes(path, args.top)
-        except UnreadableImage as error:
-            print(f"mobilenet-ext: cannot read the image {error}", file=sys.stderr)
-            status = 1
-            continue
-        print(path)
-        for name, chance in best:
-            print(f"  {chance:.4f}  {name}")
+    with use_backend(args.backend):
+        classifier = Classifier(args.checkpoint, options.device_of(args))
+        for path in args.images:
+            try:
+                best = classifier.best_classes(path, args.top)
+            except UnreadableImage as error:
+                print(f"mobilenet-ext: cannot read the image {error}", file=sys.stderr)
+                status = 1
+                continue
+            print(path)
+            for name, chance in best:
+                print(f"  {chance:.4f}  {name}")
     return status

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     given = options.given_settings(args)
     # All at once and first: a wrong width shows before the hours that the right ones take.
     recipes = [default_recipe(**{**given, "width": width}) for width in dict.fromkeys(args.widths)]
+    run_options = options.run_options(args)
     out = args.out or options.free_folder(f"{options.data_name(recipes[0].data)}-sweep")
-    _, interrupted = run_sweep(recipes, out, options.run_options(args), resume=args.resume)
+    _, interrupted = run_sweep(recipes, out, run_options, resume=args.resume)
     return 130 if interrupted else 0

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     given = options.given_settings(args, "width")
     # A resumed run keeps its recipe; settings given again are held against it.
     recipe = dataclasses.replace(recorded_recipe(args.out), **given) if args.resume else default_recipe(**given)
+    run_options = options.run_options(args)
     out = args.out or options.free_folder(f"{options.data_name(recipe.data)}-w{recipe.width:g}")
-    result = run_training(recipe, out, options.run_options(args), resume=args.resume)
+    result = run_training(recipe, out, run_options, resume=args.resume)
     return 130 if result.interrupted else 0

@@ -18,7 +18,8 @@ The whole recipe, as the command line runs it::
     result = run_training(default_recipe("digits", epochs=5), "runs/notebook", RunOptions())
 """
 
-from mobilenet_ext.train.data import Digits, ImageFolder, InMemoryImagenette, UnreadableImage
+from mobilenet_ext.train.data import Digits, ImageFolder, InMemoryImagenette
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import RecipeError, TrainError
 from mobilenet_ext.train.inference import Classifier, evaluate_checkpoint, load_model
 from mobilenet_ext.train.loader import ImageLoader

@@ -8,6 +8,8 @@ class names in the order of the labels.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mobilenet_ext.files import locked
+from mobilenet_ext.train.decoding import UnreadableImage, decode_image
 from mobilenet_ext.train.errors import TrainError, reason, require
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+from mobilenet_ext.train.image_files import class_names, labelled_images
+from mobilenet_ext.train.packed import read_images
 
 # The ten classes of Imagenette by their WordNet numbers, which are the names of its folders.
 IMAGENETTE_CLASSES = {
@@ -41,56 +45,18 @@ IMAGENETTE_FOLDERS = {"320px": "imagenette2-320", "full": "imagenette2", "160px"
 DIGITS_VALIDATION_IMAGES = 360
 
 
-class UnreadableImage(Exception):
-    """An image file that cannot be decoded. ``path`` names it, ``why`` says what is wrong with it."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(path, why)
-        self.path, self.why = path, why
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.why})"
-
-
-def decode_image(path: str | os.PathLike[str]) -> Tensor:
-    """Reads an image file.
-
-    Returns:
-        uint8 ``[3, H, W]``, RGB, channels last in memory.
-
-    Raises:
-        UnreadableImage: the file is missing, truncated, corrupt, or not an image.
-        TrainError: Pillow is not installed.
-    """
-    pillow = require("PIL.Image", "reading image files", "pillow")
-    try:
-        with pillow.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UnreadableImage(str(path), _decoder_reason(error, path)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _decoder_reason(error: BaseException, path: str | os.PathLike[str]) -> str:
-    why = reason(error)
-    if "cannot identify image file" in why:  # the message repeats the path
-        return "empty file" if os.path.getsize(path) == 0 else "not an image, or its header is damaged"
-    return why
-
-
 class ImageFolder(Dataset):
-    """Images on disk, a folder per class, decoded when they are asked for.
+    """Images on disk, a folder per class, decoded when they are asked for (see ``decoding.decode_image``).
 
     Args:
         root: folder with one folder per class; their sorted names are the classes. Images may lie in subfolders.
+            Links are followed.
         transform: called with each image.
         classes: the classes expected (those of the training images, for a validation folder).
 
     Raises:
-        TrainError: ``root`` is missing or has no class folder, a class folder holds no image, or the classes are
-            not those expected.
+        TrainError: ``root`` is missing or has no class folder, a folder cannot be read, a class folder holds no image,
+            or the classes are not those expected; or by links a folder is reached twice or one file has two classes.
     """
 
     def __init__(
@@ -100,24 +66,13 @@ class ImageFolder(Dataset):
         classes: list[str] | None = None,
     ) -> None:
         self.root, self.transform = Path(root), transform
-        self.samples: list[tuple[str, int]] = []
-        try:
-            self.classes = sorted(entry.name for entry in os.scandir(self.root) if _is_class_folder(entry))
-        except OSError as error:
-            raise TrainError(f"cannot read the image folder {self.root}: {reason(error)}") from error
+        self.classes = class_names(self.root)
         if not self.classes:
             raise TrainError(f"{self.root} has no class folders: it needs one folder of images per class")
         if classes is not None and self.classes != classes:
             different = sorted(set(self.classes) ^ set(classes))
             raise TrainError(f"{self.root} has other classes than expected: {', '.join(different)}")
-        empty = []
-        for label, name in enumerate(self.classes):
-            files = sorted(_image_files(self.root / name))
-            self.samples += [(path, label) for path in files]
-            if not files:
-                empty.append(str(self.root / name))
-        if empty:
-            raise TrainError(f"class folder without images: {', '.join(empty)}")
+        self.samples = labelled_images(self.root, self.classes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,19 +90,6 @@ class ImageFolder(Dataset):
             return [error for error in checked if error is not None]
 
 
-def _is_class_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _image_files(folder: Path) -> list[str]:
-    return [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    ]
-
-
 def _decoding_error(path: str) -> UnreadableImage | None:
     try:
         decode_image(path)
@@ -159,8 +101,9 @@ def _decoding_error(path: str) -> UnreadableImage | None:
 class InMemoryImagenette(Dataset):
     """Imagenette (ten ImageNet classes; 9,469 training, 3,925 validation images), decoded once and kept in memory.
 
-    Decoding JPEGs takes longer than augmenting them, so an epoch from memory is faster; it costs three bytes a pixel.
-    Worker processes that are forked share the memory.
+    Decoding JPEGs takes longer than augmenting them, so an epoch from memory is faster; it costs three bytes a pixel,
+    in one block, which all worker processes share: forked ones as it is; for others PyTorch moves it to shared memory
+    when the first one starts, and has it twice for that moment.
 
     Args:
         root: the folder that holds Imagenette in its published layout (``imagenette2-320/train/n01440764/...``).
@@ -171,6 +114,8 @@ class InMemoryImagenette(Dataset):
 
     Attributes:
         classes: names in English, in the order of the labels.
+        images: the decoded images, a sequence of views of the block.
+        labels: of the images.
         unreadable: the files that could not be decoded; they are left out.
 
     Raises:
@@ -201,17 +146,8 @@ class InMemoryImagenette(Dataset):
         files = ImageFolder(folder / split)
         self.transform = transform
         self.classes = [IMAGENETTE_CLASSES.get(name, name) for name in files.classes]
-        self.unreadable: list[UnreadableImage] = []
-        self.images: list[Tensor] = []
-        self.labels: list[int] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter lock
-            decoded = pool.map(_image_or_error, [path for path, _ in files.samples])
-            for image, (_, label) in zip(decoded, files.samples, strict=True):
-                if isinstance(image, UnreadableImage):
-                    self.unreadable.append(image)
-                else:
-                    self.images.append(image)
-                    self.labels.append(label)
+        self.images, self.unreadable, kept = read_images([path for path, _ in files.samples])
+        self.labels: list[int] = [files.samples[index][1] for index in kept]
         if not self.images:
             raise TrainError(f"none of the {len(files)} images in {folder / split} can be read")
 
@@ -220,15 +156,8 @@ class InMemoryImagenette(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Returns ``(image, label)``."""
-        image = self.images[index]
+        image = self.images[index].clone()  # a view would take all images along wherever it is sent or saved
         return (self.transform(image) if self.transform else image), self.labels[index]
-
-
-def _image_or_error(path: str) -> Tensor | UnreadableImage:
-    try:
-        return decode_image(path)
-    except UnreadableImage as error:
-        return error
 
 
 def find_imagenette(root: str | os.PathLike[str]) -> str | None:
@@ -240,15 +169,21 @@ def find_imagenette(root: str | os.PathLike[str]) -> str | None:
 
 
 def _download_imagenette(root: Path, size: str) -> None:
-    """Puts Imagenette into ``root``, whole or not at all."""
+    """Puts Imagenette into ``root``, whole or not at all; waits for another process that is at it."""
     datasets = require("torchvision.datasets", "downloading Imagenette", "torchvision")
     folder = IMAGENETTE_FOLDERS[size]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # An interrupted download or extraction must not look like a data set the next time.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as unfinished:
-            datasets.Imagenette(unfinished, size=size, download=True)
-            os.rename(os.path.join(unfinished, folder), root / folder)
+        print(f"downloading Imagenette into {root}, once no other process is at it", file=sys.stderr, flush=True)
+        with locked(root / ".download.lock", wait=True) as alone:
+            for unfinished in root.glob(".download-*") if alone else ():  # of a process that was killed
+                shutil.rmtree(unfinished)
+            if (root / folder).is_dir():
+                return
+            # An interrupted download or extraction must not look like a data set the next time.
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as unfinished:
+                datasets.Imagenette(unfinished, size=size, download=True)
+                os.rename(os.path.join(unfinished, folder), root / folder)
     except (OSError, RuntimeError, EOFError) as error:
         url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder}.tgz"
         raise TrainError(
@@ -292,5 +227,5 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Returns ``(image, label)``."""
-        image = self.images[index]
+        image = self.images[index].clone()  # a view would take all images along wherever it is sent or saved
         return (self.transform(image) if self.transform else image), self.labels[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 
@@ -38,3 +39,9 @@ def require(module: str, purpose: str, package: str | None = None) -> ModuleType
 def reason(error: BaseException) -> str:
     """The error in a few words: the operating system's own where there are any, without a repeated file name."""
     return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def listed(items: Sequence[object], at_most: int = 10) -> str:
+    """The items with commas between them; of many only the first, and how many more there are."""
+    more = len(items) - at_most
+    return ", ".join(map(str, items[:at_most])) + (f" and {more} more" if more > 0 else "")

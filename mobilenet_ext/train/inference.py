@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mobilenet_ext.train.checkpoint import load_checkpoint, load_weights
-from mobilenet_ext.train.data import decode_image
+from mobilenet_ext.train.decoding import decode_image
 from mobilenet_ext.train.interrupt import Interrupt
 from mobilenet_ext.train.loader import default_workers
 from mobilenet_ext.train.loop import EpochStats, evaluate

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mobilenet_ext.train.data import UnreadableImage
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mobilenet_ext.train.errors import TrainError
 
 TOP_K = 5
+NO_LABEL = -100  # what PyTorch's losses ignore if nothing else is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +20,15 @@ class EpochStats:
     """What one pass over a loader gave.
 
     Attributes:
-        loss: mean over the images.
-        accuracy: fraction of the images whose best class is right.
+        loss: mean over the targets, weighted as the loss function weights them; what it gives for all batches in one.
+        accuracy: fraction of the targets that are a class and whose best class is right. A target that the loss
+            function ignores does not count; where a target is the probabilities of classes, its best one does.
         top5_accuracy: fraction whose class is among the best five (among all, where there are fewer).
-        images: how many there were.
+        images: how many there were, those with ignored targets included.
         batches: how many batches they came in.
         seconds: wall-clock time of the pass.
         complete: False where ``should_stop`` ended the pass.
-        class_correct, class_images: per class, images whose best class is right, and images.
+        class_correct, class_images: per class, images whose best class is right, and images that count.
     """
 
     loss: float
@@ -45,24 +47,45 @@ class EpochStats:
 
 
 class RunningStats:
-    """Sums over the batches so far, kept on the device, so that adding to them never waits for it."""
+    """Sums over the batches so far, kept on the device, so that adding to them never waits for it.
 
-    def __init__(self) -> None:
+    Args:
+        loss_function: what the losses come from. Of a module its ``reduction``, ``ignore_index`` and class weights are
+            obeyed; anything else is taken to give the mean over the targets that are a class.
+    """
+
+    def __init__(self, loss_function: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self.images = self.batches = 0
-        self._loss: Tensor | None = None
-        self._hits: Tensor | None = None  # [3, classes]: right at first, right among the best five, images
+        self._summed = getattr(loss_function, "reduction", "mean") == "sum"
+        self._ignored = getattr(loss_function, "ignore_index", NO_LABEL)
+        # Of these alone a mean over weighted classes is divided by the weights, not by the number of targets.
+        weighted = isinstance(loss_function, (nn.CrossEntropyLoss, nn.NLLLoss))
+        self._class_weights = loss_function.weight if weighted else None
+        self._sums: Tensor | None = None  # [2]: losses, and the weights that they are divided by
+        self._hits: Tensor | None = None  # [3, classes]: right at first, right among the best five, targets
         self._start = time.perf_counter()
 
     def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
-        """Adds a batch: its mean loss, ``outputs [N, classes]`` and ``labels [N]``."""
-        classes = outputs.shape[1]
-        if self._loss is None:
-            self._loss = torch.zeros((), dtype=torch.float64, device=loss.device)
+        """Adds a batch: its loss, ``outputs [N, classes]`` and ``labels``, ``[N]`` or the probabilities
+        ``[N, classes]``."""
+        outputs, classes = outputs.detach(), outputs.shape[1]
+        if self._sums is None:
+            self._sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
             self._hits = torch.zeros(3, classes, dtype=torch.int64, device=outputs.device)
-        self._loss += loss.detach().double() * len(labels)
-        best = outputs.detach().topk(min(TOP_K, classes), dim=1).indices
-        right = best == labels[:, None]
-        rows = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(labels, dtype=torch.bool)])
+        if labels.is_floating_point():
+            labels, counted = labels.argmax(dim=1), torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+            weight = counted.sum().double()
+        else:
+            # A target that is no class has passed the loss function, which therefore ignores it.
+            counted = (labels >= 0) & (labels < classes) & (labels != self._ignored)
+            labels = labels.long().masked_fill(~counted, 0)
+            weight = (counted if self._class_weights is None else self._class_weights[labels] * counted).sum().double()
+        total = loss.detach().double() * (1 if self._summed else weight)
+        # Of no targets the mean is NaN, which says nothing about the others.
+        self._sums += torch.stack([total.masked_fill(weight == 0, 0), weight])
+        best = outputs.topk(min(TOP_K, classes), dim=1).indices
+        right = (best == labels[:, None]) & counted[:, None]
+        rows = torch.stack([right[:, 0], right.any(dim=1), counted])
         # Integers, so the order in which scatter adds them does not matter.
         self._hits.scatter_add_(1, labels.expand(3, -1), rows.long())
         self.images += len(labels)
@@ -71,12 +94,15 @@ class RunningStats:
     @property
     def loss(self) -> float:
         """Mean loss so far (waits for the device)."""
-        return float(self._loss) / self.images if self._loss is not None else float("nan")
+        return _ratio(*self._sums.tolist()) if self._sums is not None else float("nan")
 
     @property
     def accuracy(self) -> float:
         """Accuracy so far (waits for the device)."""
-        return int(self._hits[0].sum()) / self.images if self._hits is not None else float("nan")
+        if self._hits is None:
+            return float("nan")
+        right, _, counted = self._hits.sum(dim=1).tolist()
+        return _ratio(right, counted)
 
     @property
     def images_per_second(self) -> float:
@@ -85,10 +111,11 @@ class RunningStats:
     def finish(self, complete: bool) -> EpochStats:
         loss = self.loss  # waits for the device, so the time below is that of the work
         hits = self._hits.tolist() if self._hits is not None else [[], [], []]
+        right, among_best, counted = map(sum, hits)
         return EpochStats(
             loss=loss,
-            accuracy=sum(hits[0]) / self.images if self.images else float("nan"),
-            top5_accuracy=sum(hits[1]) / self.images if self.images else float("nan"),
+            accuracy=_ratio(right, counted),
+            top5_accuracy=_ratio(among_best, counted),
             images=self.images,
             batches=self.batches,
             seconds=time.perf_counter() - self._start,
@@ -96,6 +123,10 @@ class RunningStats:
             class_correct=tuple(hits[0]),
             class_images=tuple(hits[2]),
         )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
 
 
 def train_one_epoch(
@@ -115,9 +146,11 @@ def train_one_epoch(
 
     Args:
         model: on ``device``; put into training mode. ``model(images)`` gives ``[N, classes]``.
-        loader: gives batches ``(images, labels)``: what ``prepare`` (or the model) takes, and int64 ``[N]``.
+        loader: gives batches ``(images, labels)``: what ``prepare`` (or the model) takes, and int64 ``[N]`` or, where
+            the loss function takes them, probabilities ``[N, classes]``.
         optimizer: over the model's parameters.
-        loss_function: ``(outputs, labels) -> scalar``, the mean over the batch; ``nn.CrossEntropyLoss()`` if None.
+        loss_function: ``(outputs, labels) -> scalar``; ``nn.CrossEntropyLoss()`` if None. It may be a mean or a sum,
+            ignore targets and weight classes, see ``RunningStats``.
         device: where the batches go.
         prepare: makes the model's input of the loader's images, for example ``Normalise``; they go to the device
             unchanged if None.
@@ -131,11 +164,12 @@ def train_one_epoch(
         weights of that moment.
 
     Raises:
-        TrainError: a batch holds a label that the model has no output for.
+        TrainError: a batch holds a label that the model has no output for; the outputs are not ``[N, classes]``, or the
+            loss is no scalar.
     """
     loss_function = loss_function or nn.CrossEntropyLoss()
     model.train()
-    running, complete = RunningStats(), True
+    running, complete = RunningStats(loss_function), True
     for images, labels in loader:
         if should_stop is not None and should_stop():
             complete = False
@@ -174,7 +208,7 @@ def evaluate(
     """
     loss_function = loss_function or nn.CrossEntropyLoss()
     model.eval()
-    running, complete = RunningStats(), True
+    running, complete = RunningStats(loss_function), True
     for images, labels in loader:
         if should_stop is not None and should_stop():
             complete = False
@@ -203,9 +237,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
         outputs = model(images)
-        if images.device.type == "cpu" and int(labels.max()) >= outputs.shape[1]:
-            raise TrainError(f"a label is {int(labels.max())}, but the model has {outputs.shape[1]} outputs")
-        return outputs, loss_function(outputs, labels)
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise TrainError(f"model: expected outputs [N, classes], got {got}")
+        if labels.shape != (outputs.shape if labels.is_floating_point() else outputs.shape[:1]):
+            raise TrainError(
+                f"labels: expected [N] or probabilities {list(outputs.shape)}, got {list(labels.shape)}, {labels.dtype}"
+            )
+        try:
+            loss = loss_function(outputs, labels)
+        except IndexError as error:  # which labels are accepted is the loss function's to say; on a CPU it does so thus
+            classes = outputs.shape[1]
+            wrong = labels[
+                ((labels < 0) | (labels >= classes)) & (labels != getattr(loss_function, "ignore_index", NO_LABEL))
+            ]
+            if not len(wrong):
+                raise
+            raise TrainError(f"a label is {int(wrong[0])}, but the model has {classes} outputs") from error
+    if loss.dim():
+        raise TrainError(f"loss_function: expected a scalar, got {list(loss.shape)}; reduction must be 'mean' or 'sum'")
+    return outputs, loss
 
 
 def count_trainable_parameters(model: nn.Module) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 from mobilenet_ext.train.errors import RecipeError
@@ -16,6 +18,38 @@ AMP_MODES = ("off", "bf16", "fp16")
 # Below this the last feature map of the network is 1x1, where BatchNorm cannot train on a last batch of one image.
 SMALLEST_RESOLUTION = 33
 LARGEST_RESOLUTION = 4096
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and sequences in Python's own types, which JSON and checkpoints can hold; NumPy's are not among them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _is_tuple(value: Any, of_type: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and all(map(of_type, value))
+
+
+# What the fields of a recipe may hold, by their annotations.
+_TYPES = {
+    "str": (lambda value: isinstance(value, str), "text"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "int": (_is_integer, "an integer"),
+    "float": (_is_number, "a number"),
+    "tuple[int, ...]": (lambda value: _is_tuple(value, _is_integer), "integers"),
+    "tuple[float, float, float]": (lambda value: _is_tuple(value, _is_number) and len(value) == 3, "three numbers"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +102,27 @@ class Recipe:
             if not good:
                 raise RecipeError(f"--{name.replace('_', '-')} must be {accepted}, not {getattr(self, name)}")
 
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+            of_type, accepted = _TYPES[field.type]
+            check(field.name, of_type(getattr(self, field.name)), accepted)
         check("width", math.isfinite(self.width) and self.width > 0, "greater than 0")
         check("width", int(32 * self.width) >= 1, "at least 1/32 (less leaves the first layer no channels)")
         smallest, largest = SMALLEST_RESOLUTION, LARGEST_RESOLUTION
         check("resolution", smallest <= self.resolution <= largest, f"between {smallest} and {largest}")
+        check("base_resolution", self.base_resolution >= 1, "1 or more")
         check("epochs", self.epochs >= 1, "1 or more")
         check("batch_size", self.batch_size >= 1, "1 or more")
         check("lr", math.isfinite(self.lr) and self.lr > 0, "greater than 0")
+        check("lr_floor", 0 <= self.lr_floor <= 1, "between 0 and 1")
         check("momentum", 0 <= self.momentum < 1, "0 or more and less than 1")
         check("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more")
         check("label_smoothing", 0 <= self.label_smoothing < 1, "0 or more and less than 1")
+        check("resize", len(self.resize) > 0 and min(map(self.scaled, self.resize)) >= 1, "sizes of 1 pixel or more")
+        check("rotation", math.isfinite(self.rotation), "finite")
+        check("val_resize", self.scaled(self.val_resize) >= 1, "1 pixel or more")
+        check("mean", all(map(math.isfinite, self.mean)), "finite")
+        check("std", all(math.isfinite(value) and value > 0 for value in self.std), "greater than 0")
         check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         check("amp", self.amp in AMP_MODES, f"one of {', '.join(AMP_MODES)}")
 
@@ -98,8 +143,10 @@ class Recipe:
         Raises:
             RecipeError: a setting is unknown, missing or out of range.
         """
+        if not isinstance(values, dict):
+            raise RecipeError(f"this is not a recipe: {type(values).__name__} where a dict was expected")
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            return cls(**values)
         except TypeError as error:
             raise RecipeError(f"this is not a recipe: {error}") from error
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mobilenet_ext.train.checkpoint import write_atomically
+from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.errors import TrainError, reason, require
 from mobilenet_ext.train.plots import plot_curves
 
@@ -32,6 +32,9 @@ TAGS = {
     "lr": "lr",
     "images_per_second": "images_per_second",
 }
+
+# The numbers of an epoch that a resumed run goes on from.
+HISTORY = ("epoch", "time", "seconds", *TAGS)
 
 SECONDS_BETWEEN_PICTURES = 30.0
 

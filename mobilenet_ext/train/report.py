@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from mobilenet_ext.train.data import UnreadableImage
+from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError, require
 from mobilenet_ext.train.loop import EpochStats, RunningStats
 
@@ -32,7 +32,7 @@ class Progress:
 
     def __init__(self, title: str, batches: int) -> None:
         self._bar = None
-        if sys.stderr.isatty() and progress_missing() is None:
+        if _on_a_terminal() and progress_missing() is None:
             tqdm = require("tqdm", "the progress bar", "tqdm").tqdm
             self._bar = tqdm(
                 total=batches,
@@ -60,6 +60,10 @@ class Progress:
             self._bar.close()
 
 
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None: the process was started with it closed
+
+
 def progress_missing() -> str | None:
     """Why there can be no progress bar, or None."""
     try:
@@ -72,7 +76,7 @@ def progress_missing() -> str | None:
 def note(message: str) -> None:
     """Prints a line on stderr, above the progress bar where there is one."""
     tqdm = sys.modules.get("tqdm")
-    if tqdm is not None and sys.stderr.isatty():
+    if tqdm is not None and _on_a_terminal():
         tqdm.tqdm.write(message, file=sys.stderr)
     else:
         print(message, file=sys.stderr, flush=True)

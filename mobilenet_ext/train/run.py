@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mobilenet_ext.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
+from mobilenet_ext.files import write_atomically
+from mobilenet_ext.train.checkpoint import load_checkpoint, load_state, load_weights, save_checkpoint, wrong_entry
 from mobilenet_ext.train.errors import TrainError, reason
 from mobilenet_ext.train.interrupt import Interrupt
 from mobilenet_ext.train.loader import default_workers
 from mobilenet_ext.train.loop import EpochStats, count_trainable_parameters, evaluate, train_one_epoch
+from mobilenet_ext.train.output import output_folder
 from mobilenet_ext.train.recipe import Recipe
-from mobilenet_ext.train.records import Records
+from mobilenet_ext.train.records import EVENTS_PREFIX, METRICS, PICTURE, Records
 from mobilenet_ext.train.report import Progress, epoch_line, note, progress_missing, say
 from mobilenet_ext.train.sources import Source, make_loader, open_source
 from mobilenet_ext.train.transforms import Normalise
@@ -74,25 +77,55 @@ def build_model(recipe: Recipe, classes: int, device: torch.device) -> nn.Module
     """``MobileNetV1`` of the recipe's width, initialised from its seed, channels last, on the device."""
     from mobilenet_ext import MobileNetV1  # not at the top: the package may import this module
 
-    torch.manual_seed(recipe.seed)
-    model = MobileNetV1(num_classes=classes, width_multiplier=recipe.width)
+    with torch_defaults(), random_state(recipe.seed):
+        model = MobileNetV1(num_classes=classes, width_multiplier=recipe.width)
     return model.to(device, memory_format=torch.channels_last)
 
 
-def use_backend(name: str | None) -> None:
-    """Selects the kernels for this process.
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """What PyTorch starts with, while the body of a ``with`` statement runs: gradients, float32, tensors on the CPU."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    elsewhere = torch.get_default_device().type != "cpu"
+    try:
+        with torch.enable_grad(), torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seeds the random numbers of the CPU and of ``device`` while the body of a ``with`` statement runs.
+
+    After it, those of the program go on as if nothing had been.
+    """
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Selects the kernels while the body of a ``with`` statement runs; None leaves them as they are.
 
     Raises:
         TrainError: there is no such backend, or it cannot be used here.
     """
-    if name is None:
-        return
     from mobilenet_ext import backends
 
-    try:
-        backends.set(name)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise TrainError(f"--backend {name}: {error}") from error
+    with contextlib.ExitStack() as stack:
+        if name is not None:
+            try:
+                stack.enter_context(backends.use(name))
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise TrainError(f"--backend {name}: {error}") from error
+        yield
 
 
 def has_run(out: str | os.PathLike[str]) -> bool:
@@ -134,7 +167,8 @@ def run_training(
     After every epoch a line is printed, and ``out`` holds ``config.json``, ``metrics.jsonl``, TensorBoard events,
     ``last.pt`` and, of the epoch with the best validation accuracy so far, ``best.pt``; ``curves.png`` follows within
     half a minute and at the end. Ctrl-C ends the run after the current batch; ``last.pt`` is then the end of the
-    previous epoch. On the CPU, a resumed run gives bit for bit the numbers of one that was never stopped.
+    previous epoch. On the CPU, a resumed run gives bit for bit the numbers of one that was never stopped. While it
+    runs, ``out`` is locked; afterwards the process has its random numbers, its backend and its SIGINT handler back.
 
     Args:
         recipe: what to train. On resuming it must be the one that the run was started with.
@@ -149,31 +183,26 @@ def run_training(
         TrainError: anything that the user can put right; the message says what.
     """
     out = Path(out)
-    _make_writable(out)
-    if has_run(out) and not resume:
-        raise TrainError(f"{out} already holds a run: --resume goes on with it, another --out starts a new one")
-    if resume:
-        check_recipe(out, recipe)
-    content = load_checkpoint(out / LAST) if resume else None
-    use_backend(options.backend)
-    run = _Run(recipe, out, options, content)
-    try:
-        with Interrupt() as interrupt:
-            run.go(interrupt)
-    except torch.OutOfMemoryError as error:
-        raise TrainError(f"out of memory on {options.device}: try a smaller --batch-size") from error
-    finally:
-        run.records.close()
-    return RunResult(out, run.parameters, run.history, interrupt.requested)
-
-
-def _make_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise TrainError(f"cannot write to the output folder {out}: {reason(error)}") from error
+    written = (LAST, BEST, CONFIG, METRICS, PICTURE, f"{EVENTS_PREFIX}*")
+    with (
+        output_folder(out, *written),
+        use_backend(options.backend),
+        torch_defaults(),
+        random_state(recipe.seed, options.device),
+    ):
+        if has_run(out) and not resume:
+            raise TrainError(f"{out} already holds a run: --resume goes on with it, another --out starts a new one")
+        if resume:
+            check_recipe(out, recipe)
+        run = _Run(recipe, out, options, load_checkpoint(out / LAST, resumable=True) if resume else None)
+        try:
+            with Interrupt() as interrupt:
+                run.go(interrupt)
+        except torch.OutOfMemoryError as error:
+            raise TrainError(f"out of memory on {options.device}: try a smaller --batch-size") from error
+        finally:
+            run.records.close()
+        return RunResult(out, run.parameters, run.history, interrupt.requested)
 
 
 class _Run:
@@ -246,13 +275,16 @@ class _Run:
                 f"{len(content['classes'])} classes then, {self.dataset} with {len(self.classes)} now"
             )
         load_weights(self.model, content, path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
+        load_state(self.optimizer, content, "optimizer", path)
+        load_state(self.scheduler, content, "scheduler", path)
         if self.scaler is not None:
-            self.scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in content["rng"]:
-            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+            load_state(self.scaler, content, "scaler", path)
+        try:
+            torch.set_rng_state(content["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in content["rng"]:
+                torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        except (RuntimeError, TypeError) as error:
+            raise wrong_entry(path, "rng", "random states of this PyTorch", content["rng"]["cpu"]) from error
         self.epoch, self.history = content["epoch"], content["history"]
 
     def _save(self, *names: str) -> None:

@@ -15,10 +15,10 @@ from mobilenet_ext.train.data import (
     Digits,
     ImageFolder,
     InMemoryImagenette,
-    UnreadableImage,
     find_imagenette,
 )
-from mobilenet_ext.train.errors import TrainError, require
+from mobilenet_ext.train.decoding import UnreadableImage
+from mobilenet_ext.train.errors import TrainError, listed, require
 from mobilenet_ext.train.loader import ImageLoader
 from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.report import note, unreadable_noter
@@ -26,7 +26,6 @@ from mobilenet_ext.train.transforms import EvalTransform, TrainTransform
 
 CORRUPT_POLICIES = ("skip", "refuse")
 IMAGENETTE_DOWNLOAD = "320px"
-NAMED_AT_MOST = 10
 
 
 @dataclasses.dataclass
@@ -90,12 +89,9 @@ def open_source(
         folder = ImageFolder(root / split, classes=classes)
         source = Source(folder, "folder", folder.classes, folder.unreadable() if corrupt == "refuse" else [])
     if source.unreadable and corrupt == "refuse":
-        named = ", ".join(str(image) for image in source.unreadable[:NAMED_AT_MOST])
-        more = len(source.unreadable) - NAMED_AT_MOST
         raise TrainError(
-            f"unreadable images in {recipe.data}: {len(source.unreadable)}: {named}"
-            + (f" and {more} more" if more > 0 else "")
-            + "; --corrupt skip leaves them out"
+            f"unreadable images in {recipe.data}: {len(source.unreadable)}: {listed(source.unreadable)}; "
+            "--corrupt skip leaves them out"
         )
     for image in source.unreadable:
         unreadable_noter(split)(image)

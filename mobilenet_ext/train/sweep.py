@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mobilenet_ext.train.checkpoint import write_atomically
+from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.errors import TrainError, reason
+from mobilenet_ext.train.output import output_folder
 from mobilenet_ext.train.plots import plot_sweep
 from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.report import note, say
@@ -65,25 +66,26 @@ def run_sweep(
     Raises:
         TrainError: as ``run.run_training``.
     """
-    folders = [width_folder(out, recipe.width) for recipe in recipes]
-    for recipe, folder in zip(recipes, folders, strict=True):
-        if has_run(folder):
-            if not resume:
-                raise TrainError(
-                    f"{out} already holds a sweep: --resume goes on with it, another --out starts a new one"
-                )
-            check_recipe(folder, recipe)
-    results: dict[float, RunResult] = {}
-    for recipe, folder in zip(recipes, folders, strict=True):
-        result = run_training(recipe, folder, options, resume=has_run(folder))
-        if result.history:
-            results[recipe.width] = result
-        rows = [SweepRow.of(width, done) for width, done in results.items()]
-        _write(Path(out), rows, results)
-        if result.interrupted:
-            return rows, True
-    say(f"\n{format_table(rows)}")
-    return rows, False
+    with output_folder(out, TABLE, ROWS, PICTURE):
+        folders = [width_folder(out, recipe.width) for recipe in recipes]
+        for recipe, folder in zip(recipes, folders, strict=True):
+            if has_run(folder):
+                if not resume:
+                    raise TrainError(
+                        f"{out} already holds a sweep: --resume goes on with it, another --out starts a new one"
+                    )
+                check_recipe(folder, recipe)
+        results: dict[float, RunResult] = {}
+        for recipe, folder in zip(recipes, folders, strict=True):
+            result = run_training(recipe, folder, options, resume=has_run(folder))
+            if result.history:
+                results[recipe.width] = result
+            rows = [SweepRow.of(width, done) for width, done in results.items()]
+            _write(Path(out), rows, results)
+            if result.interrupted:
+                return rows, True
+        say(f"\n{format_table(rows)}")
+        return rows, False
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:

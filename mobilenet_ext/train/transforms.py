@@ -9,18 +9,24 @@ torchvision is not installed, and because rotation and crop in one pass touch on
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mobilenet_ext.train.decoding import MAX_ASPECT
+from mobilenet_ext.train.errors import require
+
 
 def resize_shorter_side(image: Any, size: int) -> Any:
     """Resizes so that the shorter side is ``size``, bilinear with antialiasing, as ``torchvision`` ``Resize(size)``.
 
     Args:
-        image: tensor ``[..., C, H, W]``, uint8 or floating point, any memory layout; or a ``PIL.Image``.
+        image: tensor ``[..., C, H, W]``, any real dtype and memory layout; a ``PIL.Image``; or one of torchvision's
+            ``tv_tensors``, masks and bounding boxes included.
         size: pixels, 1 or more.
 
     Returns:
@@ -28,10 +34,13 @@ def resize_shorter_side(image: Any, size: int) -> Any:
 
     Raises:
         TypeError: ``image`` is neither.
-        ValueError: ``size`` is less than 1, or the image is empty.
+        ValueError: ``size`` is less than 1, the image is empty, or one of its sides is more than ``MAX_ASPECT`` times
+            the other: a line of pixels would become gigabytes, of which a crop throws nearly all away.
     """
     if size < 1:
         raise ValueError(f"size must be 1 or more, not {size}")
+    if _is_tv_tensor(image):
+        return _v2().functional.resize(image, [size], antialias=True)
     if isinstance(image, Tensor):
         if image.dim() < 3 or 0 in image.shape:
             raise ValueError(f"image must be [..., C, H, W] and not empty, not {list(image.shape)}")
@@ -42,10 +51,15 @@ def resize_shorter_side(image: Any, size: int) -> Any:
         raise TypeError(f"image must be a tensor [..., C, H, W] or a PIL image, not {type(image).__name__}")
     if min(height, width) == size:
         return image
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"image: expected one side at most {MAX_ASPECT} times the other, got {width}x{height} pixels")
     longer = int(size * max(height, width) / min(height, width))
     new_height, new_width = (size, longer) if height <= width else (longer, size)
     if not isinstance(image, Tensor):
         return image.resize((new_width, new_height), resample=2)  # 2: PIL's BILINEAR, which antialiases
+    if image.dtype not in (torch.uint8, torch.float32, torch.float64):  # those that PyTorch interpolates everywhere
+        out = resize_shorter_side(image.float(), size)
+        return (out if image.is_floating_point() else out.round_()).to(image.dtype)
     # A dimension added in front of HWC pixels gets a stride that PyTorch recognises as channels last; in front of CHW
     # it does not, and the result would be laid out anew.
     if image.dim() == 3:
@@ -56,28 +70,62 @@ def resize_shorter_side(image: Any, size: int) -> Any:
     return out.reshape(*image.shape[:-2], new_height, new_width)
 
 
+def _is_tv_tensor(value: Any) -> bool:
+    tv_tensors = sys.modules.get("torchvision.tv_tensors")  # where nobody has loaded it, there are none
+    return tv_tensors is not None and isinstance(value, tv_tensors.TVTensor)
+
+
+def _v2() -> Any:
+    return require("torchvision.transforms.v2", "resizing a sample of several parts", "torchvision")
+
+
 class RandomResize(nn.Module):
     """Resizes the shorter side to one of a few sizes, chosen at random with equal chances.
 
-    It can stand in a ``torchvision`` ``Compose`` or an ``nn.Sequential``, and takes tensors and PIL images.
+    It can stand in an ``nn.Sequential`` and among ``torchvision.transforms.v2``, in whose ``Compose`` it takes samples
+    of any structure: ``(image, label)``, a dictionary, ``tv_tensors`` with masks, bounding boxes and key points. Which
+    parts are resized and which pass is decided by ``v2.Resize``.
 
     Args:
         sizes: of the shorter side, in pixels.
 
     Raises:
+        TypeError: ``sizes`` is no sequence of integers.
         ValueError: ``sizes`` is empty or holds a size below 1.
     """
 
     def __init__(self, sizes: Sequence[int] = (256, 296, 384)) -> None:
         super().__init__()
-        self.sizes = tuple(sizes)
+        try:
+            self.sizes = tuple(map(operator.index, sizes))
+        except TypeError as error:
+            raise TypeError(f"sizes: expected a sequence of integers, got {sizes!r}") from error
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"sizes must be one or more sizes of at least 1, not {self.sizes}")
 
-    def forward(self, image: Any, generator: torch.Generator | None = None) -> Any:
-        """Returns ``image`` resized (see ``resize_shorter_side``), the size drawn from ``generator``."""
-        choice = int(torch.randint(len(self.sizes), (), generator=generator))
-        return resize_shorter_side(image, self.sizes[choice])
+    def forward(self, *inputs: Any, generator: torch.Generator | None = None) -> Any:
+        """Resizes a sample.
+
+        Args:
+            inputs: an image (see ``resize_shorter_side``), or the parts of a sample as torchvision's transforms take
+                them.
+            generator: draws the size; None for PyTorch's global one.
+
+        Returns:
+            What came in, its images and what belongs to them resized to the same size; several inputs as a tuple.
+
+        Raises:
+            TypeError: the only input is no image.
+            TrainError: it is a sample of several parts, and torchvision is not installed.
+        """
+        size = self.draw(generator)
+        if len(inputs) == 1 and not isinstance(inputs[0], (tuple, list, dict)):
+            return resize_shorter_side(inputs[0], size)
+        return _v2().Resize([size], antialias=True)(*inputs)
+
+    def draw(self, generator: torch.Generator | None = None) -> int:
+        """One of the sizes."""
+        return self.sizes[int(torch.randint(len(self.sizes), (), generator=generator))]
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"
@@ -127,12 +175,22 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``image`` uint8 ``[3, H, W]`` -> uint8 ``[3, crop, crop]``, everything random drawn from ``generator``."""
-        image = self.resize(image, generator)
+        _check_generator(generator)
+        image = resize_shorter_side(image, self.resize.draw(generator))
         turn, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         angle = (2 * turn - 1) * self.rotation
         top = _corner(image.shape[-2] - self.crop, down)
         left = _corner(image.shape[-1] - self.crop, right)
         return rotate_crop(image, angle, top, left, self.crop, self.flip and mirror < 0.5)
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    # In a pipeline that hands (image, label) from step to step, the label would come here, and be lost.
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, got {got}: this transform takes an image alone"
+        )
 
 
 def _corner(slack: int, draw: float) -> int:
@@ -153,6 +211,7 @@ class EvalTransform:
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``image`` uint8 ``[3, H, W]`` -> uint8 ``[3, crop, crop]``. Nothing is random; ``generator`` is not used."""
+        _check_generator(generator)
         image = resize_shorter_side(image, self.size)
         top, left = (int(round((side - self.crop) / 2)) for side in image.shape[-2:])
         if top < 0 or left < 0:
@@ -170,8 +229,8 @@ class Normalise:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """``images`` uint8 ``[N, 3, H, W]`` -> float32, the same shape, channels last in memory, on the device."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 import triton
 
 from mobilenet_ext import __version__
+from mobilenet_ext.files import locked, write_atomically
 from mobilenet_ext.triton.heuristics import Config
 
 R = TypeVar("R")
@@ -57,12 +57,7 @@ def _choice(op: str, problem: tuple, candidates: Sequence[Config], launch: Calla
             return candidates[0]  # timing waits for the GPU, which a graph under capture cannot
         times = [_time(launch, candidate) for candidate in candidates]
         best = candidates[times.index(min(times))]
-        known = _choices(path)
-        _choices.cache_clear()  # other processes may have added to the file meanwhile
-        choices = _choices(path)
-        choices.update({**known, **choices, key: best})
-        _write(path, choices)
-    return best
+        return _keep(path, key, best, candidates)
 
 
 def _time(launch: Callable[[Config], R], candidate: Config) -> float:
@@ -89,12 +84,23 @@ def _choices(path: Path) -> dict[str, Config]:
         return {}
 
 
-def _write(path: Path, choices: dict[str, Config]) -> None:
-    """Replaces the file at once: no process reads half of it. Where it cannot be written, this process remembers."""
+def _keep(path: Path, key: str, best: Config, candidates: Sequence[Config]) -> Config:
+    """Adds a choice to the file, unless another process was first: then theirs counts.
+
+    Where the file cannot be written, this process remembers.
+    """
+    known = _choices(path)
+    known[key] = best
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(choices, file, indent=1)
-        os.replace(file.name, path)
+        with locked(path.with_suffix(".lock"), wait=True):
+            _choices.cache_clear()  # other processes may have added to the file meanwhile
+            choices = _choices(path)
+            if choices.get(key) not in candidates:
+                choices[key] = best
+            choices.update({**known, **choices})
+            write_atomically(path, json.dumps(choices, indent=1).encode())
+            return choices[key]
     except OSError as error:
         warnings.warn(f"mobilenet_ext: autotuning's choices are not kept: {error}", stacklevel=2)
+        return best

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import checks, comparison, kernels, peers, table, timing
-from benchmarks.limits import Limits, measure_limits
+from benchmarks.limits import AMOUNTS, Limits, _moves, measure_limits
 from benchmarks.network import Workload
 from benchmarks.peers import torch_peers
 
-LIMITS = Limits(1e10, 1e11)
+LIMITS = Limits(((0, 1e10),), 1e11)
 QUICK = comparison.Effort(rounds=2, burst_s=0.01, memory=False)
 INFERENCE = Workload("inference", 0.25, 33, 2, "float32", "cpu")
 TRAINING = INFERENCE._replace(task="training", resolution=64, batch=4)
@@ -29,12 +29,12 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ours_and_eager_are_timed(work: Workload, dtype: str) -> None:
     names = [peers.OURS, "eager NCHW", "eager channels_last"]
     work = work._replace(dtype=dtype)
-    result = comparison.compare_runners(work, names, LIMITS, QUICK)
+    result = comparison.compare_runners(work, names, QUICK)
     assert [row["runner"] for row in result["rows"]] == names
     for row in result["rows"]:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
         assert 0 < row["error"] < (1e-2 if dtype == "float32" else 0.5)
-    text = table.comparison_table(result)
+    text = table.comparison_table(result, LIMITS)
     assert "eager NCHW" in text and "of limit" in text
 
 
@@ -82,17 +82,17 @@ class Crashes(torch_peers.EagerChannelsLast):
 @pytest.mark.parametrize("wrong", [NoLastReLU, OtherWeights, Crashes])
 def test_a_wrong_peer_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: type, work: Workload, dtype: str) -> None:
     monkeypatch.setattr(peers, "get", lambda name: wrong())
-    result = comparison.compare_runners(work._replace(dtype=dtype), ["theirs"], LIMITS, QUICK)
+    result = comparison.compare_runners(work._replace(dtype=dtype), ["theirs"], QUICK)
     (row,) = result["rows"]
     assert "seconds" not in row and "skipped" not in row
     assert row["refused"] == "RuntimeError: no such convolution" if wrong is Crashes else "wrong" in row["refused"]
-    assert "theirs: " + row["refused"] in table.comparison_table(result)
+    assert "theirs: " + row["refused"] in table.comparison_table(result, LIMITS)
 
 
 def test_our_own_error_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "get", lambda name: Crashes())
     with pytest.raises(RuntimeError, match="no such convolution"):
-        comparison.compare_runners(INFERENCE, [peers.OURS], LIMITS, QUICK)
+        comparison.compare_runners(INFERENCE, [peers.OURS], QUICK)
 
 
 def test_nan_and_other_shapes_are_refused() -> None:
@@ -144,10 +144,22 @@ def test_peak_memory_of_a_process_of_its_own() -> None:
     assert comparison.peak_memory("nobody", INFERENCE) is None
 
 
-def test_limits() -> None:
-    limits = measure_limits("cpu", "float32", rounds=1)
-    assert limits.bytes_per_second > 1e8 and limits.operations_per_second > 1e8
-    assert Limits(10, 100).seconds(50, 100) == 5 and Limits(10, 100).seconds(5, 100) == 1
+def test_limits_are_measured() -> None:
+    found = measure_limits("cpu", ["float32", "bfloat16"], rounds=1)
+    assert list(found) == ["float32", "bfloat16"]
+    for limits in found.values():
+        assert [amount for amount, _ in limits.bytes_per_second] == list(AMOUNTS)
+        assert all(1e8 < rate < 1e14 for _, rate in limits.bytes_per_second) and limits.operations_per_second > 1e8
+
+
+def test_what_moves_data_moves_as_much_as_it_says() -> None:
+    calls = _moves(AMOUNTS[0], "cpu")
+    (read, of_read), (in_place, of_in_place), (copy, of_copy) = (calls[name] for name in ("read", "in place", "copy"))
+    assert sum(part.nbytes for part in read.args) == of_read == AMOUNTS[0]
+    assert read.args[0].data_ptr() != read.args[1].data_ptr()
+    data = in_place()
+    assert 2 * data.nbytes == of_in_place and data.data_ptr() == read.args[0].data_ptr()
+    assert copy.args[0].nbytes + copy().nbytes == of_copy == AMOUNTS[0] and copy().std() > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -155,16 +167,16 @@ def test_limits() -> None:
 def test_kernels(pass_: str, dtype: str) -> None:
     names = ["eager NCHW", "eager channels_last"]
     work = Workload("training", 0.25, 33, 2, dtype, "cpu")
-    results = list(kernels.compare_layers(work, pass_, names, LIMITS, QUICK))
+    results = list(kernels.compare_layers(work, pass_, names, QUICK))
     assert sum(result["count"] for result in results) == {"inference": 14}.get(pass_, 28)
     for result in results:
         assert [row["runner"] for row in result["rows"]] == [peers.OURS, *names]
         assert all(len(row["seconds"]) == 2 for row in result["rows"])
-    text = table.kernels_table({"results": results})
+    text = table.kernels_table({"limits": {dtype: LIMITS._asdict()}, "results": results})
     assert "of the limit" in text and results[0]["workload"]["layer"] in text
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "RUNNERS", {peers.OURS: lambda *_: (lambda: None, 0.5)})
     with pytest.raises(ValueError, match="our forward of stem"):
-        list(kernels.compare_layers(TRAINING, "forward", [], LIMITS, QUICK))
+        list(kernels.compare_layers(TRAINING, "forward", [], QUICK))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,34 @@ def images(tmp_path: Path) -> Path:
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``mobilenet-ext`` in a process of its own, in ``tmp_path``."""
     return lambda *arguments, **options: run_process(command(*arguments), tmp_path, **options)
+
+
+@pytest.fixture
+def not_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Works in ``tmp_path`` without the rights of root, for whom no file is closed."""
+    monkeypatch.chdir(tmp_path)
+    if os.geteuid() != 0:
+        yield
+        return
+    tmp_path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def deadline() -> Iterator[None]:
+    """Ends a test that waits for ever, or follows links for ever."""
+
+    def late(*_: object) -> None:
+        pytest.fail("the test did not end")  # no Exception, which the code under test may catch
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

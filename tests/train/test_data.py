@@ -5,7 +5,7 @@ import torch
 from tiny import write_image
 
 from mobilenet_ext.train import Digits, ImageFolder, InMemoryImagenette, TrainError, UnreadableImage
-from mobilenet_ext.train.data import decode_image, find_imagenette
+from mobilenet_ext.train.data import find_imagenette
 from mobilenet_ext.train.recipe import default_recipe
 
 
@@ -40,13 +40,6 @@ def test_image_folder(images: Path) -> None:
     assert image.shape == (3, 40, 48) and image.dtype == torch.uint8 and label == 0
     assert float(folder[23][0].float().mean()) > 120 and folder[23][1] == 1
     assert ImageFolder(images / "train", transform=lambda image: image.sum())[0][0] == image.sum()
-
-
-def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
-    pil = pytest.importorskip("PIL.Image", reason="writes the images")
-    for mode in ("L", "RGBA", "P", "1"):
-        pil.new(mode, (5, 4)).save(tmp_path / f"{mode}.png")
-        assert decode_image(tmp_path / f"{mode}.png").shape == (3, 4, 5)
 
 
 def test_unreadable_images_are_named_with_the_reason(images: Path) -> None:

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +144,97 @@ def test_choose_device() -> None:
         choose_device("nonsense")
     with pytest.raises(TrainError, match="device cuda:99 cannot be used: "):
         choose_device("cuda:99")
+
+
+LOSSES = {
+    "default": nn.CrossEntropyLoss(),
+    "ignored": nn.CrossEntropyLoss(ignore_index=-100),
+    "ignored beyond the classes": nn.CrossEntropyLoss(ignore_index=255),
+    "ignored class": nn.CrossEntropyLoss(ignore_index=1),
+    "weighted": nn.CrossEntropyLoss(weight=torch.tensor([0.2, 3.0, 1.0, 0.0])),
+    "weighted, smoothed, ignored class": nn.CrossEntropyLoss(
+        weight=torch.tensor([0.2, 3.0, 1.0, 0.5]), label_smoothing=0.2, ignore_index=2
+    ),
+    "sum": nn.CrossEntropyLoss(reduction="sum", ignore_index=0),
+    "weighted sum": nn.CrossEntropyLoss(reduction="sum", weight=torch.tensor([0.2, 3.0, 1.0, 0.5])),
+    "function": lambda outputs, labels: nn.functional.cross_entropy(outputs, labels, ignore_index=77),
+    "margin": nn.MultiMarginLoss(weight=torch.tensor([0.2, 3.0, 1.0, 0.5])),
+}
+IGNORED = {"default": -100, "ignored": -100, "ignored beyond the classes": 255, "function": 77}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("passing", [evaluate, train_one_epoch])
+def test_the_loss_is_that_of_all_batches_in_one(name: str, passing: Callable[..., Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(13, 4, generator=generator)
+    labels = torch.randint(4, (13,), generator=generator)
+    labels[[1, 2, 3, 8]] = IGNORED.get(name, 0)  # batches of 3, 3, 2, 4, 1 targets, or 1, 2, 2, 3, 1
+    loss_function, counted = LOSSES[name], torch.ones(13, dtype=torch.bool)
+    if not isinstance(loss_function, nn.MultiMarginLoss):
+        counted = labels != getattr(loss_function, "ignore_index", IGNORED.get(name))
+    whole = float(loss_function(rows, labels))
+    if getattr(loss_function, "reduction", "mean") == "sum":
+        weight = loss_function.weight
+        whole /= float(weight[labels].sum() if weight is not None else counted.sum())
+    sizes = [3, 3, 2, 4, 1]
+    loader = list(zip(torch.arange(13.0).split(sizes), labels.split(sizes), strict=True))
+    model = Fixed(rows.clone())
+    more = [torch.optim.SGD(model.parameters(), lr=0.0)] if passing is train_one_epoch else []
+    stats = passing(model, loader, *more, loss_function)
+    assert stats.loss == pytest.approx(whole, rel=1e-5)
+    right = (rows.argmax(1) == labels) & counted
+    assert stats.accuracy == pytest.approx(int(right.sum()) / int(counted.sum()))
+    assert stats.class_images == tuple(torch.bincount(labels[counted], minlength=4).tolist())
+    assert stats.class_correct == tuple(torch.bincount(labels[right], minlength=4).tolist())
+    assert (stats.images, stats.batches) == (13, 5)
+
+
+def test_probabilities_of_classes_as_targets() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, labels = torch.randn(7, 4, generator=generator), torch.rand(7, 4, generator=generator).softmax(1)
+    loader = list(zip(torch.arange(7.0).split(3), labels.split(3), strict=True))
+    for loss_function in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]))):
+        stats = evaluate(Fixed(rows), loader, loss_function)
+        assert stats.loss == pytest.approx(float(loss_function(rows, labels)), rel=1e-5)
+        assert stats.accuracy == pytest.approx(float((rows.argmax(1) == labels.argmax(1)).double().mean()))
+
+
+def test_a_batch_of_ignored_targets_alone_changes_no_statistics() -> None:
+    images, labels = linear_batches(1)[0]
+    nothing = (images, torch.full_like(labels, -100))
+    model = nn.Linear(5, 2)
+    one, three = evaluate(model, [(images, labels)]), evaluate(model, [nothing, (images, labels), nothing])
+    assert (three.loss, three.accuracy, three.class_images) == (one.loss, one.accuracy, one.class_images)
+    assert (three.images, three.batches) == (24, 3)
+    empty = evaluate(model, [nothing])
+    assert math.isnan(empty.loss) and math.isnan(empty.accuracy) and math.isnan(empty.top5_accuracy)
+    before = model.weight.detach().clone()
+    train_one_epoch(model, [nothing], torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, before)
+
+
+def test_small_integers_as_labels() -> None:
+    images, labels = linear_batches(1)[0]
+    model = nn.Linear(5, 2)
+    assert evaluate(model, [(images, labels.to(torch.uint8))]).accuracy == evaluate(model, [(images, labels)]).accuracy
+
+
+@pytest.mark.parametrize(("label", "loss"), [(2, nn.CrossEntropyLoss(ignore_index=3)), (-1, nn.CrossEntropyLoss())])
+def test_labels_that_are_neither_a_class_nor_ignored_are_refused(label: int, loss: nn.Module) -> None:
+    labels = torch.tensor([0, loss.ignore_index, label])
+    with pytest.raises(TrainError, match=f"a label is {label}, but the model has 2 outputs"):
+        evaluate(nn.Linear(5, 2), [(torch.zeros(3, 5), labels)], loss)
+
+
+def test_what_is_no_classification_is_refused_before_a_step() -> None:
+    images, labels = linear_batches(1)[0]
+    model = nn.Linear(5, 2)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.1), model.weight.detach().clone()
+    with pytest.raises(TrainError, match=r"loss_function: expected a scalar, got \[8\]"):
+        train_one_epoch(model, [(images, labels)], optimizer, nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(TrainError, match=r"labels: expected \[N\] or probabilities \[8, 2\], got \[8, 1\]"):
+        train_one_epoch(model, [(images, labels[:, None])], optimizer)
+    with pytest.raises(TrainError, match=r"model: expected outputs \[N, classes\], got \[8, 2, 1\]"):
+        train_one_epoch(nn.Sequential(model, nn.Unflatten(1, (2, 1))), [(images, labels)], optimizer)
+    assert torch.equal(model.weight, before)

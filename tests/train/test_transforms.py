@@ -1,8 +1,11 @@
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import run_process
 from torch import Tensor
 
 from mobilenet_ext.train import EvalTransform, Normalise, RandomResize, TrainTransform
@@ -59,12 +62,24 @@ def test_resize_refuses_empty_images_and_sizes() -> None:
         resize_shorter_side(torch.zeros(3, 4, 4), 0)
 
 
+@pytest.mark.parametrize("size", [(20000, 1), (1, 65535), (5, 501)])
+def test_resize_refuses_a_line_of_pixels(size: tuple[int, int]) -> None:
+    """It would become gigabytes, whether it comes as a tensor or from PIL."""
+    pil = pytest.importorskip("PIL.Image", reason="makes the image")
+    said = f"image: expected one side at most 100 times the other, got {size[0]}x{size[1]} pixels"
+    for image in (torch.zeros(3, size[1], size[0], dtype=torch.uint8), pil.new("RGB", size)):
+        for resize in (RandomResize((256,)), lambda image: resize_shorter_side(image, 64)):
+            with pytest.raises(ValueError, match=said):
+                resize(image)
+    assert resize_shorter_side(torch.zeros(3, 5, 500), 10).shape == (3, 10, 1000)
+
+
 def test_random_resize_draws_every_size_from_the_generator() -> None:
     resize, image, numbers = RandomResize((8, 12, 16)), smooth_image(20, 20), generator()
-    sizes = [resize(image, numbers).shape[-1] for _ in range(300)]
+    sizes = [resize(image, generator=numbers).shape[-1] for _ in range(300)]
     assert all(60 < sizes.count(size) < 140 for size in (8, 12, 16)) and len(set(sizes)) == 3
     numbers = generator()
-    assert sizes == [resize(image, numbers).shape[-1] for _ in range(300)]
+    assert sizes == [resize(image, generator=numbers).shape[-1] for _ in range(300)]
 
 
 def test_random_resize_refuses_empty_sizes() -> None:
@@ -76,6 +91,103 @@ def test_random_resize_stands_in_a_torchvision_pipeline() -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2", reason="the pipeline")
     pipeline = v2.Compose([RandomResize((16,)), v2.RandomCrop(12), v2.ToDtype(torch.float32, scale=True)])
     assert pipeline(smooth_image(20, 24)).shape == (3, 12, 12)
+
+
+def sample(structure: str) -> tuple:
+    """Inputs of torchvision's transforms."""
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="makes the sample")
+    pil = pytest.importorskip("PIL.Image", reason="makes the image")
+    image = tv.Image(smooth_image(20, 24))
+    boxes = tv.BoundingBoxes([[0, 0, 8, 6], [3, 4, 20, 19]], format="XYXY", canvas_size=(20, 24))
+    mask = tv.Mask(torch.arange(480).reshape(1, 20, 24) % 7)
+    label = torch.tensor([1.0, 2.0, 3.0])
+    return {
+        "pair": (smooth_image(20, 24), 3),
+        "pair with a tensor": (smooth_image(20, 24), label),
+        "pair with text": (smooth_image(20, 24), "cat"),
+        "label first": (3, smooth_image(20, 24)),
+        "two plain tensors": (smooth_image(20, 24), smooth_image(20, 24, seed=1)),
+        "pil and target": (pil.fromarray(np.zeros((20, 24, 3), np.uint8)), {"boxes": boxes, "labels": label}),
+        "tv_tensor": (image,),
+        "detection": (image, {"boxes": boxes, "masks": mask, "labels": label, "name": "cat"}),
+        "dictionary": ({"image": image, "mask": mask, "label": 3},),
+        "nested": ([image, (mask, None)],),
+        "video": (tv.Video(torch.randint(256, (2, 3, 20, 24), dtype=torch.uint8)), 3),
+    }[structure]
+
+
+def leaves(value: object) -> list[object]:
+    return torch.utils._pytree.tree_flatten(value)[0]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    ["pair", "pair with a tensor", "pair with text", "label first", "two plain tensors", "pil and target", "tv_tensor",
+     "detection", "dictionary", "nested", "video"],
+)  # fmt: skip
+def test_random_resize_takes_what_torchvisions_transforms_take(structure: str) -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="the reference")
+    inputs = sample(structure)
+    ours = v2.Compose([RandomResize((10,)), v2.Identity()])(*inputs)
+    theirs = v2.Compose([v2.Resize(10), v2.Identity()])(*inputs)
+    assert torch.utils._pytree.tree_flatten(ours)[1] == torch.utils._pytree.tree_flatten(theirs)[1]
+    for one, other in zip(leaves(ours), leaves(theirs), strict=True):
+        assert type(one) is type(other)
+        if isinstance(other, Tensor):
+            assert torch.equal(one, other)
+            assert getattr(one, "canvas_size", None) == getattr(other, "canvas_size", None)
+        elif hasattr(other, "getbands"):
+            assert one.size == other.size and one.tobytes() == other.tobytes()
+        else:
+            assert one == other
+
+
+def test_all_parts_of_a_sample_get_the_same_size() -> None:
+    resize, (image, target) = RandomResize((8, 12, 16)), sample("detection")
+    sizes = set()
+    for _ in range(30):
+        resized, parts = resize(image, target, generator=None)
+        assert resized.shape[-2:] == parts["masks"].shape[-2:] == parts["boxes"].canvas_size
+        sizes.add(resized.shape[-2])
+    assert sizes == {8, 12, 16}
+
+
+def test_without_torchvision_images_are_resized_and_samples_refused() -> None:
+    code = """
+import sys
+sys.modules["torchvision"] = None
+import torch
+from mobilenet_ext.train import RandomResize, TrainError
+resize, image = RandomResize((8,)), torch.zeros(3, 16, 20)
+assert resize(image).shape == (3, 8, 10)
+try:
+    resize(image, 3)
+except TrainError as error:
+    assert "needs torchvision" in str(error) and "pip install torchvision" in str(error)
+    print("refused")
+"""
+    result = run_process([sys.executable, "-c", code], Path.cwd())
+    assert result.stdout == "refused\n", result
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64, torch.bfloat16, torch.float16])
+def test_resize_of_other_dtypes_is_torchvisions(dtype: torch.dtype) -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2.functional", reason="the reference")
+    image = (torch.rand(3, 20, 30) * 1000).to(dtype)
+    ours, theirs = resize_shorter_side(image, 10), v2.resize(image, [10], antialias=True)
+    assert ours.dtype == dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [256, None, (8.5,), "8"])
+def test_random_resize_refuses_what_are_no_sizes(bad: object) -> None:
+    with pytest.raises(TypeError, match="sizes: expected a sequence of integers, got"):
+        RandomResize(bad)
+
+
+@pytest.mark.parametrize("transform", [TrainTransform((16,), 12), EvalTransform(16, 12)])
+def test_transforms_of_an_image_alone_do_not_lose_a_label(transform: object) -> None:
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got int"):
+        transform(smooth_image(20, 24), 3)
 
 
 @pytest.mark.parametrize("angle", [0.0, 7.3, -10.0, 90.0])

@@ -25,6 +25,14 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> None
     image.fromarray(noise + np.uint8(seed % 2 * 120)).save(path)
 
 
+# Source of ``peak()``, the most memory that a process has had, in bytes. ru_maxrss would count the parent's, too.
+PEAK = """
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+"""
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "mobilenet_ext", *map(str, arguments)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,30 @@ def test_a_file_that_cannot_be_written(file, timed):
     with pytest.warns(UserWarning, match="not kept"):
         run((2,))
     assert run((1,)) == CANDIDATES[1] and len(timed) == 6
+
+
+def test_who_tunes_a_problem_first_decides_for_all(file, timed, monkeypatch):
+    run((1,))
+    theirs = {key: CANDIDATES[2] for key in json.loads(file.read_text())}
+    file.unlink()
+    autotune._choices.cache_clear()
+
+    def time(launch, candidate):
+        file.write_text(json.dumps(theirs))  # while this process still measures
+        return float(CANDIDATES.index(candidate))
+
+    monkeypatch.setattr(autotune, "_time", time)
+    assert run((1,)) == CANDIDATES[2] and json.loads(file.read_text()) == theirs
+
+
+def test_processes_that_add_choices_at_once_lose_none(file, timed):
+    def process(number):
+        autotune._keep(file, f"problem {number}", CANDIDATES[1], CANDIDATES)
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(json.loads(file.read_text())) == 8
+    assert list(file.parent.iterdir()) == [file]

@@ -1,0 +1,216 @@
+"""What a frozen container keeps between calls: which of its modules run as a chain, and the kernels' packed weights.
+
+The modules themselves stay where they are, with their parameters, so everything that looks into a frozen model (a
+backbone that iterates and slices, a hook, ``state_dict``) finds what it found in the model. A plan is only a faster way
+to compute what they compute, and holds as long as they are the same modules with the same tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain as concatenated
+from itertools import repeat, takewhile
+
+import torch
+from torch import Tensor, nn
+
+from mobilenet_ext import backends, chain, fusion, ops
+from mobilenet_ext.backends.reference import BN_SCALE, BN_SHIFT
+from mobilenet_ext.fusion import UnitModules
+
+Part = Callable[[Tensor], Tensor]  # a module, or a FoldedChain
+
+
+class Plans:
+    """Runs a frozen module as the parts that ``decide`` makes of it; copies and pickles of it start empty.
+
+    Args:
+        decide: a function of the module that gives the parts which, one after the other, compute what it computes.
+    """
+
+    def __init__(self, decide: Callable[[nn.Module], list[Part]]) -> None:
+        self._decide = decide
+        self._decision: _Decision | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Plans, (self._decide,)  # another machine may want other plans, and a copy has modules of its own
+
+    def run(self, module: nn.Module, x: Tensor) -> Tensor:
+        decision = self._decision
+        if decision is None or not decision.holds(module):
+            kept = () if decision is None else decision.chains()
+            decision = self._decision = _Decision(module, [_kept(part, kept) for part in self._decide(module)])
+        for part in decision.parts:
+            x = part(x)
+        return x
+
+    def convert(self, module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor]) -> nn.Module:
+        """``module._apply``: the weights follow ``fn``, BatchNorm's vectors stay in the accumulation dtype."""
+        with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
+            return apply(exact_batch_norms(module, fn))
+
+
+def _kept(part: Part, chains: Iterable[FoldedChain]) -> Part:
+    """``part``, or the same chain that there was before, with its plans."""
+    return next((each for each in chains if isinstance(part, FoldedChain) and each.is_same(part)), part)
+
+
+def exact_batch_norms(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``convert`` (of ``module.half()`` and the like), but BatchNorm's vectors stay in the accumulation dtype."""
+    batch_norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+    vectors = {id(t) for bn in batch_norms for t in (*bn.parameters(), *bn.buffers()) if t.is_floating_point()}
+
+    def convert_exactly(t: Tensor) -> Tensor:
+        converted = convert(t)
+        return t.to(converted.device, ops.acc_dtype(converted.dtype)) if id(t) in vectors else converted
+
+    return convert_exactly
+
+
+class _Decision:
+    """The parts of a module, and what the decision for them rests on: who watches, and which modules and tensors."""
+
+    def __init__(self, module: nn.Module, parts: list[Part]) -> None:
+        self.parts = parts
+        # Not the module itself, which would be in a circle with its plans: to get here it was called, hooks and all.
+        modules = list(module.modules())[1:]
+        self._types = list(map(type, modules))
+        self._modules = modules
+        self._attributes = [each.__dict__ for each in modules]
+        self._hooks = fusion.hooks_around(modules)
+        self._children = module._modules
+        slots = [s for m in modules for s in (m._modules, m._parameters, m._buffers)]
+        self._slots = [self._children, *filter(None, slots)]
+        self._contents = self._present_contents()
+
+    def _present_contents(self) -> list[object]:
+        return list(concatenated.from_iterable(map(dict.values, self._slots)))
+
+    def chains(self) -> list[FoldedChain]:
+        return [part for part in self.parts if isinstance(part, FoldedChain)]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether all is as it was, and nobody watches: who does is asked at each call, as in a model not frozen."""
+        contents = self._present_contents()
+        return (
+            self._children is module._modules  # the module is no replica of another
+            and not any(self._hooks)
+            and not any(map(operator.contains, self._attributes, repeat("forward")))
+            and not any(map(operator.contains, self._attributes, repeat("_compiled_call_impl")))
+            and len(contents) == len(self._contents)
+            and all(map(operator.is_, contents, self._contents))
+            and list(map(type, self._modules)) == self._types
+            and fusion.forwards_are_original()
+        )
+
+
+class FoldedChain:
+    """Units, the global average pooling after them and a linear layer after that, run from a plan for each dtype.
+
+    Args:
+        modules: all modules that it stands for, in order.
+        units: the convolutions and BatchNorms among them, each BatchNorm with running statistics and in eval mode.
+        pool: whether a global average pooling follows.
+        linear: the layer that follows pooling and flattening; the output is ``[N, out_features]`` then.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
+    ) -> None:
+        self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
+        layers = [layer for _, conv, bn in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
+        slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
+        self._tensors = [t for slot in slots for t in slot.values() if t is not None and t.is_floating_point()]
+        self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
+        self._state: list[int] = []  # of the tensors that the plans were made from
+        self._plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
+        # The last input's layout and settings: whether it is accepted, and whether the output is channels_last.
+        self._layout: tuple[object, bool, bool] = (None, False, False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
+            return self._run_modules(x)
+        dtype = chain.compute_dtype(x)
+        self._drop_what_is_outdated()
+        layout = (x.shape, x.stride(), x.dtype, x.device, dtype)
+        known, accepted, channels_last = self._layout
+        if known != layout:
+            accepted = fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)
+            if accepted:
+                channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
+            self._layout = (layout, accepted, channels_last)
+        if not accepted:
+            return self._run_modules(x)
+        plan = self._plan(x.device, dtype)
+        out = plan(chain.as_input(x, dtype))
+        return out.flatten(1) if self._linear is not None else fusion.match_memory_format(out, channels_last)
+
+    def is_same(self, other: FoldedChain) -> bool:
+        """Whether both stand for the same modules with the same tensors."""
+        return self.modules == other.modules and list(map(id, self._tensors)) == list(map(id, other._tensors))
+
+    def _run_modules(self, x: Tensor) -> Tensor:
+        return fusion.run_modules(self.modules, x)
+
+    def _drop_what_is_outdated(self) -> None:
+        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process.
+        state = [*map(_version, self._tensors), *map(Tensor.data_ptr, self._tensors)]
+        if state != self._state:
+            self._state, self._plans, self._layout = state, {}, (None, False, False)
+
+    def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
+        if self._linear is None:
+            return True
+        tensors = [t for t in (self._linear.weight, self._linear.bias) if t is not None]
+        dtypes = fusion.DTYPES if chain.is_autocast(x) else (dtype,)
+        return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
+
+    def _plan(self, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        packs = device.type == "cpu" and backends.current("cpu") == "cpu"
+        plan = self._plans.get((dtype, packs))
+        if plan is None:
+            # Whoever is the first to run it may be in inference mode, others not.
+            with torch.inference_mode(False), torch.no_grad():
+                pack = backends.cpu.pack if packs else None
+                units = [chain.fold(fusion.as_tensors(unit)) for unit in self.units]
+                steps = chain.plan(units, "pool" if self.pool else "relu", dtype, pack)
+                if self._linear is not None:
+                    steps += chain.plan([_pointwise(self._linear)], "linear", dtype, pack)
+                plan = partial(chain.execute, steps=steps)
+                if packs:  # all in one call
+                    plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
+            self._plans = {**self._plans, (dtype, packs): plan}
+        return plan
+
+
+_version = operator.attrgetter("_version")
+
+
+def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
+    """A linear layer as a pointwise convolution of images of one pixel."""
+    weight = linear.weight.detach()
+    bn = torch.zeros((ops.BN_ROWS, len(weight)), dtype=ops.acc_dtype(weight.dtype), device=weight.device)
+    bn[BN_SCALE] = 1
+    if linear.bias is not None:
+        bn[BN_SHIFT] = linear.bias.detach()
+    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn)
+
+
+def container_parts(container: nn.Sequential) -> list[Part]:
+    """The chains in a container in eval mode, and the modules between them."""
+    modules = list(fusion.flatten(container))
+    parts: list[Part] = []
+    while modules:
+        units, pool = fusion.leading_chain(modules)
+        foldable = list(takewhile(lambda unit: unit.bn.running_mean is not None, units))
+        if foldable:
+            pool = pool and len(foldable) == len(units)
+            count = 3 * len(foldable) + pool
+            parts.append(FoldedChain(modules[:count], foldable, pool))
+        else:
+            count = 1
+            parts.append(modules[0])
+        del modules[:count]
+    return parts

@@ -1,0 +1,45 @@
+"""Running statistics: which tensors can be such, and whether they lie in memory that is somebody else's too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def why_unusable(buffer: Tensor, updated: bool) -> str | None:
+    """What is wrong with a running mean or variance, ``updated`` in place or only read; None: nothing."""
+    if buffer.requires_grad and torch.is_grad_enabled():
+        return "one that requires a gradient"
+    if not updated:
+        return None
+    if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+        return "one whose elements share memory, as those of expand do"
+    if not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return "an inference tensor, which only inference mode can update"
+    return None
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether some byte belongs to an element of ``a`` and to one of ``b``. Interleaved tensors do not overlap."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or 0 in (a.numel(), b.numel()):
+        return False
+    (first_a, last_a), (first_b, last_b) = _span(a), _span(b)
+    if last_a < first_b or last_b < first_a:
+        return False
+    covered = torch.zeros(max(last_a, last_b) + 1, dtype=torch.bool)
+    _bytes_of(a, covered).fill_(True)
+    return bool(_bytes_of(b, covered).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last byte of ``tensor`` in its storage."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.storage_offset() * tensor.element_size()
+    return first, first + (reach + 1) * tensor.element_size() - 1
+
+
+def _bytes_of(tensor: Tensor, storage: Tensor) -> Tensor:
+    """A view of ``storage``, which has an element for each byte, as ``tensor`` is one of its own storage."""
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    return storage.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size)

@@ -1,0 +1,24 @@
+"""Whether somebody records what a model does, to run it elsewhere or to look at it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_CALL = nn.Module.__call__
+
+
+def is_traced() -> bool:
+    """Whether a tool follows the modules or operations at this moment and keeps what it sees: ``torch.fx``,
+    ``torch.jit.trace``, ``make_fx``, ``torch.export``, the ONNX exporters, and whatever is built on them.
+
+    Such a tool gets the plain modules and operations, which run everywhere and which it knows. The answer reads nothing
+    of the model: reading a parameter, or comparing a shape, would leave a trace already. ``torch.compile`` is no such
+    tool: it compiles for this process, kernels included.
+    """
+    if torch.compiler.is_compiling():
+        # Not torch.compiler.is_exporting(): to Dynamo of torch 2.11 it is always true.
+        return torch.compiler._is_exporting_flag
+    # torch.fx replaces the calls of all modules while it traces; whoever else does so wants to see them all too.
+    return nn.Module.__call__ is not _CALL or torch.jit.is_tracing() or get_proxy_mode() is not None

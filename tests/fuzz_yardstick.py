@@ -1,0 +1,281 @@
+"""What the fuzz compares with: plain modules in the dtype under test, and in float64, also with random rounding.
+
+The promises are relative to the norm of the exact result. Where that is small beside the terms it is the difference of
+(statistics of two values, a gradient that the normalisation nearly cancels), no computation in the dtype can keep them,
+and the right measure is what rounding does to this very problem. Monte Carlo arithmetic (Parker, UCLA CSD-970002)
+tells: the reference runs a few times with each value it reads, computes or stores off by a random part of the unit
+roundoff, forward and backward.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from plain import Relu
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mobilenet_ext as mx
+from mobilenet_ext.fusion import FusedSequential
+from mobilenet_ext.ops import acc_dtype
+
+
+class Residual(mx.nn.DepthwiseSeparableConv):
+    """A subclass that does not call its container as a whole."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self[-1](self[0](input)) + input
+
+
+class PlainResidual(nn.Sequential):
+    forward = Residual.forward
+
+
+class Normalise(nn.Module):
+    """``(x - mean)*scale + shift`` by channel, in the accumulation dtype."""
+
+    def __init__(self, mean: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.mean, self.scale, self.shift = (nn.Parameter(v) for v in (mean, scale, shift))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, scale, shift = (v.view(1, -1, 1, 1) for v in (self.mean, self.scale, self.shift))
+        return ((x.to(self.mean.dtype) - mean) * scale + shift).to(x.dtype)
+
+
+class Statistics(nn.Module):
+    """``x``, and its mean and biased variance by channel."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        acc = x.to(acc_dtype(x.dtype))
+        if not x.numel():
+            return x, acc.sum((0, 2, 3)), acc.square().sum((0, 2, 3))
+        return x, acc.mean((0, 2, 3)), acc.var((0, 2, 3), correction=0)
+
+
+class Corner(Relu):
+    """A ReLU that keeps its input; ``mask``: as in :class:`plain.Relu`."""
+
+    z: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.z = x.detach()
+        return super().forward(x)
+
+
+def clone(module: nn.Module) -> nn.Module:
+    """What ``copy.deepcopy`` makes of a module without shared tensors, in a tenth of the time; hooks are the same."""
+    twin = copy.copy(module)
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    twin._modules = {name: clone(child) for name, child in module._modules.items()}
+    return twin
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which nothing can be fused."""
+    twin = clone(model)
+    for name, module in list(twin.named_modules()):
+        if type(module) is Residual:
+            module.__class__ = PlainResidual
+        elif type(module).forward is FusedSequential.forward:
+            module.__class__ = nn.Sequential
+        elif type(module) is nn.ReLU:
+            twin.set_submodule(name, Corner())
+    return twin
+
+
+def corners(model: nn.Module) -> list[Corner]:
+    return [module for module in model.modules() if isinstance(module, Corner)]
+
+
+def impose(model: nn.Module, masks: list[Tensor | None] | None) -> None:
+    if masks is not None:
+        for corner, mask in zip(corners(model), masks, strict=True):
+            corner.mask = mask
+
+
+class Signs(TorchDispatchMode):
+    """Records where the ReLUs of a run let their input pass, and whether all of it ran on the kernels.
+
+    A mask is None where a kernel keeps it to itself, which only inference kernels do: nothing in them needs a gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[Tensor | None] = []
+        self.all_fused = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, _, name = func.name().partition("::")
+        if namespace == "mobilenet_ext":
+            forward = torch.ops.mobilenet_ext.bn_relu_forward
+            if name in ("depthwise_forward", "pointwise_forward") and args[1] is not None:
+                self._add(forward(args[0], args[1], True))
+            elif name == "bn_relu_pool_forward" or (name == "bn_relu_forward" and args[2]):
+                self._add(forward(args[0], args[1], True))
+            elif name in ("depthwise", "pointwise", "bn_relu") and args[1] is not None and args[-1] is not False:
+                self._add(torch.ops.mobilenet_ext.bn_relu(*args[:4], True))
+            elif name == "block_inference":
+                self.masks.append(None)
+                self._add(out)
+            elif name.endswith("_inference") and args[-1 if name != "pointwise_inference" else 3]:
+                self._add(out)
+        elif name in ("relu", "relu_"):
+            self._add(out)
+        elif name in ("convolution", "conv2d", "native_batch_norm", "batch_norm", "addmm", "linear"):
+            self.all_fused = False
+        return out
+
+    def _add(self, rectified: Tensor) -> None:
+        self.masks.append(~(rectified <= 0))  # PyTorch's ReLU passes the gradient of a NaN
+
+
+class _Perturbed(torch.autograd.Function):
+    """``x`` with each element off by a random part of the unit roundoff of one dtype, its gradient of another."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounding: Rounding, forward: torch.dtype, backward: torch.dtype) -> Tensor:
+        ctx.rounding, ctx.dtype = rounding, backward
+        return rounding.off(x, forward)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.rounding.off(grad, ctx.dtype), None, None, None
+
+
+class Rounding:
+    """Random rounding of a computation that stores activations and their gradients in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype, self.acc = dtype, acc_dtype(dtype)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def off(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x``, off by a random part of the unit roundoff: equal values by the same, as rounding does it."""
+        info = torch.finfo(dtype)
+        amplitude = x.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
+        factor = 2.0**25 * (1 + torch.rand((), dtype=x.dtype, generator=self.generator))
+        return x + amplitude * ((x.frexp().mantissa * factor).frac() * 2 - torch.sign(x))
+
+    def computed(self, x: Tensor) -> Tensor:
+        """One use of a value that is kept in the accumulation dtype."""
+        return _Perturbed.apply(x, self, self.acc, self.acc)
+
+    def stored(self, x: Tensor) -> Tensor:
+        return _Perturbed.apply(x, self, self.dtype, self.acc)
+
+    def read(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What a module takes, whose gradient is stored in ``dtype``."""
+        return _Perturbed.apply(x, self, self.acc, dtype or self.dtype)
+
+
+class Rounded(nn.Module):
+    """A module of the float64 reference, and with a ``rounding`` the same with random rounding.
+
+    ``twin``: the same in the dtype under test.
+    """
+
+    rounding: Rounding | None = None
+
+    def __init__(self, module: nn.Module, twin: nn.Module) -> None:
+        super().__init__()
+        self.module, self.dtypes = module, {name: tensor.dtype for name, tensor in twin.state_dict().items()}
+
+    def forward(self, x: Tensor) -> Any:
+        module, r = self.module, self.rounding
+        if r is None:
+            return module(x)
+        if isinstance(module, nn.Conv2d):
+            y = module._conv_forward(r.read(x), self.parameter("weight"), None)
+            # The kernels store a convolution without its bias.
+            return r.stored(y if module.bias is None else r.stored(y) + _channel(self.parameter("bias")))
+        if isinstance(module, nn.Linear):
+            y = F.linear(r.read(x), self.parameter("weight"))
+            return r.stored(y if module.bias is None else y + self.parameter("bias"))
+        if isinstance(module, nn.BatchNorm2d):
+            return self.batch_norm(x)
+        if isinstance(module, Normalise):
+            y, vectors = r.read(x), [_channel(self.parameter(name)) for name in ("mean", "scale", "shift")]
+            return r.stored(r.computed(r.computed(y - vectors[0]) * vectors[1]) + vectors[2])
+        if isinstance(module, Statistics):
+            mean, _, var = self.statistics(r.read(x))
+            return x, mean, var
+        return r.stored(module(r.read(x)))
+
+    def parameter(self, name: str) -> Tensor:
+        return self.rounding.read(getattr(self.module, name), self.dtypes[name])
+
+    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, deviations and biased variance. Each use of a value is rounded apart, or a cancellation would cancel
+        the errors too."""
+        r = self.rounding
+        mean = r.computed(r.computed(y).mean((0, 2, 3)))
+        # The variance's derivative by the mean is zero, as everybody's formula has it, for an exact mean alone.
+        var = r.computed(r.computed(r.computed(y) - _channel(mean.detach())).square().mean((0, 2, 3)))
+        return mean, r.computed(y) - _channel(mean), var
+
+    def batch_norm(self, x: Tensor) -> Tensor:
+        bn, r, y = self.module, self.rounding, self.rounding.read(x)
+        if bn.training or bn.running_mean is None:
+            mean, deviation, var = self.statistics(y)
+            if bn.training and bn.running_mean is not None and bn.track_running_stats:
+                self.track(mean.detach(), var.detach(), y.numel() // y.shape[1])
+        else:
+            mean, var = bn.running_mean, r.computed(bn.running_var)
+            deviation = y - r.computed(_channel(mean))
+        z = r.computed(r.computed(deviation) * _channel(r.computed((var + bn.eps).rsqrt())))
+        if bn.weight is not None:
+            z = r.computed(z * _channel(self.parameter("weight")))
+        return r.stored(z if bn.bias is None else z + _channel(self.parameter("bias")))
+
+    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        bn, r = self.module, self.rounding
+        bn.num_batches_tracked += 1
+        momentum = bn.momentum if bn.momentum is not None else 1 / bn.num_batches_tracked.item()
+        for name, batch in (("running_mean", mean), ("running_var", var * count / max(count - 1, 1))):
+            running = getattr(bn, name)
+            updated = r.computed((1 - momentum) * running) + momentum * batch
+            setattr(bn, name, r.off(updated, self.dtypes[name]))
+
+
+def _channel(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+class Reference:
+    """A model in float64, which may be run more than once from the same state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = plain_twin(model).double()
+        twins = dict(model.named_modules())
+        self.corners = corners(self.model)
+        names = [name for name, _ in self.model.named_parameters()] + [name for name, _ in self.model.named_buffers()]
+        owners = [self.model.get_submodule(name.rpartition(".")[0]) for name in names]
+        self.slots = [(name, owner, name.rpartition(".")[2]) for name, owner in zip(names, owners, strict=True)]
+        self.state = [getattr(owner, key).detach().clone() for _, owner, key in self.slots]
+        for name, module in list(self.model.named_modules()):
+            if not list(module.children()) and not isinstance(module, (Relu, nn.Flatten, nn.Identity, nn.Dropout)):
+                self.model.set_submodule(name, Rounded(module, twins[name]))
+
+    def start(self, masks: list[Tensor | None] | None, rounding: Rounding | None) -> None:
+        """Be as at first, with the masks of another run for the ReLUs."""
+        for corner, mask in zip(self.corners, masks or [None] * len(self.corners), strict=True):
+            corner.mask = mask
+        for module in self.model.modules():
+            if isinstance(module, Rounded):
+                module.rounding = rounding
+        for (_, owner, key), tensor in zip(self.slots, self.state, strict=True):
+            if isinstance(value := getattr(owner, key), nn.Parameter):
+                value.grad = None
+                value.data.copy_(tensor)
+            else:
+                setattr(owner, key, tensor.clone())
