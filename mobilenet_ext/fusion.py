@@ -96,17 +96,19 @@ def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
-    tracked: set[Tensor] = set()
-    while (unit := _unit(*modules[3 * len(units) :][:3])) is not None:
+    tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
+    while (unit := _unit(*modules[3 * len(units) : 3 * len(units) + 3])) is not None:
         if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = {buffer for buffer in unit.bn._buffers.values() if buffer is not None}
-        if not tracked.isdisjoint(buffers):
+        buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None]
+        different = len(tracked) + len(buffers)
+        tracked.update(buffers)
+        if len(tracked) < different:
             break  # a chain updates the running statistics of all its units at once, and these twice
-        tracked |= buffers
         units.append(unit)
-    behind = modules[3 * len(units) :][:1]
-    pool = bool(units and behind) and is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
+    pool = False
+    if units and (behind := modules[3 * len(units) :]):
+        pool = is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
     return units, pool
 
 
@@ -226,7 +228,7 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or module._compiled_call_impl is not None  # module.compile()
+        or "_compiled_call_impl" in module.__dict__  # of module.compile()
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks

@@ -176,8 +176,15 @@ def blocks(convert: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
     return [convert(mx.nn.DepthwiseSeparableConv(8, 8)) for _ in range(12)]
 
 
+class Sequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:  # Dynamo of torch 2.13 compiles no forward that is written in torch.nn
+        for module in self:
+            x = module(x)
+        return x
+
+
 def as_plain(module: nn.Module) -> nn.Module:
-    return nn.Sequential(*map(as_plain, module)) if isinstance(module, nn.Sequential) else module
+    return Sequential(*map(as_plain, module)) if isinstance(module, nn.Sequential) else module
 
 
 def equal_blocks_in_a_row(convert, graphs):
