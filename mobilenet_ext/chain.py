@@ -154,7 +154,7 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
     i = 0
     while i < len(units):
         kind, stride, padding, weight, bn = units[i]
-        weight = _as_weight(weight, dtype)
+        weight = _as_parameter(weight, dtype)
         i += 1
         relu = i < len(units) or end != "linear"
         if kind == "stem":
@@ -162,7 +162,7 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
         elif kind == "pointwise":
             steps.append(Step(ops.pointwise_inference, (bn, weight, relu, pack and pack(None, None, weight))))
         elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
-            pointwise = _as_weight(units[i].weight, dtype)
+            pointwise = _as_parameter(units[i].weight, dtype)
             packed = pack and pack(bn, weight, pointwise)
             steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
             i += 1
@@ -186,11 +186,11 @@ def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _as_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` as the kernels take it."""
-    if weight.dtype != dtype or not weight.is_contiguous():
-        storage.check(weight)  # before a copy
-    return weight.to(dtype).contiguous()
+def _as_parameter(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight or vector as the kernels take it."""
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        storage.check(tensor)  # before a copy
+    return tensor.to(dtype).contiguous()
 
 
 def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,7 +238,7 @@ def _values_per_channel(x: Tensor, units: list[Unit]) -> list[int]:
 
 
 def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if vector is None else vector.to(ops.acc_dtype(dtype)).contiguous()
+    return None if vector is None else _as_parameter(vector, ops.acc_dtype(dtype))
 
 
 def _running_bn(unit: Unit) -> Tensor:
@@ -286,7 +286,7 @@ class _Chain(torch.autograd.Function):
         inputs, weights, bns, batch_bns = [], [], [], []
         for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
-            weight = _as_weight(weight, dtype)
+            weight = _as_parameter(weight, dtype)
             vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
             if first is not None and i >= first:
                 # Of the first unit, what it computes from is kept only for a gradient that depends on it.

@@ -22,9 +22,11 @@ def freeze(model: nn.Module) -> nn.Module:
     contains it, leaves it as it is. Its modules, parameters and ``state_dict`` keys are those of ``model``, each in its
     place; a container from :mod:`mobilenet_ext.nn` that is called runs in one go, and gives what its modules would
     give one after the other. Units that cannot be fused (hooked, swapped, without running statistics) run as the
-    modules they are. Tensors may be changed and hooks registered afterwards; a module's settings (``stride``, ``eps``)
-    are read once. ``.to(dtype)`` afterwards rounds the weights, not BatchNorm's vectors. An input that needs gradients
-    gets them; the parameters need none.
+    modules they are. An input that needs gradients gets them; the parameters need none.
+
+    Tensors may be changed or replaced and hooks registered afterwards. Not noticed are a module's settings (``stride``,
+    ``eps``), read once, and what is written through ``.data`` or NumPy, which leaves no version. ``.to(dtype)``
+    afterwards rounds the weights, not BatchNorm's vectors.
 
     Args:
         model: a :class:`~mobilenet_ext.MobileNetV1`, a module of :mod:`mobilenet_ext.nn`, or a module containing some.

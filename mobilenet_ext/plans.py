@@ -41,7 +41,7 @@ class Plans:
         decision = self._decision
         if decision is None or not decision.holds(module):
             kept = () if decision is None else decision.chains()
-            decision = self._decision = _Decision(module, [_kept(part, kept) for part in self._decide(module)])
+            decision = self._decision = _Decision(module, lambda: [_kept(part, kept) for part in self._decide(module)])
         for part in decision.parts:
             x = part(x)
         return x
@@ -72,18 +72,19 @@ def exact_batch_norms(module: nn.Module, convert: Callable[[Tensor], Tensor]) ->
 class _Decision:
     """The parts of a module, and what the decision for them rests on: who watches, and which modules and tensors."""
 
-    def __init__(self, module: nn.Module, parts: list[Part]) -> None:
-        self.parts = parts
+    def __init__(self, module: nn.Module, decide: Callable[[], list[Part]]) -> None:
         # Not the module itself, which would be in a circle with its plans: to get here it was called, hooks and all.
         modules = list(module.modules())[1:]
         self._types = list(map(type, modules))
         self._modules = modules
         self._attributes = [each.__dict__ for each in modules]
+        self._convolutions = [each.__dict__ for each in modules if isinstance(each, nn.Conv2d)]
         self._hooks = fusion.hooks_around(modules)
         self._children = module._modules
         slots = [s for m in modules for s in (m._modules, m._parameters, m._buffers)]
         self._slots = [self._children, *filter(None, slots)]
         self._contents = self._present_contents()
+        self.parts = decide()  # last: what another thread changes meanwhile is then noticed at the next call
 
     def _present_contents(self) -> list[object]:
         return list(concatenated.from_iterable(map(dict.values, self._slots)))
@@ -99,11 +100,22 @@ class _Decision:
             and not any(self._hooks)
             and not any(map(operator.contains, self._attributes, repeat("forward")))
             and not any(map(operator.contains, self._attributes, repeat("_compiled_call_impl")))
+            and not any(map(operator.contains, self._convolutions, repeat("_conv_forward")))
             and len(contents) == len(self._contents)
             and all(map(operator.is_, contents, self._contents))
             and list(map(type, self._modules)) == self._types
             and fusion.forwards_are_original()
         )
+
+
+class _Kept:
+    """What is kept for one state of a chain's tensors. A thread that is late adds to a state that has passed."""
+
+    def __init__(self, state: list[int]) -> None:
+        self.state = state
+        self.plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
+        # The last input's layout and settings: whether it is accepted, and whether the output is channels_last.
+        self.layout: tuple[object, bool, bool] = (None, False, False)
 
 
 class FoldedChain:
@@ -124,26 +136,23 @@ class FoldedChain:
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = [t for slot in slots for t in slot.values() if t is not None and t.is_floating_point()]
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
-        self._state: list[int] = []  # of the tensors that the plans were made from
-        self._plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
-        # The last input's layout and settings: whether it is accepted, and whether the output is channels_last.
-        self._layout: tuple[object, bool, bool] = (None, False, False)
+        self._last = _Kept([])
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
             return self._run_modules(x)
         dtype = chain.compute_dtype(x)
-        self._drop_what_is_outdated()
+        kept = self._kept()
         layout = (x.shape, x.stride(), x.dtype, x.device, dtype)
-        known, accepted, channels_last = self._layout
+        known, accepted, channels_last = kept.layout
         if known != layout:
             accepted = fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)
             if accepted:
                 channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
-            self._layout = (layout, accepted, channels_last)
+            kept.layout = (layout, accepted, channels_last)
         if not accepted:
             return self._run_modules(x)
-        plan = self._plan(x.device, dtype)
+        plan = self._plan(kept, x.device, dtype)
         out = plan(chain.as_input(x, dtype))
         return out.flatten(1) if self._linear is not None else fusion.match_memory_format(out, channels_last)
 
@@ -154,11 +163,14 @@ class FoldedChain:
     def _run_modules(self, x: Tensor) -> Tensor:
         return fusion.run_modules(self.modules, x)
 
-    def _drop_what_is_outdated(self) -> None:
-        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process.
+    def _kept(self) -> _Kept:
+        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process. Another address
+        # is: ``module.to()`` goes through ``.data``.
         state = [*map(_version, self._tensors), *map(Tensor.data_ptr, self._tensors)]
-        if state != self._state:
-            self._state, self._plans, self._layout = state, {}, (None, False, False)
+        kept = self._last
+        if state != kept.state:
+            kept = self._last = _Kept(state)
+        return kept
 
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
@@ -167,9 +179,9 @@ class FoldedChain:
         dtypes = fusion.DTYPES if chain.is_autocast(x) else (dtype,)
         return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
-    def _plan(self, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def _plan(self, kept: _Kept, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
-        plan = self._plans.get((dtype, packs))
+        plan = kept.plans.get((dtype, packs))
         if plan is None:
             # Whoever is the first to run it may be in inference mode, others not.
             with torch.inference_mode(False), torch.no_grad():
@@ -181,7 +193,7 @@ class FoldedChain:
                 plan = partial(chain.execute, steps=steps)
                 if packs:  # all in one call
                     plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
-            self._plans = {**self._plans, (dtype, packs): plan}
+            kept.plans[dtype, packs] = plan
         return plan
 
 

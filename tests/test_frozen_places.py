@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mobilenet_ext as mx
-from mobilenet_ext import backends
+from mobilenet_ext import backends, chain
 
 
 @pytest.fixture
@@ -303,3 +304,38 @@ def test_modules_in_place_run_fused(model, x):
         for module in frozen.feature:
             x = module(x)
     assert ops.units == 27
+
+
+def test_a_thread_that_is_late_leaves_no_outdated_plan(monkeypatch):
+    """One thread makes a plan of the old weights while another changes them and runs."""
+    frozen, x = mx.freeze(mx.nn.PointwiseConvBNReLU(4, 4)), torch.randn(1, 4, 3, 3)
+    started, changed = threading.Event(), threading.Event()
+    fold = chain.fold
+
+    def slow_fold(unit):
+        folded = fold(unit)
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            changed.wait()
+        return folded
+
+    monkeypatch.setattr(chain, "fold", slow_fold)
+    thread = threading.Thread(target=frozen, args=(x,))
+    thread.start()
+    started.wait()
+    frozen[1].bias.add_(1)
+    frozen(x)
+    changed.set()
+    thread.join()
+    assert_close(frozen(x), Plain(frozen).eval()(x), 1e-6)
+
+
+@pytest.mark.parametrize("attribute", ["forward", "_conv_forward"])
+def test_what_a_convolution_does_instead_is_noticed(model, x, attribute):
+    frozen = mx.freeze(model)
+    frozen(x)
+    conv = frozen.feature[3][0]
+    setattr(conv, attribute, lambda x, *_: x * 3)
+    out = frozen.feature[3](x[:, :1].expand(-1, conv.in_channels, -1, -1).contiguous())
+    plain = frozen.feature[3][2](frozen.feature[3][1](3 * x[:, :1].expand(-1, conv.in_channels, -1, -1)))
+    assert_close(out, plain, 1e-12)

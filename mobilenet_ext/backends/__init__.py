@@ -44,11 +44,11 @@ class _Checked:
         self._kernels = kernels
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
-        kernel = getattr(self._kernels, op)
+        getattr(self._kernels, op)  # AttributeError where there is none
 
         def checked(*args: Any) -> Any:
             storage.check(*args)
-            return kernel(*args)
+            return getattr(self._kernels, op)(*args)
 
         setattr(self, op, checked)
         return checked
