@@ -123,6 +123,10 @@ for i in range(4):
     broken = [resized(v.clone()) if j == i else v for j, v in enumerate(vectors)]
     refused(lambda: fused(x, w, None, *broken))
     refused(lambda: fused(x, w, None, *broken, training=True))
+    halves = [v.bfloat16() for v in vectors]  # converted before a kernel sees them
+    halves[i] = resized(halves[i].clone())
+    refused(lambda: fused(x.bfloat16(), w.bfloat16(), None, *halves))
+    refused(lambda: fused(x.bfloat16(), w.bfloat16(), None, *halves, training=True))
 with torch.autocast("cpu", torch.bfloat16):
     refused(lambda: conv(resized(x.clone()), w))
     refused(lambda: fused(x, resized(w.clone()), None, *vectors))
