@@ -20,7 +20,7 @@ from mobilenet_ext import backends, chain, fusion, ops
 from mobilenet_ext.backends.reference import BN_SCALE, BN_SHIFT
 from mobilenet_ext.fusion import UnitModules
 
-Part = Callable[[Tensor], Tensor]  # a module, or a FoldedChain
+Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 
 
 class Plans:
@@ -222,7 +222,7 @@ def container_parts(container: nn.Sequential) -> list[Part]:
             count = 3 * len(foldable) + pool
             parts.append(FoldedChain(modules[:count], foldable, pool))
         else:
-            count = 1
-            parts.append(modules[0])
+            count = 3 if units else 1  # a unit without running statistics
+            parts.append(partial(fusion.run_modules, modules[:3]) if units else modules[0])
         del modules[:count]
     return parts

@@ -101,6 +101,9 @@ def judge(problem: Problem) -> list[str]:
 
     with _threads(problem.threads[1]), Signs() as signs:
         again, error = _attempt(problem, problem.ours, clone(problem.model), problem.x)
+    if not (error or problem.gradients):  # who is watched runs without plans, which may cut a model into other chains
+        with _threads(problem.threads[1]):
+            again, error = _attempt(problem, problem.ours, clone(problem.model), problem.x)
     if error:
         return [f"a second run raised {error!r}"]
     if signs.all_fused:
