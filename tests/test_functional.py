@@ -3,7 +3,7 @@ shapes, 16 bits and autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import plain
@@ -330,3 +330,27 @@ def test_float64(backend64: str, kind: str) -> None:
     actual = [out, *running, *gradients(out, given, upstream)]
     for a, b in zip(actual, [expected, *expected_running, *gradients(expected, expected_given, upstream)], strict=True):
         plain.assert_close(a, b, 1e-12, "float64")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("this torch is built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensor_is_placed_as_by_the_functions_of_pytorch(mesh):
+    """The convolutions: DTensor of torch 2.11 knows no batch normalisation."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    x = distribute_tensor(torch.randn(4, 8, 6, 6), mesh, [Shard(0)])
+    w, p = (distribute_tensor(torch.randn(shape), mesh, [Replicate()]) for shape in ((8, 1, 3, 3), (5, 8, 1, 1)))
+    y, expected = mx.functional.depthwise_conv2d(x, w), F.conv2d(x, w, None, 1, 1, groups=8)
+    torch.testing.assert_close(y.full_tensor(), expected.full_tensor())
+    assert y.placements == expected.placements == (Shard(0),)
+    y, expected = mx.functional.pointwise_conv2d(x, p), F.conv2d(x, p)
+    torch.testing.assert_close(y.full_tensor(), expected.full_tensor())
+    assert y.placements == expected.placements == (Shard(0),)
