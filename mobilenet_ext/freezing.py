@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mobilenet_ext import fusion
+from mobilenet_ext import fusion, storage
 from mobilenet_ext.models import MobileNetV1
 from mobilenet_ext.plans import FoldedChain, Part, Plans, container_parts
 
@@ -36,12 +36,14 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
+        RuntimeError: the storage of one of its tensors was freed (as FSDP does to a sharded parameter).
 
     Warns:
         UserWarning: nothing in ``model`` could be folded, so the copy is no faster.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    storage.check(*model.parameters(), *model.buffers())  # PyTorch's copy would read memory that is gone
     with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     folds = False

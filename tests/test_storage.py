@@ -153,6 +153,20 @@ for dtype in (torch.float32, torch.bfloat16):
     )
 
 
+def test_freezing_a_model_without_memory() -> None:
+    run(
+        """
+model = mx.MobileNetV1(3, 0.25)
+for tensor in (model.feature[1][0].weight, model.feature[2][1].running_var, model.classifier[1].weight):
+    size = tensor.untyped_storage().nbytes()
+    resized(tensor)
+    refused(lambda: mx.freeze(model))
+    tensor.untyped_storage().resize_(size)
+assert mx.freeze(model)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+"""
+    )
+
+
 def test_a_part_of_a_larger_storage_is_enough() -> None:
     """An offset counts, and what lies behind the tensor does not."""
     call = next(c for c in every_op.calls("cpu", (torch.float32,)) if c.op == "pointwise_inference")
