@@ -40,8 +40,10 @@ class Plans:
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         decision = self._decision
         if decision is None or not decision.holds(module):
-            kept = () if decision is None else decision.chains()
-            decision = self._decision = _Decision(module, lambda: [_kept(part, kept) for part in self._decide(module)])
+            before = () if decision is None else decision.chains()
+            decision = self._decision = _Decision(
+                module, lambda: [_known(part, before) for part in self._decide(module)]
+            )
         for part in decision.parts:
             x = part(x)
         return x
@@ -52,7 +54,7 @@ class Plans:
             return apply(exact_batch_norms(module, fn))
 
 
-def _kept(part: Part, chains: Iterable[FoldedChain]) -> Part:
+def _known(part: Part, chains: Iterable[FoldedChain]) -> Part:
     """``part``, or the same chain that there was before, with its plans."""
     return next((each for each in chains if isinstance(part, FoldedChain) and each.is_same(part)), part)
 
@@ -108,8 +110,8 @@ class _Decision:
         )
 
 
-class _Kept:
-    """What is kept for one state of a chain's tensors. A thread that is late adds to a state that has passed."""
+class _Prepared:
+    """What was made for one state of a chain's tensors. A thread that is late adds to a state that has passed."""
 
     def __init__(self, state: list[int]) -> None:
         self.state = state
@@ -136,23 +138,23 @@ class FoldedChain:
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = [t for slot in slots for t in slot.values() if t is not None and t.is_floating_point()]
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
-        self._last = _Kept([])
+        self._last = _Prepared([])
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
             return self._run_modules(x)
         dtype = chain.compute_dtype(x)
-        kept = self._kept()
+        prepared = self._prepared()
         layout = (x.shape, x.stride(), x.dtype, x.device, dtype)
-        known, accepted, channels_last = kept.layout
+        known, accepted, channels_last = prepared.layout
         if known != layout:
             accepted = fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)
             if accepted:
                 channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
-            kept.layout = (layout, accepted, channels_last)
+            prepared.layout = (layout, accepted, channels_last)
         if not accepted:
             return self._run_modules(x)
-        plan = self._plan(kept, x.device, dtype)
+        plan = self._plan(prepared, x.device, dtype)
         out = plan(chain.as_input(x, dtype))
         return out.flatten(1) if self._linear is not None else fusion.match_memory_format(out, channels_last)
 
@@ -163,14 +165,14 @@ class FoldedChain:
     def _run_modules(self, x: Tensor) -> Tensor:
         return fusion.run_modules(self.modules, x)
 
-    def _kept(self) -> _Kept:
+    def _prepared(self) -> _Prepared:
         # Changes that leave no version are not noticed: through ``.data``, NumPy or another process. Another address
         # is: ``module.to()`` goes through ``.data``.
         state = [*map(_version, self._tensors), *map(Tensor.data_ptr, self._tensors)]
-        kept = self._last
-        if state != kept.state:
-            kept = self._last = _Kept(state)
-        return kept
+        prepared = self._last
+        if state != prepared.state:
+            prepared = self._last = _Prepared(state)
+        return prepared
 
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
@@ -179,9 +181,9 @@ class FoldedChain:
         dtypes = fusion.DTYPES if chain.is_autocast(x) else (dtype,)
         return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
-    def _plan(self, kept: _Kept, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def _plan(self, prepared: _Prepared, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
-        plan = kept.plans.get((dtype, packs))
+        plan = prepared.plans.get((dtype, packs))
         if plan is None:
             # Whoever is the first to run it may be in inference mode, others not.
             with torch.inference_mode(False), torch.no_grad():
@@ -193,7 +195,7 @@ class FoldedChain:
                 plan = partial(chain.execute, steps=steps)
                 if packs:  # all in one call
                     plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
-            kept.plans[dtype, packs] = plan
+            prepared.plans[dtype, packs] = plan
         return plan
 
 

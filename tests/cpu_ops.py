@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -159,6 +160,15 @@ def run_with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def passes_with_isa(isa: str, file: str, besides: str = "") -> None:
+    """Runs the tests of a file on another instruction set, all but those that do so themselves and ``besides``."""
+    if not supports(isa):
+        pytest.skip(f"this machine has no {isa}")
+    chosen = "not instruction_set" + (f" and not {besides}" if besides else "")
+    result = run_with_isa(isa, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", file)
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def check_conv_backward(op: str, output: tuple, source: tuple) -> None:

@@ -21,6 +21,7 @@ from cpu_ops import (
     in_float64,
     is_channels_last_dense,
     ops,
+    passes_with_isa,
     random_bn,
     random_grad_bn,
     relative_error,
@@ -304,21 +305,7 @@ def test_an_impossible_instruction_set_is_refused() -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
 def test_other_instruction_sets(isa: str) -> None:
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    result = run_with_isa(
-        isa,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-k",
-        "not instruction_set and not too_large",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_with_isa(isa, __file__, besides="too_large")
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:

@@ -21,13 +21,12 @@ from cpu_ops import (
     in_float64,
     is_channels_last_dense,
     ops,
+    passes_with_isa,
     random_bn,
     random_grad_bn,
     relative_error,
     rounds_operands,
-    run_with_isa,
     same_bits,
-    supports,
     weight_tolerance,
     with_threads,
 )
@@ -292,12 +291,7 @@ def test_more_channels_than_fit_on_a_stack() -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
 def test_other_instruction_sets(isa: str) -> None:
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    result = run_with_isa(
-        isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_with_isa(isa, __file__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

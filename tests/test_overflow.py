@@ -13,8 +13,7 @@ from cpu_ops import (
     check_overflowed,
     copying_weight,
     overflowing,
-    run_with_isa,
-    supports,
+    passes_with_isa,
 )
 from cpu_ops import ops as cpu_ops
 from torch import Tensor, nn
@@ -91,12 +90,7 @@ def test_squares_that_underflow(kind: str, dtype: torch.dtype, size: float) -> N
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
 def test_other_instruction_sets(isa: str) -> None:
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    result = run_with_isa(
-        isa, "-m", "pytest", "-q", "-x", "-k", "not instruction_set", "-p", "no:cacheprovider", __file__
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    passes_with_isa(isa, __file__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
