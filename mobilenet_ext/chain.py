@@ -182,7 +182,8 @@ def execute(x: Tensor, steps: list[Step]) -> Tensor:
 
 def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` as the first op of a plan takes it."""
-    storage.check(x)
+    if x.dtype != dtype or not x.is_contiguous(memory_format=torch.channels_last):
+        storage.check(x)  # before a copy
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 

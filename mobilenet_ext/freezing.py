@@ -24,9 +24,9 @@ def freeze(model: nn.Module) -> nn.Module:
     give one after the other. Units that cannot be fused (hooked, swapped, without running statistics) run as the
     modules they are. An input that needs gradients gets them; the parameters need none.
 
-    Tensors may be changed or replaced and hooks registered afterwards. Not noticed are a module's settings (``stride``,
-    ``eps``), read once, and what is written through ``.data`` or NumPy, which leaves no version. ``.to(dtype)``
-    afterwards rounds the weights, not BatchNorm's vectors.
+    Tensors may be changed or replaced and hooks registered afterwards. Not noticed are a module's class and settings
+    (``stride``, ``eps``), which are read once, and what is written through ``.data`` or NumPy, which leaves no version.
+    ``.to(dtype)`` afterwards rounds the weights, not BatchNorm's vectors.
 
     Args:
         model: a :class:`~mobilenet_ext.MobileNetV1`, a module of :mod:`mobilenet_ext.nn`, or a module containing some.

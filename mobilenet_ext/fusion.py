@@ -236,9 +236,9 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def hooks_around(modules: Iterable[nn.Module]) -> list[dict]:
-    """The dictionaries that :func:`is_untouched` wants to see empty for ``modules``."""
-    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+def forward_hooks_around(modules: Iterable[nn.Module]) -> list[dict]:
+    """Of the dictionaries that :func:`is_untouched` wants empty, those that count where nothing needs a gradient."""
+    names = ("forward_hooks", "forward_pre_hooks")
     around = [getattr(nn_module, f"_global_{name}") for name in names]
     return around + [getattr(module, f"_{name}") for module in modules for name in names]
 

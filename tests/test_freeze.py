@@ -433,14 +433,11 @@ def test_hooks_that_stay_do_not_pack_the_weights_again(model, x, monkeypatch):
     assert torch.equal(frozen(x), expected)
 
 
-def test_a_replaced_forward_or_class_is_noticed(model, x):
+def test_a_replaced_forward_is_noticed(model, x):
     frozen = mx.freeze(model)
     frozen(x)
     frozen.feature[3][2].forward = torch.sigmoid
     model.eval().feature[3][2].forward = torch.sigmoid
-    assert_close(frozen(x), model(x), 1e-12)
-    frozen.feature[6][2].__class__ = model.feature[6][2].__class__ = nn.ReLU6
-    frozen.feature[6][2].__init__(), model.feature[6][2].__init__()
     assert_close(frozen(x), model(x), 1e-12)
 
 
