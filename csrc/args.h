@@ -4,9 +4,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ops.h"
+
 namespace mx {
 
 enum class Dtype { f32, f64, bf16, f16 };
+
+enum class Conv { depthwise, pointwise, dense };
+constexpr int kConvs = 3;
 
 // Images are NHWC and dense. Pointwise convolutions use stride 1, padding 0 and a kernel of one tap.
 struct Geometry {
@@ -14,61 +19,71 @@ struct Geometry {
   int stride, padding;
 };
 
-// y = conv(a, weight), a = bn_u ? relu(normalise(u)) : u. Layouts and dtypes: csrc/ops.h.
+// z = (y - MEAN)*SCALE + SHIFT, then act(z): of an input on load, of an output on store.
+struct NormAct {
+  const void* bn;  // null: z = y
+  Act act;
+};
+
+// The batch statistics of an output as stored, and the normalisation made of them.
+struct Statistics {
+  void* bn;           // null: not wanted
+  const void* gamma;  // null: 1
+  const void* beta;   // null: 0
+  double eps;
+
+  bool wanted() const { return bn != nullptr; }
+};
+
+// y = conv(a, weight), with a = act(norm(u)). In training the statistics of y may be wanted, in inference what is
+// stored is act(norm(y)).
 struct ForwardArgs {
   Dtype dtype;
   Geometry g;
   const void* u;
-  const void* bn_u;  // null: u is a plain input
+  NormAct input;
   const void* weight;
+  const void* packed;  // the weight, packed by the backend; null: not given
   void* y;
-  // Training: batch statistics of y as stored, and the normalisation made of them.
-  void* bn_y;         // null: no statistics wanted
-  const void* gamma;  // null: 1
-  const void* beta;   // null: 0
-  double eps;
-  // Inference: y = relu?(normalise(conv)) with epilogue_bn, in the same pass.
-  const void* epilogue_bn;  // null: none
-  bool epilogue_relu;
-  const void* packed;  // of a pointwise convolution: the weight, packed by the backend; null: not given
+  Statistics statistics;  // of y, with an output that is linear and not normalised
+  NormAct output;
 };
 
 struct BackwardArgs {
   Dtype dtype;
   Geometry g;
-  const void* h;
-  const void* y;          // null: dy = P*h (or h)
-  const void* grad_bn_y;  // null: dy = h
+  const void* dz;
+  const void* y;          // null: dy = DZ_COEFFICIENT*dz, or dz
+  const void* grad_bn_y;  // null: dy = dz
   const void* u;
-  const void* bn_u;    // null: u is a plain input and h_u its gradient
-  bool batch_stats_u;  // false: bn_u holds running statistics, so Q = O = 0
+  NormAct input;       // without a bn, u is a plain input and dz_u its gradient
+  bool batch_stats_u;  // false: input.bn holds running statistics, so Y_COEFFICIENT = CONSTANT = 0
   const void* weight;
-  void* h_u;          // null: not wanted
+  void* dz_u;         // null: not wanted
   void* grad_weight;  // null: not wanted
   void* grad_bn_u;    // null: not wanted
 };
 
-// out = relu?(normalise(y)), or its mean over each image when pooled.
-struct NormaliseArgs {
+// out = act(norm(y)), or its mean over each image when pooled.
+struct NormActArgs {
   Dtype dtype;
   int64_t n, hw, c;
   const void* y;
-  const void* bn_y;
-  bool relu, pool, batch_stats;
+  NormAct norm_act;  // with a bn
+  bool pool, batch_stats;
   void* out;         // forward
   const void* grad;  // backward
-  void* h;
+  void* dz;
   void* grad_bn_y;
 };
 
-// relu(pointwise_bn(pointwise(relu(depthwise_bn(depthwise(x)))))); the depthwise result is never stored.
+// act(norm(pointwise(act(norm(depthwise(x)))))); the depthwise result is never stored.
 struct BlockArgs {
   Dtype dtype;
   Geometry g;  // of the depthwise convolution, with c_out the block's output channels
   const void* x;
-  const void* depthwise_bn;
+  NormAct depthwise, pointwise;  // each with a bn
   const void* depthwise_weight;
-  const void* pointwise_bn;
   const void* pointwise_weight;
   const void* packed;  // what depends on the block alone, packed by the backend; null: not given
   void* y;

@@ -4,14 +4,15 @@
 
 #include <torch/csrc/stable/library.h>
 
-#define MX_DEFINE_OP(schema) m.def(schema);
+#define MX_DEFINE_OP(name, schema) m.def(schema);
+#define MX_DEFINE_LAYER_OP(schema) m.def(schema);
 
-STABLE_TORCH_LIBRARY(mobilenet_ext, m){MX_KERNEL_OPS(MX_DEFINE_OP) MX_LAYER_OPS(MX_DEFINE_OP)}
+STABLE_TORCH_LIBRARY(mobilenet_ext, m){MX_KERNEL_OPS(MX_DEFINE_OP) MX_LAYER_OPS(MX_DEFINE_LAYER_OP)}
 
 STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) {
   MX_KERNEL_OPS(MX_DEFINE_OP)
   // For plans of inference that do not change (mobilenet_ext/backends/cpu.py).
   m.def("pack(Tensor? depthwise_bn, Tensor? depthwise_weight, Tensor pointwise_weight) -> Tensor");
-  m.def("make_plan(Tensor[] tensors, int[] program) -> Tensor");
+  m.def("make_plan(str[] ops, Tensor[] tensors, int[] settings) -> Tensor");
   m.def("run_plan(Tensor x, Tensor plan) -> Tensor");
 }

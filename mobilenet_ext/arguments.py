@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import chain
-from mobilenet_ext.fusion import DTYPES
+from mobilenet_ext.contract import DTYPES, STRIDES
 from mobilenet_ext.running_stats import overlap, why_unusable
 
 
@@ -25,7 +25,7 @@ def check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):
     elif weight.ndim != 4 or tuple(weight.shape[1:]) != (channels, 1, 1) or weight.shape[0] == 0:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C, {channels}, 1, 1] with C > 0")
     _check_vector("bias", bias, weight.shape[0])
-    if not _is_integer(stride) or stride not in (1, 2):
+    if not _is_integer(stride) or stride not in STRIDES:
         raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
     if not _is_integer(padding) or padding not in (0, 1):
         raise ValueError(f"padding: got {padding!r}, accepted are 0 and 1")

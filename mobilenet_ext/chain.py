@@ -1,7 +1,7 @@
-"""The network's chain: convolution, BatchNorm and ReLU units in a row, as one autograd node over the kernel ops.
+"""The network's chain: convolution, BatchNorm and activation units in a row, as one autograd node over the kernel ops.
 
 Between two convolutions of a chain nothing but the raw convolution output is stored: the next convolution normalises
-and rectifies it on load, in the backward pass too. One node for the whole chain, because an autograd node a layer
+and activates it on load, in the backward pass too. One node for the whole chain, because an autograd node a layer
 costs more host time than the kernels of the small layers take.
 """
 
@@ -15,16 +15,25 @@ from torch import Tensor
 
 from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
-from mobilenet_ext.backends.reference import BN_MEAN, BN_SCALE, BN_VAR, GRAD_BETA, GRAD_GAMMA, GRAD_P
+from mobilenet_ext.contract import (
+    BN_MEAN,
+    BN_SCALE,
+    BN_VAR,
+    GRAD_BETA,
+    GRAD_DZ_COEFFICIENT,
+    GRAD_GAMMA,
+    Act,
+    acc_dtype,
+    conv_output_size,
+)
 from mobilenet_ext.layers import update_running_stats_
 
-Kind = Literal["stem", "depthwise", "pointwise"]
-End = Literal["relu", "linear", "pool"]
+Kind = Literal["dense", "depthwise", "pointwise"]
 Pack = Callable[[Tensor | None, Tensor | None, Tensor], Tensor]
 
 
 class Unit(NamedTuple):
-    """A convolution (without its bias), BatchNorm and ReLU, as tensors and settings."""
+    """A convolution (without its bias), BatchNorm and activation, as tensors and settings."""
 
     kind: Kind
     stride: int
@@ -38,10 +47,11 @@ class Unit(NamedTuple):
     batch_stats: bool  # normalise by the batch's statistics, otherwise by the running ones
     momentum: float | None  # the share of the batch's statistics in the new running ones; None: leave them
     eps: float
+    act: Act = Act.RELU
 
     def output_size(self, n: int, h: int, w: int) -> tuple[int, int, int, int]:
         kernel = self.weight.shape[2]
-        h, w = (ops.conv_output_size(size, kernel, self.stride, self.padding) for size in (h, w))
+        h, w = (conv_output_size(size, kernel, self.stride, self.padding) for size in (h, w))
         return n, self.weight.shape[0], h, w
 
 
@@ -53,6 +63,7 @@ class InferenceUnit(NamedTuple):
     padding: int
     weight: Tensor
     bn: Tensor
+    act: Act = Act.RELU
 
     output_size = Unit.output_size
 
@@ -63,16 +74,16 @@ class _Settings(NamedTuple):
     padding: int
     batch_stats: bool
     eps: float
+    act: Act
 
 
-def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
+def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
     """Run a chain of units over ``x``, as the plain modules would, statistics and all.
 
     Args:
         x: activation ``[N, C, H, W]``, any memory format, not empty.
-        units: at least one; a stem only in front.
-        end: ``"relu"``: the last unit's activation; ``"linear"``: the same before the ReLU; ``"pool"``: the
-            activation's mean over each image, ``[N, C, 1, 1]``.
+        units: at least one; a dense convolution only as the first, a linear unit only as the last.
+        pool: give the mean of the last unit's activation over each image, ``[N, C, 1, 1]``.
 
     Returns:
         A channels_last tensor in the dtype of ``x``, or autocast's where that is on.
@@ -84,13 +95,13 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
     counts = _values_per_channel(x, units)
     inferred = _leading_inference_units(x, units)
     if inferred == len(units):
-        return infer(x, [fold(unit) for unit in units], end, dtype)
+        return infer(x, [fold(unit) for unit in units], pool, dtype)
     if inferred:
-        x = infer(x, [fold(unit) for unit in units[:inferred]], "relu", dtype)
+        x = infer(x, [fold(unit) for unit in units[:inferred]], False, dtype)
         units = units[inferred:]
 
     storage.check(x, *(t for u in units for t in (u.conv_bias, u.running_mean, u.running_var)))
-    settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps) for u in units)
+    settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps, u.act) for u in units)
     params: list[Tensor | None] = []
     for unit in units:
         running_bn = None if unit.batch_stats else _running_bn(unit)
@@ -98,7 +109,7 @@ def run(x: Tensor, units: list[Unit], end: End) -> Tensor:
     # Converted in front of the node, so that what it saves is its own input: through it a second derivative finds it.
     if x.dtype != dtype or not x.is_contiguous(memory_format=torch.channels_last):
         x = _AsInput.apply(x, dtype)
-    out, *bns = _Chain.apply(settings, end, dtype, _first_to_learn(x, units), x, *params)
+    out, *bns = _Chain.apply(settings, pool, dtype, _first_to_learn(x, units), x, *params)
 
     batch_units = [unit for unit in units if unit.batch_stats]
     tracked = [row for row in zip(batch_units, bns, counts, strict=True) if row[0].momentum is not None]
@@ -129,22 +140,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def fold(unit: Unit) -> InferenceUnit:
     """The unit with its running statistics, BatchNorm parameters and convolution bias in one normalisation."""
-    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), _running_bn(unit))
+    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), _running_bn(unit), unit.act)
 
 
 class Step(NamedTuple):
-    """A kernel op of an inference plan, and what it takes behind the activation."""
+    """A kernel op of an inference plan, and its arguments after the activation."""
 
     op: Callable[..., Tensor]
     args: tuple[object, ...]
 
 
-def infer(x: Tensor, units: list[InferenceUnit], end: End, dtype: torch.dtype) -> Tensor:
+def infer(x: Tensor, units: list[InferenceUnit], pool: bool, dtype: torch.dtype) -> Tensor:
     """Run folded units over ``x`` in ``dtype``, without autograd."""
-    return execute(as_input(x, dtype), plan(units, end, dtype))
+    return execute(as_input(x, dtype), plan(units, pool, dtype))
 
 
-def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
+def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack | None = None) -> list[Step]:
     """The ops that run folded units in ``dtype``: a depthwise and a pointwise unit in one.
 
     ``pack`` makes what an op takes as ``packed`` of depthwise_bn, depthwise_weight and pointwise_weight, the first two
@@ -153,24 +164,32 @@ def plan(units: list[InferenceUnit], end: End, dtype: torch.dtype, pack: Pack | 
     steps = []
     i = 0
     while i < len(units):
-        kind, stride, padding, weight, bn = units[i]
+        kind, stride, padding, weight, bn, act = units[i]
         weight = _as_parameter(weight, dtype)
         i += 1
-        relu = i < len(units) or end != "linear"
-        if kind == "stem":
-            steps.append(Step(ops.stem_inference, (bn, weight, stride, padding, relu)))
-        elif kind == "pointwise":
-            steps.append(Step(ops.pointwise_inference, (bn, weight, relu, pack and pack(None, None, weight))))
-        elif padding == 1 and units[i : i + 1] and units[i].kind == "pointwise" and (end != "linear" or units[i + 1 :]):
+        if kind == "depthwise" and _is_block(*units[i - 1 : i + 1]):
             pointwise = _as_parameter(units[i].weight, dtype)
             packed = pack and pack(bn, weight, pointwise)
-            steps.append(Step(ops.block_inference, (bn, weight, stride, units[i].bn, pointwise, packed)))
+            steps.append(
+                Step(ops.block_inference, (bn, act, weight, stride, units[i].bn, units[i].act, pointwise, packed))
+            )
             i += 1
         else:
-            steps.append(Step(ops.depthwise_inference, (bn, weight, stride, padding, relu)))
-    if end == "pool":
-        steps.append(Step(ops.bn_relu_pool_forward, (_identity_bn(units[-1].bn, dtype),)))
+            packed = pack(None, None, weight) if pack and kind == "pointwise" else None
+            steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed)))
+    if pool:
+        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR, True)))
     return steps
+
+
+def _is_block(depthwise: InferenceUnit, pointwise: InferenceUnit | None = None) -> bool:
+    """Whether ``block_inference`` takes these two units."""
+    return (
+        pointwise is not None
+        and pointwise.kind == "pointwise"
+        and depthwise.padding == 1
+        and depthwise.act == pointwise.act == Act.RELU
+    )
 
 
 def execute(x: Tensor, steps: list[Step]) -> Tensor:
@@ -196,7 +215,7 @@ def _as_parameter(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
     """The normalisation that changes nothing, for activations in ``dtype`` with the channels of ``like``."""
-    bn = torch.zeros_like(like, dtype=ops.acc_dtype(dtype))
+    bn = torch.zeros_like(like, dtype=acc_dtype(dtype))
     bn[BN_SCALE] = 1
     return bn
 
@@ -239,7 +258,7 @@ def _values_per_channel(x: Tensor, units: list[Unit]) -> list[int]:
 
 
 def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if vector is None else _as_parameter(vector, ops.acc_dtype(dtype))
+    return None if vector is None else _as_parameter(vector, acc_dtype(dtype))
 
 
 def _running_bn(unit: Unit) -> Tensor:
@@ -276,16 +295,16 @@ class _AsInput(torch.autograd.Function):
 
 
 class _Chain(torch.autograd.Function):
-    """``apply(settings, end, dtype, first, x, *params)`` with ``x`` channels_last in ``dtype`` and (weight, conv_bias,
+    """``apply(settings, pool, dtype, first, x, *params)`` with ``x`` channels_last in ``dtype`` and (weight, conv_bias,
     gamma, beta, running_bn) a unit in ``params``, ``running_bn`` None where batch statistics are wanted. Backward ends
     at the unit ``first``, and nothing is kept of those before it. Returns the output and the ``bn`` of every unit with
     batch statistics."""
 
     @staticmethod
-    def forward(ctx, settings, end, dtype, first, x, *params):
-        u, bn = x, None
+    def forward(ctx, settings, pool, dtype, first, x, *params):
+        u, bn, act = x, None, Act.LINEAR
         inputs, weights, bns, batch_bns = [], [], [], []
-        for i, (kind, stride, padding, batch_stats, eps) in enumerate(settings):
+        for i, (kind, stride, padding, batch_stats, eps, act_y) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
             weight = _as_parameter(weight, dtype)
             vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
@@ -295,21 +314,17 @@ class _Chain(torch.autograd.Function):
                 inputs.append(u if used else None)
                 weights.append(weight if used else None)
                 bns.append(bn if used else None)
-            if kind == "stem":
-                u, batch_bn = ops.stem_forward(u, weight, stride, padding, *vectors)
-            elif kind == "depthwise":
-                u, batch_bn = ops.depthwise_forward(u, bn, weight, stride, padding, *vectors)
-            else:
-                u, batch_bn = ops.pointwise_forward(u, bn, weight, *vectors)
-            bn = running_bn
+            u, batch_bn = ops.FORWARD[kind](u, bn, act, weight, stride, padding, *vectors)
+            bn, act = running_bn, act_y
             if batch_stats:
                 bn = _absorb_non_finite(batch_bn, conv_bias)
                 batch_bns.append(bn)
-        out = ops.bn_relu_pool_forward(u, bn) if end == "pool" else ops.bn_relu_forward(u, bn, end == "relu")
+        out = ops.norm_act_forward(u, bn, act, pool)
 
         if first is not None:
             ctx.save_for_backward(*inputs, u, *weights, *bns, bn)
-            ctx.settings, ctx.end, ctx.first, ctx.parameters = settings[first:], end, first, params
+            ctx.settings, ctx.pool, ctx.first, ctx.parameters = settings[first:], pool, first, params
+            ctx.act = settings[first - 1].act if first else Act.LINEAR  # of the first input that is kept
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*batch_bns)
         return out, *batch_bns
@@ -328,13 +343,10 @@ class _Chain(torch.autograd.Function):
         activations, weights, bns = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 :]
 
         grad = grad.to(activations[n].dtype).contiguous(memory_format=torch.channels_last)
-        last = (grad, activations[n], bns[n], settings[-1].batch_stats)
-        if ctx.end == "pool":
-            h, grad_bn = ops.bn_relu_pool_backward(*last)
-        else:
-            h, grad_bn = ops.bn_relu_backward(*last, ctx.end == "relu")
+        acts = [ctx.act, *(each.act for each in settings)]  # like bns
+        dz, grad_bn = ops.norm_act_backward(grad, activations[n], bns[n], acts[n], settings[-1].batch_stats, ctx.pool)
         for i in range(n - 1, -1, -1):
-            kind, stride, padding, batch_stats, _ = settings[i]
+            kind, stride, padding, batch_stats, *_ = settings[i]
             weight_grad, bias_grad, gamma_grad, beta_grad = range(5 * i, 5 * i + 4)
             for which, row in ((gamma_grad, GRAD_GAMMA), (beta_grad, GRAD_BETA)):
                 if needs[which]:
@@ -342,22 +354,18 @@ class _Chain(torch.autograd.Function):
             if needs[bias_grad]:
                 # DistributedDataParallel waits for a gradient, so it is zero and not None under batch statistics.
                 grads[bias_grad] = (
-                    torch.zeros_like(grad_bn[GRAD_BETA]) if batch_stats else grad_bn[GRAD_P] * grad_bn[GRAD_BETA]
+                    torch.zeros_like(grad_bn[GRAD_BETA])
+                    if batch_stats
+                    else grad_bn[GRAD_DZ_COEFFICIENT] * grad_bn[GRAD_BETA]
                 )
             need_input = i > 0 or needs_x
             if not (need_input or needs[weight_grad]):
                 break
-            bn_u, batch_stats_u = bns[i], i > 0 and settings[i - 1].batch_stats
-            output = (h, activations[i + 1] if batch_stats else None, grad_bn)
-            wanted = (need_input, needs[weight_grad])
-            if kind == "stem":
-                h, grad_weight = ops.stem_backward(*output, activations[i], weights[i], stride, padding, *wanted)
-            else:
-                source = (activations[i], bn_u, batch_stats_u, weights[i])
-                if kind == "depthwise":
-                    h, grad_weight, grad_bn = ops.depthwise_backward(*output, *source, stride, padding, *wanted)
-                else:
-                    h, grad_weight, grad_bn = ops.pointwise_backward(*output, *source, *wanted)
+            dz, grad_weight, grad_bn = ops.BACKWARD[kind](
+                dz, activations[i + 1] if batch_stats else None, grad_bn,
+                activations[i], bns[i], acts[i], i > 0 and settings[i - 1].batch_stats, weights[i], stride, padding,
+                need_input, needs[weight_grad],
+            )  # fmt: skip
             if needs[weight_grad]:
                 grads[weight_grad] = grad_weight
         if rows:
@@ -366,5 +374,5 @@ class _Chain(torch.autograd.Function):
                 grads[which] = grad
         params = ctx.parameters[5 * ctx.first :]
         grads = [None if g is None else as_gradient_of(p, g) for p, g in zip(params, grads, strict=True)]
-        grad_x = as_gradient_of(activations[0], h) if needs_x else None
+        grad_x = as_gradient_of(activations[0], dz) if needs_x else None
         return *before[:4], grad_x, *before[5:], *grads

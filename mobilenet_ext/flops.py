@@ -41,33 +41,26 @@ def _register(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]
     return register_flop_formula(packets, get_raw=True)
 
 
-@_register("depthwise_forward", "pointwise_forward")
-def _chain_forward(u, bn_u, weight, *rest, out_val):
+@_register("depthwise_forward", "pointwise_forward", "dense_forward")
+def _conv_forward(u, bn_u, act_u, weight, *rest, out_val):
     return _forward(u, weight, out_val[0])
 
 
-@_register("stem_forward")
-def _stem_forward(x, weight, *rest, out_val):
-    return _forward(x, weight, out_val[0])
+@_register("depthwise_backward", "pointwise_backward", "dense_backward")
+def _conv_backward(dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, *rest, out_val):
+    return _backward(dz, u, weight, *out_val[:2], *rest[-2:])
 
 
-@_register("depthwise_backward", "pointwise_backward")
-def _chain_backward(h, y, grad_bn_y, u, bn_u, batch_stats_u, weight, *rest, out_val):
-    return _backward(h, u, weight, *out_val[:2], *rest[-2:])
-
-
-@_register("stem_backward")
-def _stem_backward(h, y, grad_bn_y, x, weight, *rest, out_val):
-    return _backward(h, x, weight, *out_val, *rest[-2:])
-
-
-@_register("depthwise_inference", "pointwise_inference", "stem_inference")
-def _inference(x, bn_y, weight, *rest, out_val):
+@_register("depthwise_inference", "pointwise_inference", "dense_inference")
+def _inference(x, bn_y, act_y, weight, *rest, out_val):
     return _forward(x, weight, out_val)
 
 
 @_register("block_inference")
-def _block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight, *rest, out_val):
+def _block_inference(
+    x, depthwise_bn, depthwise_act, depthwise_weight, stride, pointwise_bn, pointwise_act, pointwise_weight, *rest,
+    out_val,
+):  # fmt: skip
     n, _, h, w = out_val.shape
     between = torch.empty((n, x.shape[1], h, w), device="meta")
     return _forward(x, depthwise_weight, between) + _forward(between, pointwise_weight, out_val)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mobilenet_ext import chain, layers
 from mobilenet_ext.arguments import check_batch_norm, check_conv, check_running_stats
 from mobilenet_ext.autograd import is_transformed
+from mobilenet_ext.contract import Act
 from mobilenet_ext.fusion import TENSORS, gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.tracing import is_traced
 
@@ -157,8 +158,11 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     others = {"input": input, "weight": weight, "bias": bias, "bn_weight": gamma, "bn_bias": beta}
     check_running_stats(running_mean, running_var, others, training)
     track = momentum if training and running_mean is not None and input.numel() else None
-    unit = chain.Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps)
-    out = chain.run(input, [unit], "relu" if relu else "linear")
+    act = Act.RELU if relu else Act.LINEAR
+    unit = chain.Unit(
+        kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps, act
+    )
+    out = chain.run(input, [unit], False)
     return match_memory_format(out, gives_channels_last(input, [unit]))
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from mobilenet_ext import chain, ops
+from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
+from mobilenet_ext.contract import DTYPES, KERNEL_SIZE, PADDINGS, STRIDES, conv_output_size
 from mobilenet_ext.running_stats import why_unusable
 from mobilenet_ext.tracing import is_traced
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 
 
@@ -98,7 +98,7 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     units: list[UnitModules] = []
     tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
     while (unit := _unit(*modules[3 * len(units) : 3 * len(units) + 3])) is not None:
-        if units and (unit.kind == "stem" or unit.conv.in_channels != units[-1].conv.out_channels):
+        if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
         buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None]
         different = len(tracked) + len(buffers)
@@ -137,7 +137,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
         if any(why_unusable(t, _tracks(bn)) for t in running):
             return False
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        h, w = (ops.conv_output_size(size, kernel, stride, padding) for size in (h, w))
+        h, w = (conv_output_size(size, kernel, stride, padding) for size in (h, w))
         if channels != conv.in_channels or h < 1 or w < 1:
             return False
         channels = conv.out_channels
@@ -152,7 +152,7 @@ def is_ordinary(x: Tensor) -> bool:
 def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format."""
     tensors = [as_tensors(unit) for unit in units]
-    out = chain.run(x, tensors, "pool" if pool else "relu")
+    out = chain.run(x, tensors, pool)
     # Counted behind the run, like the statistics: a recomputation that stops early leaves out both or neither.
     batches = [bn.num_batches_tracked for _, _, bn in units if _tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
@@ -260,11 +260,15 @@ def conv_kind(conv: nn.Conv2d) -> Kind | None:
         return None
     if conv.kernel_size == (1, 1):
         return "pointwise" if (conv.groups, conv.stride, conv.padding) == (1, (1, 1), (0, 0)) else None
-    if conv.kernel_size != (3, 3) or conv.stride not in ((1, 1), (2, 2)) or conv.padding not in ((0, 0), (1, 1)):
+    if (
+        conv.kernel_size != (KERNEL_SIZE, KERNEL_SIZE)
+        or conv.stride not in [(s, s) for s in STRIDES]
+        or conv.padding not in [(p, p) for p in PADDINGS]
+    ):
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
         return "depthwise"
-    return "stem" if conv.groups == 1 else None
+    return "dense" if conv.groups == 1 else None
 
 
 def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) -> UnitModules | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
-from mobilenet_ext.backends.reference import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA
+from mobilenet_ext.contract import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA, Act, acc_dtype, conv_output_size
 
 _library = torch.library.Library("mobilenet_ext", "FRAGMENT")
 
@@ -36,81 +36,93 @@ def _pack(mean: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Te
     return torch.stack([mean, scale, shift, torch.ones_like(mean), torch.zeros_like(mean)])
 
 
-def _split_grad(h: Tensor, grad_bn: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, mean, scale and shift from the masked gradient of z = (u - mean)*scale + shift."""
+def _split_grad(dz: Tensor, grad_bn: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, mean, scale and shift from that of z = (u - mean)*scale + shift."""
     grad_shift = grad_bn[GRAD_BETA]
-    grad_u = (h * scale.view(1, -1, 1, 1)).to(h.dtype)
+    grad_u = (dz * scale.view(1, -1, 1, 1)).to(dz.dtype)
     return grad_u, -scale * grad_shift, grad_bn[GRAD_GAMMA].clone(), grad_shift.clone()
 
 
-def _layer_forward(conv_forward, u, mean, scale, shift, weight, *geometry):
-    y, bn = conv_forward(_dense(u), _pack(mean, scale, shift), weight.contiguous(), *geometry, None, None, _EPS, True)
+def _input(u, mean, scale, shift):
+    """``u``, ``bn_u`` and ``act_u`` of a convolution."""
+    return _dense(u), _pack(mean, scale, shift), Act.LINEAR if mean is None else Act.RELU
+
+
+def _layer_forward(kind, u, mean, scale, shift, weight, stride, padding):
+    y, bn = ops.FORWARD[kind](
+        *_input(u, mean, scale, shift), weight.contiguous(), stride, padding, None, None, _EPS, True
+    )
     return y, bn[BN_MEAN].clone(), bn[BN_VAR].clone()
 
 
 def _layer_fake(u, weight, stride, padding):
-    h, w = (ops.conv_output_size(size, weight.shape[2], stride, padding) for size in u.shape[2:])
+    h, w = (conv_output_size(size, weight.shape[2], stride, padding) for size in u.shape[2:])
     c = weight.shape[0]
     y = torch.empty((u.shape[0], c, h, w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
-    return y, *(u.new_empty(c, dtype=ops.acc_dtype(u.dtype)) for _ in range(2))
+    return y, *(u.new_empty(c, dtype=acc_dtype(u.dtype)) for _ in range(2))
 
 
 def _save_layer(ctx, inputs, output):
-    u, mean, scale, shift, weight, *ctx.geometry = inputs
+    u, mean, scale, shift, weight, *_ = inputs
     y, mean_y, _ = output
     ctx.save_for_backward(u, mean, scale, shift, weight, y, mean_y)
 
 
-def _layer_backward(conv_backward, ctx, saved, grad_y, grad_mean, grad_var):
+def _layer_backward(kind, ctx, saved, stride, padding, grad_y, grad_mean, grad_var):
     u, mean, scale, shift, weight, y, mean_y = saved
     count = max(y.numel() // y.shape[1], 1)
-    zero = torch.zeros_like(mean_y)
-    grad_bn_y = torch.stack([zero + 1, 2 * grad_var / count, mean_y, grad_mean / count, zero, zero])
+    one, zero = torch.ones_like(mean_y), torch.zeros_like(mean_y)
+    # d mean_y / dy = 1/count, d var_y / dy = 2*(y - mean_y)/count.
+    grad_bn_y = torch.stack([one, 2 * grad_var / count, mean_y, grad_mean / count, zero, zero])
     need_u = any(ctx.needs_input_grad[:4])
-    h, grad_weight, grad_bn = conv_backward(
-        _dense(grad_y), y, grad_bn_y, _dense(u), _pack(mean, scale, shift), False, weight.contiguous(),
-        *ctx.geometry, need_u, ctx.needs_input_grad[4],
+    dz_u, grad_weight, grad_bn = ops.BACKWARD[kind](
+        _dense(grad_y), y, grad_bn_y, *_input(u, mean, scale, shift), False, weight.contiguous(), stride, padding,
+        need_u, ctx.needs_input_grad[4],
     )  # fmt: skip
     grads = (None, None, None, None)
     if need_u:
-        grad_u, *vectors = (h, None, None, None) if mean is None else _split_grad(h, grad_bn, scale)
+        grad_u, *vectors = (dz_u, None, None, None) if mean is None else _split_grad(dz_u, grad_bn, scale)
         grads = (as_gradient_of(u, grad_u), *vectors)
-    grad_weight = as_gradient_of(weight, grad_weight) if ctx.needs_input_grad[4] else None
-    return *grads, grad_weight, *(None for _ in ctx.geometry)
+    return *grads, as_gradient_of(weight, grad_weight) if ctx.needs_input_grad[4] else None
 
 
 def _depthwise(u, mean, scale, shift, weight, stride, padding):
-    return _layer_forward(ops.depthwise_forward, u, mean, scale, shift, weight, stride, padding)
+    return _layer_forward("depthwise", u, mean, scale, shift, weight, stride, padding)
 
 
 def _pointwise(u, mean, scale, shift, weight):
-    return _layer_forward(ops.pointwise_forward, u, mean, scale, shift, weight)
+    return _layer_forward("pointwise", u, mean, scale, shift, weight, 1, 0)
+
+
+def _save_depthwise(ctx, inputs, output):
+    _save_layer(ctx, inputs, output)
+    ctx.stride, ctx.padding = inputs[5:]
 
 
 @first_order("mobilenet_ext::depthwise")
 def _depthwise_backward(ctx, saved, *grads):
-    return _layer_backward(ops.depthwise_backward, ctx, saved, *grads)
+    return *_layer_backward("depthwise", ctx, saved, ctx.stride, ctx.padding, *grads), None, None
 
 
 @first_order("mobilenet_ext::pointwise")
 def _pointwise_backward(ctx, saved, *grads):
-    return _layer_backward(ops.pointwise_backward, ctx, saved, *grads)
+    return _layer_backward("pointwise", ctx, saved, 1, 0, *grads)
 
 
-def _bn_relu(y, mean, scale, shift, relu):
-    return ops.bn_relu_forward(_dense(y), _pack(mean, scale, shift), relu)
+def _norm_act(y, mean, scale, shift, act):
+    return ops.norm_act_forward(_dense(y), _pack(mean, scale, shift), act, False)
 
 
-def _save_bn_relu(ctx, inputs, output):
-    *tensors, ctx.relu = inputs
+def _save_norm_act(ctx, inputs, output):
+    *tensors, ctx.act = inputs
     ctx.save_for_backward(*tensors)
 
 
-@first_order("mobilenet_ext::bn_relu")
-def _bn_relu_backward(ctx, saved, grad):
+@first_order("mobilenet_ext::norm_act")
+def _norm_act_backward(ctx, saved, grad):
     y, mean, scale, shift = saved
-    h, grad_bn = ops.bn_relu_backward(_dense(grad), _dense(y), _pack(mean, scale, shift), False, ctx.relu)
-    grad_y, *vectors = _split_grad(h, grad_bn, scale)
+    dz, grad_bn = ops.norm_act_backward(_dense(grad), _dense(y), _pack(mean, scale, shift), ctx.act, False, False)
+    grad_y, *vectors = _split_grad(dz, grad_bn, scale)
     return as_gradient_of(y, grad_y), *vectors, None
 
 
@@ -118,17 +130,21 @@ def _bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     storage.check(bias)
-    bias = bias.to(ops.acc_dtype(weight.dtype))
+    bias = bias.to(acc_dtype(weight.dtype))
     return _pack(torch.zeros_like(bias), torch.ones_like(bias), bias)
 
 
-def _depthwise_conv2d(input, weight, bias, stride, padding):
+def _conv2d(kind, input, weight, bias, stride, padding):
     bn = _bias_bn(weight, bias)
-    return ops.depthwise_inference(_dense(input), bn, weight.contiguous(), stride, padding, False)
+    return ops.INFERENCE[kind](_dense(input), bn, Act.LINEAR, weight.contiguous(), stride, padding)
+
+
+def _depthwise_conv2d(input, weight, bias, stride, padding):
+    return _conv2d("depthwise", input, weight, bias, stride, padding)
 
 
 def _pointwise_conv2d(input, weight, bias):
-    return ops.pointwise_inference(_dense(input), _bias_bn(weight, bias), weight.contiguous(), False)
+    return _conv2d("pointwise", input, weight, bias, 1, 0)
 
 
 def _save_conv2d(ctx, inputs, output):
@@ -138,39 +154,41 @@ def _save_conv2d(ctx, inputs, output):
 
 
 def _channel_sums(x: Tensor) -> Tensor:
-    ones = torch.ones(x.shape[1], dtype=ops.acc_dtype(x.dtype), device=x.device)
+    """The sum of each channel, in an order of its own: the same bits for every number of threads, unlike Tensor.sum.
+
+    It is what a BatchNorm's backward computes for beta; the normalisation handed to it plays no part.
+    """
+    ones = torch.ones(x.shape[1], dtype=acc_dtype(x.dtype), device=x.device)
     identity = _pack(torch.zeros_like(ones), ones, torch.zeros_like(ones))
-    return ops.bn_relu_backward(x, x, identity, False, False)[1][GRAD_BETA].clone()
+    return ops.norm_act_backward(x, x, identity, Act.LINEAR, False, False)[1][GRAD_BETA].clone()
 
 
-def _conv2d_backward(conv_backward, ctx, saved, grad):
+def _conv2d_backward(kind, ctx, saved, stride, padding, grad):
     input, weight = saved
     need_input, need_weight, need_bias, *_ = ctx.needs_input_grad
     grad_input = grad_weight = grad_bias = None
     if need_input or need_weight:
-        grad_input, grad_weight, _ = conv_backward(
-            _dense(grad), None, None, _dense(input), None, False, weight.contiguous(), *ctx.geometry,
+        grad_input, grad_weight, _ = ops.BACKWARD[kind](
+            _dense(grad), None, None, _dense(input), None, Act.LINEAR, False, weight.contiguous(), stride, padding,
             need_input, need_weight,
         )  # fmt: skip
     if need_bias:
-        # Not Tensor.sum, which cuts a sum by the number of threads: the same bits for every number of them.
         grad_bias = _channel_sums(_dense(grad)).to(ctx.bias_dtype)
     return (
         as_gradient_of(input, grad_input) if need_input else None,
         as_gradient_of(weight, grad_weight) if need_weight else None,
         grad_bias,
-        *(None for _ in ctx.geometry),
     )
 
 
 @first_order("mobilenet_ext::depthwise_conv2d")
 def _depthwise_conv2d_backward(ctx, saved, grad):
-    return _conv2d_backward(ops.depthwise_backward, ctx, saved, grad)
+    return *_conv2d_backward("depthwise", ctx, saved, *ctx.geometry, grad), None, None
 
 
 @first_order("mobilenet_ext::pointwise_conv2d")
 def _pointwise_conv2d_backward(ctx, saved, grad):
-    return _conv2d_backward(ops.pointwise_backward, ctx, saved, grad)
+    return _conv2d_backward("pointwise", ctx, saved, 1, 0, grad)
 
 
 @torch.no_grad()
@@ -222,7 +240,7 @@ depthwise = _layer_op(
     _depthwise,
     lambda u, mean, scale, shift, weight, stride, padding: _layer_fake(u, weight, stride, padding),
     _depthwise_backward,
-    _save_layer,
+    _save_depthwise,
     casts=(0, 4),
 )
 pointwise = _layer_op(
@@ -233,12 +251,12 @@ pointwise = _layer_op(
     _save_layer,
     casts=(0, 4),
 )
-bn_relu = _layer_op(
-    "bn_relu",
-    _bn_relu,
-    lambda y, mean, scale, shift, relu: torch.empty_like(y, memory_format=torch.channels_last),
-    _bn_relu_backward,
-    _save_bn_relu,
+norm_act = _layer_op(
+    "norm_act",
+    _norm_act,
+    lambda y, mean, scale, shift, act: torch.empty_like(y, memory_format=torch.channels_last),
+    _norm_act_backward,
+    _save_norm_act,
     casts=(),
 )
 depthwise_conv2d = _layer_op(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mobilenet_ext.contract import STRIDES
 from mobilenet_ext.fusion import FusedSequential
 
 __all__ = [
@@ -103,7 +104,7 @@ class DepthwiseSeparableConv(FusedSequential):
 
 
 def _stride(stride: int) -> int:
-    if type(stride) is not int or stride not in (1, 2):
+    if type(stride) is not int or stride not in STRIDES:
         raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
     return stride
 

@@ -16,8 +16,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from mobilenet_ext import backends, chain, fusion, ops
-from mobilenet_ext.backends.reference import BN_SCALE, BN_SHIFT
+from mobilenet_ext import backends, chain, fusion
+from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, Act, acc_dtype
 from mobilenet_ext.fusion import UnitModules
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
@@ -66,7 +66,7 @@ def exact_batch_norms(module: nn.Module, convert: Callable[[Tensor], Tensor]) ->
 
     def convert_exactly(t: Tensor) -> Tensor:
         converted = convert(t)
-        return t.to(converted.device, ops.acc_dtype(converted.dtype)) if id(t) in vectors else converted
+        return t.to(converted.device, acc_dtype(converted.dtype)) if id(t) in vectors else converted
 
     return convert_exactly
 
@@ -175,7 +175,7 @@ class FoldedChain:
         if self._linear is None:
             return True
         tensors = [t for t in (self._linear.weight, self._linear.bias) if t is not None]
-        dtypes = fusion.DTYPES if chain.is_autocast(x) else (dtype,)
+        dtypes = DTYPES if chain.is_autocast(x) else (dtype,)
         return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
     def _plan(self, prepared: _Prepared, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -186,9 +186,9 @@ class FoldedChain:
             with torch.inference_mode(False), torch.no_grad():
                 pack = backends.cpu.pack if packs else None
                 units = [chain.fold(fusion.as_tensors(unit)) for unit in self.units]
-                steps = chain.plan(units, "pool" if self.pool else "relu", dtype, pack)
+                steps = chain.plan(units, self.pool, dtype, pack)
                 if self._linear is not None:
-                    steps += chain.plan([_pointwise(self._linear)], "linear", dtype, pack)
+                    steps += chain.plan([_pointwise(self._linear)], False, dtype, pack)
                 plan = partial(chain.execute, steps=steps)
                 if packs:  # all in one call
                     plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
@@ -202,11 +202,11 @@ _version = operator.attrgetter("_version")
 def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
     """A linear layer as a pointwise convolution of images of one pixel."""
     weight = linear.weight.detach()
-    bn = torch.zeros((ops.BN_ROWS, len(weight)), dtype=ops.acc_dtype(weight.dtype), device=weight.device)
+    bn = torch.zeros((BN_ROWS, len(weight)), dtype=acc_dtype(weight.dtype), device=weight.device)
     bn[BN_SCALE] = 1
     if linear.bias is not None:
         bn[BN_SHIFT] = linear.bias.detach()
-    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn)
+    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn, Act.LINEAR)
 
 
 def container_parts(container: nn.Sequential) -> list[Part]:

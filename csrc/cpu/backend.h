@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "../bindings.h"
-#include "blocks.h"
+#include "activation_memory.h"
 #include "runtime.h"
 
 namespace mx::cpu {
@@ -26,11 +26,11 @@ struct Backend {
     const torch::stable::Device device(kDevice);
     const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
     const size_t bytes = size_t(n) * c * h * w * itemsize;
-    if (bytes < kSmallestBlock) return allocated([&] { return empty_channels_last(n, c, h, w, type, device); });
-    std::unique_ptr<void, void (*)(void*)> block(take_block(bytes), return_block);
+    if (bytes < kSmallestKept) return allocated([&] { return empty_channels_last(n, c, h, w, type, device); });
+    std::unique_ptr<void, void (*)(void*)> block(take_memory(bytes), return_memory);
     STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
     Tensor activation =
-        torch::stable::from_blob(block.get(), {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_block);
+        torch::stable::from_blob(block.get(), {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_memory);
     block.release();  // to the tensor
     return activation;
   }
@@ -39,14 +39,10 @@ struct Backend {
     return kernels(dtype).packed_bytes(c_in, c_out, block);
   }
 
-  void depthwise_forward(const ForwardArgs& args) const { kernels(args.dtype).depthwise_forward(args); }
-  void depthwise_backward(const BackwardArgs& args) const { kernels(args.dtype).depthwise_backward(args); }
-  void pointwise_forward(const ForwardArgs& args) const { kernels(args.dtype).pointwise_forward(args); }
-  void pointwise_backward(const BackwardArgs& args) const { kernels(args.dtype).pointwise_backward(args); }
-  void stem_forward(const ForwardArgs& args) const { kernels(args.dtype).stem_forward(args); }
-  void stem_backward(const BackwardArgs& args) const { kernels(args.dtype).stem_backward(args); }
-  void normalise_forward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_forward(args); }
-  void normalise_backward(const NormaliseArgs& args) const { kernels(args.dtype).normalise_backward(args); }
+  void forward(Conv conv, const ForwardArgs& args) const { kernels(args.dtype).forward[int(conv)](args); }
+  void backward(Conv conv, const BackwardArgs& args) const { kernels(args.dtype).backward[int(conv)](args); }
+  void norm_act_forward(const NormActArgs& args) const { kernels(args.dtype).norm_act_forward(args); }
+  void norm_act_backward(const NormActArgs& args) const { kernels(args.dtype).norm_act_backward(args); }
   void block_inference(const BlockArgs& args) const { kernels(args.dtype).block_inference(args); }
   void bn_from_running(const RunningArgs& args) const;
 
@@ -58,7 +54,7 @@ struct Backend {
     try {
       return allocate();
     } catch (const std::exception&) {
-      release_idle_blocks();
+      release_idle_memory();
       return allocate();
     }
   }

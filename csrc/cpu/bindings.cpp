@@ -57,7 +57,7 @@ Tensor pack(const OptionalTensor& depthwise_bn, const OptionalTensor& depthwise_
   }
   args.g.c_in = c_in;
   args.g.c_out = c_out;
-  args.depthwise_bn = data(depthwise_bn);
+  args.depthwise.bn = data(depthwise_bn);
   args.depthwise_weight = data(depthwise_weight);
   args.pointwise_weight = data(pointwise_weight);
   const bool block = depthwise_weight.has_value();
@@ -75,7 +75,8 @@ void Backend::bn_from_running(const RunningArgs& args) const {
 }  // namespace mx::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mobilenet_ext_cpu, CPU, m) {
-  MX_IMPLEMENT_OPS(m, mx::cpu::Backend)
+  using Ops = mx::Bindings<mx::cpu::Backend>;
+  MX_KERNEL_OPS(MX_IMPLEMENT_OP)
   m.impl("pack", TORCH_BOX(&mx::cpu::pack));
   m.impl("make_plan", TORCH_BOX(&mx::cpu::make_plan));
   m.impl("run_plan", TORCH_BOX(&mx::cpu::run_plan));

@@ -187,10 +187,10 @@ inline void load_gradient_row(const T* h, const T* y, int64_t columns, int64_t c
       auto row = [&](int index) {
         return grad_bn ? load_lanes<partial, A>(grad_bn + index * channels + c + v * L, count) : zero<A>();
       };
-      p[v] = grad_bn ? row(GRAD_P) : broadcast(A(1));
-      q[v] = row(GRAD_Q);
+      p[v] = grad_bn ? row(GRAD_DZ_COEFFICIENT) : broadcast(A(1));
+      q[v] = row(GRAD_Y_COEFFICIENT);
       mean[v] = row(GRAD_MEAN);
-      o[v] = row(GRAD_O);
+      o[v] = row(GRAD_CONSTANT);
     }
     A* to = out + c * columns;
     for (int64_t x = 0; x < columns; ++x, to += L) {
@@ -220,13 +220,13 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   const int64_t in_image = t.image * g.h * g.w * channels + t.channel_begin;
   const int64_t out_image = t.image * g.out_h * g.out_w * channels + t.channel_begin;
   const T* u = static_cast<const T*>(args.u) + in_image;
-  T* h_u = args.h_u ? static_cast<T*>(args.h_u) + in_image : nullptr;
-  const T* h = static_cast<const T*>(args.h) + out_image;
+  T* h_u = args.dz_u ? static_cast<T*>(args.dz_u) + in_image : nullptr;
+  const T* h = static_cast<const T*>(args.dz) + out_image;
   const T* y = args.y ? static_cast<const T*>(args.y) + out_image : nullptr;
-  const A* bn_u = args.bn_u ? static_cast<const A*>(args.bn_u) + t.channel_begin : nullptr;
+  const A* bn_u = args.input.bn ? static_cast<const A*>(args.input.bn) + t.channel_begin : nullptr;
   const A* grad_bn = args.grad_bn_y ? static_cast<const A*>(args.grad_bn_y) + t.channel_begin : nullptr;
   weight += t.channel_begin;
-  const bool streaming = h_u && streams<T>(args.h_u, g.n * g.h * g.w, channels);
+  const bool streaming = h_u && streams<T>(args.dz_u, g.n * g.h * g.w, channels);
 
   // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
   const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
@@ -326,7 +326,7 @@ inline void depthwise_backward(const BackwardArgs& args) {
   if (args.grad_weight) merge_grad_weight<A>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
   if (args.grad_bn_u)
     merge_grad_bn<A>(grid.places(), channels, kBackwardSums * channels, partials, g.n * g.h * g.w,
-                     static_cast<const A*>(args.bn_u), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));
+                     static_cast<const A*>(args.input.bn), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -164,8 +164,8 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const int64_t channels = g.c_in;
   const T* u = static_cast<const T*>(args.u) + t.image * g.h * g.w * channels + t.channel_begin;
   T* y = static_cast<T*>(args.y) + t.image * g.out_h * g.out_w * channels + t.channel_begin;
-  const A* bn_u = args.bn_u ? static_cast<const A*>(args.bn_u) + t.channel_begin : nullptr;
-  const A* epilogue_bn = args.epilogue_bn ? static_cast<const A*>(args.epilogue_bn) + t.channel_begin : nullptr;
+  const A* bn_u = args.input.bn ? static_cast<const A*>(args.input.bn) + t.channel_begin : nullptr;
+  const A* epilogue_bn = args.output.bn ? static_cast<const A*>(args.output.bn) + t.channel_begin : nullptr;
   weight += t.channel_begin;
   const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
@@ -204,10 +204,10 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.sum_squares = sum_squares + c;
       if (r.count == L)
         depthwise_forward_row<T, stride, false>(
-            r, g, load_epilogue<A, false>(epilogue_bn, args.epilogue_relu, channels, c, r.count));
+            r, g, load_epilogue<A, false>(epilogue_bn, args.output.act == Act::relu, channels, c, r.count));
       else
         depthwise_forward_row<T, stride, true>(
-            r, g, load_epilogue<A, true>(epilogue_bn, args.epilogue_relu, channels, c, r.count));
+            r, g, load_epilogue<A, true>(epilogue_bn, args.output.act == Act::relu, channels, c, r.count));
     }
     if (partials && oy == t.row_begin) {
       // The first row was taken about 0; its mean is the shift from here on.
@@ -232,7 +232,7 @@ inline void depthwise_forward(const ForwardArgs& args) {
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
   const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
-  const bool stats = args.bn_y != nullptr;
+  const bool stats = args.statistics.wanted();
   A* const weight =
       static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? kMoments * grid.places() : 0))));
   A* const partials = stats ? weight + channels * kTaps : nullptr;
@@ -248,7 +248,8 @@ inline void depthwise_forward(const ForwardArgs& args) {
   if (stats)
     merge_statistics<A>(
         grid.places(), channels, partials, [&](int64_t place) { return grid.at_place(place).pixels(); },
-        static_cast<const A*>(args.gamma), static_cast<const A*>(args.beta), args.eps, static_cast<A*>(args.bn_y));
+        static_cast<const A*>(args.statistics.gamma), static_cast<const A*>(args.statistics.beta), args.statistics.eps,
+        static_cast<A*>(args.statistics.bn));
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

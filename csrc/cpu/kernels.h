@@ -19,14 +19,10 @@ void* scratch(int slot, size_t bytes);
 
 // The kernels of one instruction set for activations of one dtype.
 struct Kernels {
-  void (*depthwise_forward)(const ForwardArgs&);
-  void (*depthwise_backward)(const BackwardArgs&);
-  void (*pointwise_forward)(const ForwardArgs&);
-  void (*pointwise_backward)(const BackwardArgs&);
-  void (*stem_forward)(const ForwardArgs&);
-  void (*stem_backward)(const BackwardArgs&);
-  void (*normalise_forward)(const NormaliseArgs&);
-  void (*normalise_backward)(const NormaliseArgs&);
+  void (*forward[kConvs])(const ForwardArgs&);  // by Conv
+  void (*backward[kConvs])(const BackwardArgs&);
+  void (*norm_act_forward)(const NormActArgs&);
+  void (*norm_act_backward)(const NormActArgs&);
   void (*block_inference)(const BlockArgs&);
   // Of the packed form of a block, or of its pointwise weight alone; and packs one to an address on a cache line (x,
   // packed and y of the arguments are not used, and without a depthwise weight it is the pointwise one alone).

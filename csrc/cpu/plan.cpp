@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <variant>
 
 #include "backend.h"
 #include "fork_safe_mutex.h"
@@ -13,17 +14,18 @@
 namespace mx::cpu {
 namespace {
 
-enum class Op { stem, depthwise, pointwise, block, pool };
-constexpr int64_t kOps = 5, kNumbersAStep = 4;
-
-struct Step {
-  Op op;
-  int64_t channels;  // of the output
-  int stride, padding;
-  ForwardArgs conv{};  // of a stem, depthwise or pointwise convolution
-  BlockArgs block{};
-  NormaliseArgs pool{};
+// The steps of a plan hold the arguments of their kernels, all but the image's memory and sizes.
+struct ConvStep {
+  Conv conv;
+  ForwardArgs args;
 };
+struct BlockStep {
+  BlockArgs args;
+};
+struct PoolStep {
+  NormActArgs args;
+};
+using Step = std::variant<ConvStep, BlockStep, PoolStep>;
 
 // An activation, or the place for one.
 struct Images {
@@ -68,7 +70,7 @@ class Plans {
   std::unordered_map<const void*, std::shared_ptr<const Plan>> plans_;
 };
 
-// Made when the library is loaded (blocks.cpp), never destroyed: handles may outlive the end of main.
+// Made when the library is loaded (activation_memory.cpp), never destroyed: handles may outlive the end of main.
 Plans* const plans = new Plans;
 
 void Plans::drop(void* address) {
@@ -84,80 +86,104 @@ void Plans::drop(void* address) {
   delete static_cast<char*>(address);
 }
 
+// Reads the steps' tensors and settings, in the order of the ops' arguments in csrc/ops.h.
 class PlanBuilder {
  public:
-  explicit PlanBuilder(const std::vector<Tensor>& tensors)
+  PlanBuilder(const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings)
       : tensors_(tensors),
+        settings_(settings),
         plan_(new Plan{{}, weight_of(tensors).scalar_type(), Dtype::f32, 0, {}}),
         call_(weight_of(tensors)) {
     plan_->dtype = dtype_of<Backend>(weight_of(tensors), "weight");
   }
 
-  void add(Op op, int64_t stride, int64_t padding, bool relu) {
-    const ScalarType acc = acc_type(plan_->type);
-    Step step{op, channels_, int(stride), int(padding)};
-    if (op == Op::pool) {
-      const Tensor& bn = take();
-      call_.check_dense(bn, "bn_y", acc, {BN_ROWS, channels_});
-      step.pool.dtype = plan_->dtype;
-      step.pool.c = channels_;
-      step.pool.bn_y = copy(bn);
-      step.pool.relu = step.pool.pool = true;
-    } else if (op == Op::block) {
-      const Tensor &depthwise_bn = take(), &depthwise_weight = take();
-      const Tensor &pointwise_bn = take(), &pointwise_weight = take(), &packed = take();
-      begin(Conv::depthwise, depthwise_weight, stride, 1);
-      step.padding = 1;
-      call_.check_dense(depthwise_bn, "depthwise_bn", acc, {BN_ROWS, channels_});
-      call_.check_weight(Conv::pointwise, pointwise_weight, plan_->type, channels_);
-      step.channels = pointwise_weight.size(0);
-      call_.check_dense(pointwise_bn, "pointwise_bn", acc, {BN_ROWS, step.channels});
-      call_.check_packed(packed, plan_->dtype, channels_, step.channels, true);
-      step.block.dtype = plan_->dtype;
-      step.block.pointwise_bn = copy(pointwise_bn);
-      step.block.packed = copy(packed);  // with all the rest
-    } else {
-      const Tensor &bn = take(), &weight = take();
-      begin(conv_of(op), weight, stride, padding);
-      step.channels = weight.size(0);
-      call_.check_dense(bn, "bn_y", acc, {BN_ROWS, step.channels});
-      if (op == Op::pointwise) {
-        const Tensor& packed = take();
-        call_.check_packed(packed, plan_->dtype, channels_, step.channels, false);
-        step.conv.packed = copy(packed);
-      } else {
-        step.conv.weight = copy(weight);
-      }
-      step.conv.dtype = plan_->dtype;
-      step.conv.epilogue_bn = copy(bn);
-      step.conv.epilogue_relu = relu;
-    }
-    channels_ = step.channels;
-    plan_->steps.push_back(step);
-  }
-
-  static Conv conv_of(Op op) {
-    return op == Op::stem ? Conv::stem : op == Op::pointwise ? Conv::pointwise : Conv::depthwise;
+  void add(const std::string& op) {
+    if (op == "depthwise_inference") return add_convolution(Conv::depthwise);
+    if (op == "pointwise_inference") return add_convolution(Conv::pointwise);
+    if (op == "dense_inference") return add_convolution(Conv::dense);
+    if (op == "block_inference") return add_block();
+    STD_TORCH_CHECK(op == "norm_act_forward", "ops: no step of a plan: ", op);
+    add_pool();
   }
 
   std::shared_ptr<const Plan> finish() {
-    STD_TORCH_CHECK(next_ == tensors_.size(), "tensors: more than the program takes");
+    STD_TORCH_CHECK(next_tensor_ == tensors_.size(), "tensors: more than the ops take");
+    STD_TORCH_CHECK(next_setting_ == settings_.size(), "settings: more than the ops take");
     return std::move(plan_);
   }
 
  private:
-  // Every program begins with a convolution, whose weight is the second tensor.
+  void add_convolution(Conv conv) {
+    const Tensor& bn = tensor();
+    const int64_t act = setting();
+    const Tensor& weight = tensor();
+    const int64_t stride = setting(), padding = setting();
+    ConvStep step{conv, {}};
+    step.args.dtype = plan_->dtype;
+    begin(conv, weight, stride, padding);
+    step.args.g = sizeless(weight.size(0), stride, padding);
+    step.args.output = norm_act(bn, act, weight.size(0));
+    if (conv == Conv::pointwise) {
+      const Tensor& packed = tensor();
+      call_.check_packed(packed, plan_->dtype, channels_, weight.size(0), false);
+      step.args.packed = copy(packed);
+    } else {
+      step.args.weight = copy(weight);
+    }
+    end(step, weight.size(0));
+  }
+
+  void add_block() {
+    const Tensor& depthwise_bn = tensor();
+    const int64_t depthwise_act = setting();
+    const Tensor& depthwise_weight = tensor();
+    const int64_t stride = setting();
+    BlockStep step{};
+    step.args.dtype = plan_->dtype;
+    begin(Conv::depthwise, depthwise_weight, stride, 1);
+    const Tensor& pointwise_bn = tensor();
+    const int64_t pointwise_act = setting();
+    const Tensor &pointwise_weight = tensor(), &packed = tensor();
+    call_.check_weight(Conv::pointwise, pointwise_weight, plan_->type, channels_);
+    const int64_t c_out = pointwise_weight.size(0);
+    step.args.g = sizeless(c_out, stride, 1);
+    call_.check_packed(packed, plan_->dtype, channels_, c_out, true);
+    step.args.depthwise = call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", plan_->type, channels_);
+    step.args.pointwise = norm_act(pointwise_bn, pointwise_act, c_out);
+    check_block_activations(step.args);
+    step.args.packed = copy(packed);  // with all the rest
+    end(step, c_out);
+  }
+
+  void add_pool() {
+    const Tensor& bn = tensor();
+    const int64_t act = setting();
+    STD_TORCH_CHECK(setting() && channels_ > 0, "ops: expected pooling after a convolution");
+    PoolStep step{};
+    step.args.dtype = plan_->dtype;
+    step.args.c = channels_;
+    step.args.norm_act = norm_act(bn, act, channels_);
+    step.args.pool = true;
+    end(step, channels_);
+  }
+
+  // Every plan begins with a convolution, whose weight is the second tensor.
   static const Tensor& weight_of(const std::vector<Tensor>& tensors) {
-    STD_TORCH_CHECK(tensors.size() >= 2, "tensors: too few for the program");
+    STD_TORCH_CHECK(tensors.size() >= 2, "tensors: too few for the ops");
     return tensors[1];
   }
 
-  const Tensor& take() {
-    STD_TORCH_CHECK(next_ < tensors_.size(), "tensors: too few for the program");
-    return tensors_[next_++];
+  const Tensor& tensor() {
+    STD_TORCH_CHECK(next_tensor_ < tensors_.size(), "tensors: too few for the ops");
+    return tensors_[next_tensor_++];
   }
 
-  // Memory of the plan's own: whoever holds the tensor may write to it, free it or give it another.
+  int64_t setting() {
+    STD_TORCH_CHECK(next_setting_ < settings_.size(), "settings: too few for the ops");
+    return settings_[next_setting_++];
+  }
+
+  // A copy of the plan's own: whoever holds the tensor may write to it, free it or give it another memory.
   const void* copy(const Tensor& dense) {
     const int64_t bytes = dense.numel() * int64_t(dense.element_size());
     const Tensor to = call_.empty({bytes}, ScalarType::Byte);
@@ -166,9 +192,14 @@ class PlanBuilder {
     return data(to);
   }
 
+  NormAct norm_act(const Tensor& bn, int64_t act, int64_t channels) {
+    const NormAct checked = call_.check_norm_act(bn, "bn", act, "act", plan_->type, channels);
+    return {copy(bn), checked.act};
+  }
+
   // A convolution; the first one tells the channels of the input.
   void begin(Conv conv, const Tensor& weight, int64_t stride, int64_t padding) {
-    check_settings(stride, padding);
+    check_settings(conv, stride, padding);
     if (plan_->steps.empty()) {
       STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
       plan_->channels = channels_ = weight.size(conv == Conv::depthwise ? 0 : 1);
@@ -176,54 +207,74 @@ class PlanBuilder {
     call_.check_weight(conv, weight, plan_->type, channels_);
   }
 
+  Geometry sizeless(int64_t c_out, int64_t stride, int64_t padding) const {
+    Geometry g{};
+    g.c_in = channels_;
+    g.c_out = c_out;
+    g.stride = int(stride);
+    g.padding = int(padding);
+    return g;
+  }
+
+  template <class AStep>
+  void end(const AStep& step, int64_t channels) {
+    plan_->steps.push_back(step);
+    channels_ = channels;
+  }
+
   const std::vector<Tensor>& tensors_;
+  const std::vector<int64_t>& settings_;
   std::unique_ptr<Plan> plan_;
   Call<Backend> call_;
-  size_t next_ = 0;
-  int64_t channels_ = 0;
+  size_t next_tensor_ = 0, next_setting_ = 0;
+  int64_t channels_ = 0;  // of what the next step reads
 };
 
-Geometry geometry_of(const Step& step, const Images& x) {
-  return conv_geometry(PlanBuilder::conv_of(step.op), x.n, x.h, x.w, x.c, step.channels, step.stride, step.padding);
+Geometry with_sizes(Conv conv, const Geometry& g, const Images& x) {
+  return conv_geometry(conv, x.n, x.h, x.w, g.c_in, g.c_out, g.stride, g.padding);
 }
 
+Images output_of(const Geometry& g) { return {g.n, g.c_out, g.out_h, g.out_w}; }
+Images output_of(const ConvStep& step, const Images& x) { return output_of(with_sizes(step.conv, step.args.g, x)); }
+Images output_of(const BlockStep& step, const Images& x) {
+  return output_of(with_sizes(Conv::depthwise, step.args.g, x));
+}
+Images output_of(const PoolStep&, const Images& x) { return {x.n, x.c, 1, 1}; }
 Images output_of(const Step& step, const Images& x) {
-  if (step.op == Op::pool) return {x.n, x.c, 1, 1};
-  const Geometry g = geometry_of(step, x);
-  return {g.n, g.c_out, g.out_h, g.out_w};
+  return std::visit([&](const auto& each) { return output_of(each, x); }, step);
 }
 
-void run(const Backend& backend, Step step, const Images& x, const void* from, void* to) {
-  if (step.op == Op::pool) {
-    step.pool.n = x.n;
-    step.pool.hw = x.h * x.w;
-    step.pool.y = from;
-    step.pool.out = to;
-    return backend.normalise_forward(step.pool);
-  }
-  if (step.op == Op::block) {
-    step.block.g = geometry_of(step, x);
-    step.block.x = from;
-    step.block.y = to;
-    return backend.block_inference(step.block);
-  }
-  step.conv.g = geometry_of(step, x);
-  step.conv.u = from;
-  step.conv.y = to;
-  if (step.op == Op::stem) return backend.stem_forward(step.conv);
-  if (step.op == Op::pointwise) return backend.pointwise_forward(step.conv);
-  backend.depthwise_forward(step.conv);
+void run(const Backend& backend, ConvStep step, const Images& x, const void* from, void* to) {
+  step.args.g = with_sizes(step.conv, step.args.g, x);
+  step.args.u = from;
+  step.args.y = to;
+  backend.forward(step.conv, step.args);
 }
 
-class Block {
+void run(const Backend& backend, BlockStep step, const Images& x, const void* from, void* to) {
+  step.args.g = with_sizes(Conv::depthwise, step.args.g, x);
+  step.args.x = from;
+  step.args.y = to;
+  backend.block_inference(step.args);
+}
+
+void run(const Backend& backend, PoolStep step, const Images& x, const void* from, void* to) {
+  step.args.n = x.n;
+  step.args.hw = x.h * x.w;
+  step.args.y = from;
+  step.args.out = to;
+  backend.norm_act_forward(step.args);
+}
+
+class Memory {
  public:
-  explicit Block(size_t bytes) : data_(bytes ? take_block(bytes) : nullptr) {
+  explicit Memory(size_t bytes) : data_(bytes ? take_memory(bytes) : nullptr) {
     STD_TORCH_CHECK(data_ || bytes == 0, "not enough memory for an activation of ", bytes, " bytes");
   }
-  ~Block() {
-    if (data_) return_block(data_);
+  ~Memory() {
+    if (data_) return_memory(data_);
   }
-  Block(const Block&) = delete;
+  Memory(const Memory&) = delete;
   void* data() const { return data_; }
 
  private:
@@ -232,13 +283,11 @@ class Block {
 
 }  // namespace
 
-Tensor make_plan(const std::vector<Tensor>& tensors, const std::vector<int64_t>& program) {
-  STD_TORCH_CHECK(!program.empty() && program.size() % kNumbersAStep == 0, "program: expected four numbers a step");
-  PlanBuilder builder(tensors);
-  for (size_t i = 0; i < program.size(); i += kNumbersAStep) {
-    STD_TORCH_CHECK(program[i] >= 0 && program[i] < (i == 0 ? kOps - 1 : kOps), "program: no op ", program[i]);
-    builder.add(Op(program[i]), program[i + 1], program[i + 2], program[i + 3]);
-  }
+Tensor make_plan(const std::vector<std::string>& ops, const std::vector<Tensor>& tensors,
+                 const std::vector<int64_t>& settings) {
+  STD_TORCH_CHECK(!ops.empty(), "ops: expected at least one");
+  PlanBuilder builder(tensors, settings);
+  for (const std::string& op : ops) builder.add(op);
   return plans->add(builder.finish());
 }
 
@@ -260,13 +309,13 @@ Tensor run_plan(const Tensor& x, const Tensor& handle) {
   }
   images = output_of(plan.steps[last], images);
   Tensor y = call.empty_activation(images.n, images.c, images.h, images.w, plan.type);
-  const Block blocks[2] = {Block(bytes[0]), Block(bytes[1])};
+  const Memory memory[2] = {Memory(bytes[0]), Memory(bytes[1])};
 
   images = input;
   const void* from = data(x);
   for (size_t i = 0; i <= last; ++i) {
-    void* const to = i == last ? y.mutable_data_ptr() : blocks[i % 2].data();
-    run(call.backend, plan.steps[i], images, from, to);
+    void* const to = i == last ? y.mutable_data_ptr() : memory[i % 2].data();
+    std::visit([&](const auto& step) { run(call.backend, step, images, from, to); }, plan.steps[i]);
     images = output_of(plan.steps[i], images);
     from = to;
   }

@@ -9,7 +9,7 @@ template <class T>
 inline void pointwise_forward(const ForwardArgs& args) {
   const T* const u = static_cast<const T*>(args.u);
   const int64_t channels = args.g.c_in;
-  const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.bn_u), channels};
+  const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.input.bn), channels};
   forward_product(
       forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
       [&](int64_t begin, int64_t rows, Operand<T>* tile) {
@@ -23,17 +23,17 @@ inline void pointwise_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const T* const u = static_cast<const T*>(args.u);
-  const Activation<A> activation{static_cast<const A*>(args.bn_u), g.c_in};
+  const Activation<A> activation{static_cast<const A*>(args.input.bn), g.c_in};
   const BackwardProduct<T> product{
       g.n * g.h * g.w,
       g.c_in,
       g.c_out,
-      {static_cast<const T*>(args.h), static_cast<const T*>(args.y), static_cast<const A*>(args.grad_bn_y), g.c_out},
+      {static_cast<const T*>(args.dz), static_cast<const T*>(args.y), static_cast<const A*>(args.grad_bn_y), g.c_out},
       static_cast<const T*>(args.weight),
       u,
       activation,
       args.batch_stats_u,
-      static_cast<T*>(args.h_u),
+      static_cast<T*>(args.dz_u),
       static_cast<A*>(args.grad_weight),
       static_cast<A*>(args.grad_bn_u)};
   backward_product(

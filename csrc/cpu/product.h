@@ -54,12 +54,12 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
           weight,
           static_cast<const Operand<T>*>(args.packed),
           static_cast<T*>(args.y),
-          static_cast<A*>(args.bn_y),
-          static_cast<const A*>(args.gamma),
-          static_cast<const A*>(args.beta),
-          args.eps,
-          static_cast<const A*>(args.epilogue_bn),
-          args.epilogue_relu};
+          static_cast<A*>(args.statistics.bn),
+          static_cast<const A*>(args.statistics.gamma),
+          static_cast<const A*>(args.statistics.beta),
+          args.statistics.eps,
+          static_cast<const A*>(args.output.bn),
+          args.output.act == Act::relu};
 }
 
 // build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a, for which

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "blocks.h"
+#include "activation_memory.h"
 #include "host/cpu_features.h"
 
 namespace mx::cpu {
@@ -88,7 +88,7 @@ void* scratch(int slot, size_t bytes) {
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     s.data = aligned_alloc(kAlignment, rounded);
     if (s.data == nullptr) {
-      release_idle_blocks();
+      release_idle_memory();
       s.data = aligned_alloc(kAlignment, rounded);
     }
     STD_TORCH_CHECK(s.data != nullptr, "not enough memory for a workspace of ", rounded, " bytes");
@@ -179,6 +179,6 @@ const Kernels& kernels(Dtype dtype) {
 extern "C" __attribute__((visibility("default"))) const char* mx_cpu_isa() { return mx::cpu::chosen_set().name; }
 
 extern "C" __attribute__((visibility("default"))) void mx_cpu_empty_cache() {
-  mx::cpu::release_idle_blocks();
+  mx::cpu::release_idle_memory();
   for (mx::cpu::ScratchSlot& slot : mx::cpu::slots) slot.release();
 }

@@ -189,10 +189,10 @@ inline void merge_grad_bn(int64_t tiles, int64_t channels, int64_t tile_stride, 
         const int64_t c = c0 + i;
         const double scale = double(bn[BN_SCALE * channels + c]), rstd = double(bn[BN_RSTD * channels + c]);
         const double grad_gamma = rstd * centred[i];
-        grad_bn[GRAD_P * channels + c] = A(scale);
-        grad_bn[GRAD_Q * channels + c] = batch_stats ? A(-scale * rstd * grad_gamma * per_element) : A(0);
+        grad_bn[GRAD_DZ_COEFFICIENT * channels + c] = A(scale);
+        grad_bn[GRAD_Y_COEFFICIENT * channels + c] = batch_stats ? A(-scale * rstd * grad_gamma * per_element) : A(0);
         grad_bn[GRAD_MEAN * channels + c] = bn[BN_MEAN * channels + c];
-        grad_bn[GRAD_O * channels + c] = batch_stats ? A(-scale * sum[i] * per_element) : A(0);
+        grad_bn[GRAD_CONSTANT * channels + c] = batch_stats ? A(-scale * sum[i] * per_element) : A(0);
         grad_bn[GRAD_GAMMA * channels + c] = A(grad_gamma);
         grad_bn[GRAD_BETA * channels + c] = A(sum[i]);
       }

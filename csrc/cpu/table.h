@@ -2,25 +2,21 @@
 // MX_ISA_NAMESPACE.
 #pragma once
 
-#include "block.h"
+#include "block_inference.h"
+#include "dense.h"
 #include "depthwise.h"
 #include "kernels.h"
-#include "normalise.h"
+#include "norm_act.h"
 #include "pointwise.h"
-#include "stem.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
 template <class T>
 constexpr Kernels kKernels = {
-    depthwise_forward<T>,
-    depthwise_backward<T>,
-    pointwise_forward<T>,
-    pointwise_backward<T>,
-    stem_forward<T>,
-    stem_backward<T>,
-    normalise_forward<T>,
-    normalise_backward<T>,
+    {depthwise_forward<T>, pointwise_forward<T>, dense_forward<T>},
+    {depthwise_backward<T>, pointwise_backward<T>, dense_backward<T>},
+    norm_act_forward<T>,
+    norm_act_backward<T>,
     block_inference<T>,
     packed_bytes<T>,
     pack<T>,

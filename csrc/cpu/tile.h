@@ -174,13 +174,13 @@ MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, in
 #pragma GCC unroll 4
   for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(gradient.h + offset + i * gradient.channels, count);
   if (gradient.grad_bn) {
-    const Vec<A> p = load_lanes<partial, A>(gradient.row(GRAD_P) + channel, count);
+    const Vec<A> p = load_lanes<partial, A>(gradient.row(GRAD_DZ_COEFFICIENT) + channel, count);
 #pragma GCC unroll 4
     for (int i = 0; i < rows; ++i) value[i] *= p;
     if (gradient.y) {
       const Vec<A> mean = load_lanes<partial, A>(gradient.row(GRAD_MEAN) + channel, count);
-      const Vec<A> q = load_lanes<partial, A>(gradient.row(GRAD_Q) + channel, count);
-      const Vec<A> o = load_lanes<partial, A>(gradient.row(GRAD_O) + channel, count);
+      const Vec<A> q = load_lanes<partial, A>(gradient.row(GRAD_Y_COEFFICIENT) + channel, count);
+      const Vec<A> o = load_lanes<partial, A>(gradient.row(GRAD_CONSTANT) + channel, count);
 #pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) {
         const Vec<A> y = load_lanes<partial, T>(gradient.y + offset + i * gradient.channels, count);

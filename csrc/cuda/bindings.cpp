@@ -25,16 +25,22 @@ struct Backend {
   // The kernels take weights as they are.
   int64_t packed_bytes(Dtype, int64_t, int64_t, bool) const { return 0; }
 
+  void forward(Conv conv, const ForwardArgs& args) const {
+    constexpr Forward* kLaunchers[kConvs] = {depthwise_forward, pointwise_forward, dense_forward};  // by Conv
+    constexpr const char* kNames[kConvs] = {"depthwise_forward", "pointwise_forward", "dense_forward"};
+    Runtime::check(kLaunchers[int(conv)](args, runtime.launch()), kNames[int(conv)]);
+  }
+
+  void backward(Conv conv, const BackwardArgs& args) const {
+    constexpr Backward* kLaunchers[kConvs] = {depthwise_backward, pointwise_backward, dense_backward};
+    constexpr const char* kNames[kConvs] = {"depthwise_backward", "pointwise_backward", "dense_backward"};
+    Runtime::check(kLaunchers[int(conv)](args, runtime.launch()), kNames[int(conv)]);
+  }
+
 #define MX_LAUNCH(kernel, Args) \
   void kernel(const Args& args) const { Runtime::check(cuda::kernel(args, runtime.launch()), #kernel); }
-  MX_LAUNCH(depthwise_forward, ForwardArgs)
-  MX_LAUNCH(depthwise_backward, BackwardArgs)
-  MX_LAUNCH(pointwise_forward, ForwardArgs)
-  MX_LAUNCH(pointwise_backward, BackwardArgs)
-  MX_LAUNCH(stem_forward, ForwardArgs)
-  MX_LAUNCH(stem_backward, BackwardArgs)
-  MX_LAUNCH(normalise_forward, NormaliseArgs)
-  MX_LAUNCH(normalise_backward, NormaliseArgs)
+  MX_LAUNCH(norm_act_forward, NormActArgs)
+  MX_LAUNCH(norm_act_backward, NormActArgs)
   MX_LAUNCH(block_inference, BlockArgs)
   MX_LAUNCH(bn_from_running, RunningArgs)
 #undef MX_LAUNCH
@@ -46,7 +52,7 @@ struct Backend {
 }  // namespace
 }  // namespace mx::cuda
 
-#define MX_DEFINE_OP(schema) m.def(schema);
+#define MX_DEFINE_OP(name, schema) m.def(schema);
 
 // By way of these, the names that the macros below stand for are what is registered.
 #define MX_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
@@ -55,5 +61,6 @@ struct Backend {
 MX_LIBRARY(MX_CUDA_LIBRARY, m){MX_KERNEL_OPS(MX_DEFINE_OP)}
 
 MX_LIBRARY_IMPL(MX_CUDA_LIBRARY, MX_DISPATCH_KEY, m) {
-  MX_IMPLEMENT_OPS(m, mx::cuda::Backend)
+  using Ops = mx::Bindings<mx::cuda::Backend>;
+  MX_KERNEL_OPS(MX_IMPLEMENT_OP)
 }

@@ -87,9 +87,9 @@ struct Depthwise {
 #pragma unroll
     for (int i = 0; i < S::kWidth; i += 4) {
       float mean[4], scale[4], shift[4];
-      load_vector<S::kAligned>(args.depthwise_bn + int64_t(BN_MEAN) * args.channels, k + i, args.channels, mean);
-      load_vector<S::kAligned>(args.depthwise_bn + int64_t(BN_SCALE) * args.channels, k + i, args.channels, scale);
-      load_vector<S::kAligned>(args.depthwise_bn + int64_t(BN_SHIFT) * args.channels, k + i, args.channels, shift);
+      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_MEAN) * args.channels, k + i, args.channels, mean);
+      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_SCALE) * args.channels, k + i, args.channels, scale);
+      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_SHIFT) * args.channels, k + i, args.channels, shift);
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[i + j] = relu(normalise(a[i + j], mean[j], scale[j], shift[j]));
     }
@@ -110,11 +110,11 @@ struct Output {
   // Loaded for each tile: the product needs the registers.
   __device__ __forceinline__ void begin_tile() {
     if (column >= args.tiling.columns) return;
-    load_vector<S::kAligned>(args.pointwise_bn + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns,
+    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns,
                              mean);
-    load_vector<S::kAligned>(args.pointwise_bn + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns,
+    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns,
                              scale);
-    load_vector<S::kAligned>(args.pointwise_bn + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns,
+    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns,
                              shift);
   }
   __device__ __forceinline__ void end_tile() {}
@@ -148,9 +148,9 @@ struct Start {
     using T = typename S::T;
     const Geometry& g = args.g;
     const Arguments<T> arguments = {static_cast<const T*>(args.x),
-                                    static_cast<const float*>(args.depthwise_bn),
+                                    static_cast<const float*>(args.depthwise.bn),
                                     static_cast<const T*>(args.depthwise_weight),
-                                    static_cast<const float*>(args.pointwise_bn),
+                                    static_cast<const float*>(args.pointwise.bn),
                                     static_cast<const T*>(args.pointwise_weight),
                                     static_cast<T*>(args.y),
                                     tiling_of<S>(g.n * g.out_h * g.out_w, g.c_in, g.c_out, launch),
@@ -174,7 +174,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   first.u = args.x;
   first.weight = args.depthwise_weight;
   first.y = launch.temporary<char>(size_t(rows) * size_t(g.c_in) * (args.dtype == Dtype::f32 ? 4 : 2));
-  first.epilogue_bn = args.depthwise_bn;
+  first.epilogue_bn = args.depthwise.bn;
   first.epilogue_relu = true;
   const cudaError_t error = depthwise_forward(first, launch);
   if (error != cudaSuccess) return error;
@@ -184,7 +184,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   second.u = first.y;
   second.weight = args.pointwise_weight;
   second.y = args.y;
-  second.epilogue_bn = args.pointwise_bn;
+  second.epilogue_bn = args.pointwise.bn;
   second.epilogue_relu = true;
   return pointwise_forward(second, launch);
 }
@@ -197,7 +197,7 @@ cudaError_t block_inference(const BlockArgs& args, const Launch& launch) {
   const int64_t rows = g.n * g.out_h * g.out_w;
   if (rows == 0) return cudaSuccess;
   if (g.c_in > kMaxChannels || g.c_out > 256 || rows >= int64_t(1) << 31) return two_kernels(args, launch);
-  const void* const pointers[] = {args.x, args.depthwise_bn, args.pointwise_bn, args.pointwise_weight, args.y};
+  const void* const pointers[] = {args.x, args.depthwise.bn, args.pointwise.bn, args.pointwise_weight, args.y};
   return choose_shape(args.dtype, rows, g.c_in, g.c_out, pointers, launch, Start{args, launch});
 }
 

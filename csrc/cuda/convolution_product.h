@@ -2,7 +2,7 @@
 //
 // y is written once, and its statistics come from the values that a thread stores.
 #pragma once
-#include "finish.h"
+#include "merge.h"
 #include "product.h"
 
 namespace mx::cuda {
@@ -36,10 +36,10 @@ struct ConvolutionOutput {
 
   __device__ __forceinline__ explicit ConvolutionOutput(const OutputArguments<T>& arguments)
       : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {
-    if (args.bn_y != nullptr && column < args.tiling.columns) {
-      load_vector<kWide>(args.bn_y + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns, total);
-      load_vector<kWide>(args.bn_y + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns, squares);
-      load_vector<kWide>(args.bn_y + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns, origin);
+    if (args.statistics.bn != nullptr && column < args.tiling.columns) {
+      load_vector<kWide>(args.statistics.bn + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns, total);
+      load_vector<kWide>(args.statistics.bn + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns, squares);
+      load_vector<kWide>(args.statistics.bn + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns, origin);
     }
     Vector::store(kOrigin, origin);
     store_sums();
@@ -69,7 +69,7 @@ struct ConvolutionOutput {
 
   __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
     if (args.partial == nullptr) {
-      if (args.bn_y != nullptr) {
+      if (args.statistics.bn != nullptr) {
 #pragma unroll
         for (int i = 0; i < S::kWidth; ++i) d[i] = normalise(d[i], total[i], squares[i], origin[i]);
       }
@@ -174,7 +174,7 @@ cudaError_t start_convolution(void (*kernel)(Source, const T*, OutputArguments<T
                               const ForwardArgs& f, const Launch& on) {
   OutputArguments<T> args{};
   args.y = static_cast<T*>(f.y);
-  args.bn_y = static_cast<const float*>(f.epilogue_bn);
+  args.statistics.bn = static_cast<const float*>(f.epilogue_bn);
   args.relu = f.epilogue_relu;
   args.tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
   const int programs = args.tiling.programs, columns = args.tiling.columns;

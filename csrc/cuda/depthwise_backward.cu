@@ -47,10 +47,10 @@ struct Channels {
       mean[i] = row(p.bn_u, BN_MEAN, i, 0.0f);
       scale[i] = row(p.bn_u, BN_SCALE, i, 1.0f);
       shift[i] = row(p.bn_u, BN_SHIFT, i, 0.0f);
-      gp[i] = row(p.grad_bn_y, GRAD_P, i, 1.0f);
-      gq[i] = row(of_y, GRAD_Q, i, 0.0f);
+      gp[i] = row(p.grad_bn_y, GRAD_DZ_COEFFICIENT, i, 1.0f);
+      gq[i] = row(of_y, GRAD_Y_COEFFICIENT, i, 0.0f);
       gmean[i] = row(of_y, GRAD_MEAN, i, 0.0f);
-      go[i] = row(of_y, GRAD_O, i, 0.0f);
+      go[i] = row(of_y, GRAD_CONSTANT, i, 0.0f);
       sum_h[i] = sum_h_centred[i] = 0.0f;
     }
   }
@@ -269,13 +269,13 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
   p.out_height = int(g.out_h);
   p.out_width = int(g.out_w);
   p.padding = g.padding;
-  p.h = args.h;
+  p.h = args.dz;
   p.y = args.y;
   p.u = args.u;
   p.weight = args.weight;
   p.grad_bn_y = static_cast<const float*>(args.grad_bn_y);
-  p.bn_u = static_cast<const float*>(args.bn_u);
-  p.h_u = args.h_u;
+  p.bn_u = static_cast<const float*>(args.input.bn);
+  p.h_u = args.dz_u;
   const int programs = g.n == 0 ? 0 : p.grid.programs;
   const int64_t elements = 9 * g.c_in;
   if (args.grad_bn_u) p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * g.c_in);
@@ -285,7 +285,7 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
                                      dim3(p.grid.packs, p.grid.lanes), lanes_bytes(kDepthwiseThreads, P), on.stream, p);
     if (error != cudaSuccess) return error;
   }
-  return finish_gradients(p.sums, programs, p.channels, args.bn_u, args.batch_stats_u, g.n * g.h * g.w, args.grad_bn_u,
+  return finish_gradients(p.sums, programs, p.channels, args.input.bn, args.batch_stats_u, g.n * g.h * g.w, args.grad_bn_u,
                           p.partial, programs, elements, args.grad_weight, on);
 }
 
@@ -295,7 +295,7 @@ cudaError_t depthwise_backward(const BackwardArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool wide =
-        args.g.c_in % 4 == 0 && aligned(args.h) && aligned(args.y) && aligned(args.u) && aligned(args.h_u);
+        args.g.c_in % 4 == 0 && aligned(args.dz) && aligned(args.y) && aligned(args.u) && aligned(args.dz_u);
     return wide ? start<T, 4>(args, on) : start<T, 1>(args, on);
   });
 }

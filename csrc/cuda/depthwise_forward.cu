@@ -160,9 +160,9 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
   const int packs = int(g.c_in / P);
   const int lanes = int(g.stride == 1 ? (g.out_w + 1) / 2 : g.out_w);
-  const bool training = args.epilogue_bn == nullptr && !args.epilogue_relu;
+  const bool training = args.output.bn == nullptr && !(args.output.act == Act::relu);
   Problem p{};
-  p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.bn_y != nullptr, on);
+  p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.statistics.bn != nullptr, on);
   p.height = int(g.h);
   p.width = int(g.w);
   p.channels = int(g.c_in);
@@ -170,23 +170,23 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   p.out_width = int(g.out_w);
   p.padding = g.padding;
   p.u = args.u;
-  p.bn_u = static_cast<const float*>(args.bn_u);
+  p.bn_u = static_cast<const float*>(args.input.bn);
   p.weight = args.weight;
   p.y = args.y;
-  p.bn_y = static_cast<const float*>(args.epilogue_bn);
-  p.relu = args.epilogue_relu;
+  p.bn_y = static_cast<const float*>(args.output.bn);
+  p.relu = (args.output.act == Act::relu);
   const int programs = g.n * g.out_h * g.out_w == 0 ? 0 : p.grid.programs;
-  if (args.bn_y) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
+  if (args.statistics.bn) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
   if (programs > 0) {
     const dim3 blocks(p.grid.channel_blocks, programs), threads(p.grid.packs, p.grid.lanes);
-    const size_t shared = args.bn_y ? lanes_bytes(kDepthwiseThreads, P) : 0;
+    const size_t shared = args.statistics.bn ? lanes_bytes(kDepthwiseThreads, P) : 0;
     auto run = [&](auto kernel) { return launch(kernel, blocks, threads, shared, on.stream, p); };
     const cudaError_t error = training ? run(g.stride == 1 ? forward<T, P, 1, true> : forward<T, P, 2, true>)
                                        : run(g.stride == 1 ? forward<T, P, 1, false> : forward<T, P, 2, false>);
     if (error != cudaSuccess) return error;
   }
-  if (!args.bn_y) return cudaSuccess;
-  return finish_statistics(p.partial, programs, p.channels, args.gamma, args.beta, args.eps, args.bn_y, on);
+  if (!args.statistics.bn) return cudaSuccess;
+  return finish_statistics(p.partial, programs, p.channels, args.statistics.gamma, args.statistics.beta, args.statistics.eps, args.statistics.bn, on);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The CUDA backend's launchers: they take raw pointers (csrc/args.h) and a stream, and include no torch header.
+// The CUDA backend's launchers: they take raw pointers (csrc/args.dz) and a stream, and include no torch header.
 //
 // A launcher only queues work on the stream. It returns the first CUDA error, cudaErrorInvalidValue for a dtype that it
 // does not know (float64), and launches nothing where the output has no elements and nothing is to be written.
@@ -24,15 +24,13 @@ struct Launch {
   }
 };
 
-// Training (bn_y, gamma, beta, eps) or inference (epilogue_bn, epilogue_relu), as ForwardArgs says.
-cudaError_t depthwise_forward(const ForwardArgs& args, const Launch& launch);
-cudaError_t depthwise_backward(const BackwardArgs& args, const Launch& launch);
-cudaError_t pointwise_forward(const ForwardArgs& args, const Launch& launch);
-cudaError_t pointwise_backward(const BackwardArgs& args, const Launch& launch);
-cudaError_t stem_forward(const ForwardArgs& args, const Launch& launch);
-cudaError_t stem_backward(const BackwardArgs& args, const Launch& launch);
-cudaError_t normalise_forward(const NormaliseArgs& args, const Launch& launch);
-cudaError_t normalise_backward(const NormaliseArgs& args, const Launch& launch);
+using Forward = cudaError_t(const ForwardArgs& args, const Launch& launch);
+using Backward = cudaError_t(const BackwardArgs& args, const Launch& launch);
+
+Forward depthwise_forward, pointwise_forward, dense_forward;
+Backward depthwise_backward, pointwise_backward, dense_backward;
+cudaError_t norm_act_forward(const NormActArgs& args, const Launch& launch);
+cudaError_t norm_act_backward(const NormActArgs& args, const Launch& launch);
 cudaError_t block_inference(const BlockArgs& args, const Launch& launch);
 cudaError_t bn_from_running(const RunningArgs& args, const Launch& launch);
 

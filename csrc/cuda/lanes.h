@@ -2,7 +2,7 @@
 //
 // Blocks are (packs of channels, lanes): threads with one threadIdx.x share kChannels channels.
 #pragma once
-#include "finish.h"
+#include "merge.h"
 #include "formulas.h"
 
 namespace mx::cuda {

@@ -71,14 +71,14 @@ struct Gradient {
   __device__ __forceinline__ Vectors vectors(int c) const {
     Vectors v;
     if (y != nullptr) {
-      load_vector<kWide>(grad_bn + int64_t(GRAD_P) * channels, c, channels, v.p);
-      load_vector<kWide>(grad_bn + int64_t(GRAD_Q) * channels, c, channels, v.q);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_DZ_COEFFICIENT) * channels, c, channels, v.p);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_Y_COEFFICIENT) * channels, c, channels, v.q);
       load_vector<kWide>(grad_bn + int64_t(GRAD_MEAN) * channels, c, channels, v.mean);
-      load_vector<kWide>(grad_bn + int64_t(GRAD_O) * channels, c, channels, v.o);
+      load_vector<kWide>(grad_bn + int64_t(GRAD_CONSTANT) * channels, c, channels, v.o);
     } else {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) v.p[i] = 1.0f, v.q[i] = v.mean[i] = v.o[i] = 0.0f;
-      if (grad_bn != nullptr) load_vector<kWide>(grad_bn + int64_t(GRAD_P) * channels, c, channels, v.p);
+      if (grad_bn != nullptr) load_vector<kWide>(grad_bn + int64_t(GRAD_DZ_COEFFICIENT) * channels, c, channels, v.p);
     }
     return v;
   }

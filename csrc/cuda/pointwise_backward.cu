@@ -46,23 +46,23 @@ struct MaskedGradient {
     Vector::store(kSumCentred, sum_h_centred);
   }
   __device__ __forceinline__ Extra load(int64_t row, bool inside) {
-    if (args.bn_u == nullptr || !inside) return {Waiting<T>::zero()};
+    if (args.input.bn == nullptr || !inside) return {Waiting<T>::zero()};
     return {Waiting<T>::of(
         load_channels<S::kAligned, S::kWidth>(args.u + row * args.tiling.columns, column, args.tiling.columns))};
   }
 
   __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&da)[S::kWidth], const Extra& extra) {
     if (!inside) return;
-    if (args.bn_u != nullptr) {
+    if (args.input.bn != nullptr) {
       const auto u_pack = extra.u.pack();
 #pragma unroll
       for (int i = 0; i < S::kWidth; i += 4) {
         float mean[4], scale[4], shift[4];
-        load_vector<S::kAligned>(args.bn_u + int64_t(BN_MEAN) * args.tiling.columns, column + i, args.tiling.columns,
+        load_vector<S::kAligned>(args.input.bn + int64_t(BN_MEAN) * args.tiling.columns, column + i, args.tiling.columns,
                                  mean);
-        load_vector<S::kAligned>(args.bn_u + int64_t(BN_SCALE) * args.tiling.columns, column + i, args.tiling.columns,
+        load_vector<S::kAligned>(args.input.bn + int64_t(BN_SCALE) * args.tiling.columns, column + i, args.tiling.columns,
                                  scale);
-        load_vector<S::kAligned>(args.bn_u + int64_t(BN_SHIFT) * args.tiling.columns, column + i, args.tiling.columns,
+        load_vector<S::kAligned>(args.input.bn + int64_t(BN_SHIFT) * args.tiling.columns, column + i, args.tiling.columns,
                                  shift);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -75,7 +75,7 @@ struct MaskedGradient {
         }
       }
     }
-    store_channels<S::kAligned>(args.h_u + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(da));
+    store_channels<S::kAligned>(args.dz_u + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(da));
   }
 
   // The program's row of partial sums. All threads of the block.
@@ -142,8 +142,8 @@ struct StartInput {
     using T = typename S::T;
     InputArguments<T> args{};
     args.u = static_cast<const T*>(b.u);
-    args.bn_u = static_cast<const float*>(b.bn_u);
-    args.h_u = static_cast<T*>(b.h_u);
+    args.input.bn = static_cast<const float*>(b.bn_u);
+    args.dz_u = static_cast<T*>(b.h_u);
     args.tiling = tiling_of<S>(b.g.n * b.g.h * b.g.w, b.g.c_out, b.g.c_in, on);
     programs = args.tiling.programs;
     if (b.grad_bn_u != nullptr) args.sums = sums = on.temporary<float>(size_t(programs) * SUM_ROWS * b.g.c_in);

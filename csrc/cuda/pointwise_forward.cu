@@ -22,7 +22,7 @@ struct Start {
   cudaError_t run() const {
     using T = typename S::T;
     const int depth = int(args.g.c_in);
-    const Input<S> input{static_cast<const T*>(args.u), static_cast<const float*>(args.bn_u), depth};
+    const Input<S> input{static_cast<const T*>(args.u), static_cast<const float*>(args.input.bn), depth};
     return start_convolution<S, S::kAligned>(kernel<S>, input, depth, args, on);
   }
 };
@@ -30,7 +30,7 @@ struct Start {
 }  // namespace
 
 cudaError_t pointwise_forward(const ForwardArgs& args, const Launch& on) {
-  const void* const pointers[] = {args.u, args.bn_u, args.weight, args.y, args.epilogue_bn};
+  const void* const pointers[] = {args.u, args.input.bn, args.weight, args.y, args.output.bn};
   return choose_shape(args.dtype, args.g.n * args.g.h * args.g.w, args.g.c_in, args.g.c_out, pointers, on,
                       Start{args, on});
 }

@@ -5,7 +5,7 @@
 // into registers, one step ahead, finished in float32 and stored, rounded to T, in shared memory, rows of memory as
 // rows: the products want both of them transposed.
 #pragma once
-#include "finish.h"
+#include "merge.h"
 #include "product.h"
 
 namespace mx::cuda {

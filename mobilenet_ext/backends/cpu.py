@@ -39,31 +39,14 @@ def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise
     return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
 
 
-# In the order of csrc/cpu/plan.cpp.
-_PLANNED = ("stem_inference", "depthwise_inference", "pointwise_inference", "block_inference", "bn_relu_pool_forward")
-
-
 def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Tensor], Tensor]:
-    """A chain of inference ops, (name, what it takes behind the activation) each and every weight packed, as one call
+    """A chain of inference ops, (name, its arguments after the activation) each and every weight packed, as one call
     (``csrc/cpu/plan.h``), which has copies of the tensors that it needs."""
-    tensors: list[Tensor] = []
-    program: list[int] = []
-    for name, args in steps:
-        settings = {"stride": 1, "padding": 0, "relu": 0}
-        for argument, value in zip(_SCHEMAS[name], args, strict=True):
-            if argument in settings:
-                settings[argument] = int(value)
-            else:
-                tensors.append(value)
-        program += [_PLANNED.index(name), *settings.values()]
-    run, plan = kernels.run_plan.default, kernels.make_plan(tensors, program)
+    arguments = [argument for _, args in steps for argument in args if argument is not None]
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    settings = [int(argument) for argument in arguments if not isinstance(argument, Tensor)]
+    run, plan = kernels.run_plan.default, kernels.make_plan([name for name, _ in steps], tensors, settings)
     return lambda x: run(x, plan)
-
-
-# The names of the arguments behind the activation.
-_SCHEMAS = {
-    name: [argument.name for argument in getattr(kernels, name).default._schema.arguments[1:]] for name in _PLANNED
-}
 
 
 def why_not() -> str | None:

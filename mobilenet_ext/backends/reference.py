@@ -1,26 +1,30 @@
 """The reference backend: every kernel op in plain PyTorch, on any device, written to be read.
 
-It is the specification that the other backends are tested against. ``csrc/ops.h`` fixes the schemas, layouts and the
-rows of ``bn`` and ``grad_bn``; the mathematics is the project's: a normalised activation is never stored, each
-convolution reads the *raw* output ``u`` of the one before and normalises it on load. Sums are taken in the accumulation
-dtype (float64 for float64 activations, otherwise float32); activations are rounded once, when they are stored.
+It is the specification that the other backends are tested against. ``csrc/ops.h`` fixes the schemas and layouts, and has
+the alphabet; the mathematics is the project's: a normalised activation is never stored, each convolution reads the *raw*
+output ``u`` of the one before, and normalises and activates it on load. Sums are taken in the accumulation dtype (float64
+for float64 activations, otherwise float32); activations are rounded once, when they are stored.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of `bn`, acc [5, C]: normalise(y) = (y - MEAN) * SCALE + SHIFT (BnRow in csrc/ops.h).
-BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR = range(5)
-# Rows of `grad_bn`, acc [6, C]: dy = P*h + Q*(y - MEAN) + O (GradBnRow in csrc/ops.h).
-GRAD_P, GRAD_Q, GRAD_MEAN, GRAD_O, GRAD_GAMMA, GRAD_BETA = range(6)
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which activations of ``dtype`` are accumulated, and of all per-channel vectors beside them."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from mobilenet_ext.contract import (
+    BN_MEAN,
+    BN_RSTD,
+    BN_SCALE,
+    GRAD_CONSTANT,
+    GRAD_DZ_COEFFICIENT,
+    GRAD_MEAN,
+    GRAD_Y_COEFFICIENT,
+    Act,
+    acc_dtype,
+)
 
 
 def _acc(x: Tensor) -> Tensor:
@@ -40,12 +44,13 @@ def _normalise(y: Tensor, bn: Tensor) -> Tensor:
     return (_acc(y) - _channel(mean)) * _channel(scale) + _channel(shift)
 
 
-def _relu(z: Tensor) -> Tensor:
-    return z.masked_fill(z <= 0, 0)  # NaN stays NaN
+# The value of each activation, and its derivative times ``da``. NaN stays NaN, in both.
+_ACTIVATE = {Act.LINEAR: lambda z: z, Act.RELU: lambda z: z.masked_fill(z <= 0, 0)}
+_ACTIVATE_BACKWARD = {Act.LINEAR: lambda z, da: da, Act.RELU: lambda z, da: da.masked_fill(z <= 0, 0)}
 
 
-def _activation(u: Tensor, bn: Tensor | None) -> Tensor:
-    return _acc(u) if bn is None else _relu(_normalise(u, bn))
+def _norm_act(u: Tensor, bn: Tensor | None, act: int) -> Tensor:
+    return _ACTIVATE[act](_acc(u) if bn is None else _normalise(u, bn))
 
 
 def _make_bn(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -65,154 +70,164 @@ def _batch_bn(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) 
     return _make_bn(mean, var, gamma, beta, eps)
 
 
-def _make_grad_bn(h: Tensor, y: Tensor, bn: Tensor, batch_stats: bool) -> Tensor:
-    """What the backward of the BatchNorm with output gradient ``h`` (masked, as stored) and input ``y`` needs."""
-    h = _acc(h)
+def _make_grad_bn(dz: Tensor, y: Tensor, bn: Tensor, batch_stats: bool) -> Tensor:
+    """What the backward of the BatchNorm with output gradient ``dz`` (as stored) and input ``y`` needs."""
+    dz = _acc(dz)
     mean, scale, rstd = bn[BN_MEAN], bn[BN_SCALE], bn[BN_RSTD]
-    grad_beta = h.sum((0, 2, 3))
-    grad_gamma = rstd * (h * (_acc(y) - _channel(mean))).sum((0, 2, 3))
+    grad_beta = dz.sum((0, 2, 3))
+    grad_gamma = rstd * (dz * (_acc(y) - _channel(mean))).sum((0, 2, 3))
     count = max(y.numel() // y.shape[1], 1)
     zero = torch.zeros_like(mean)
-    q = -scale * rstd * grad_gamma / count if batch_stats else zero
-    o = -scale * grad_beta / count if batch_stats else zero
-    return torch.stack([scale, q, mean, o, grad_gamma, grad_beta])
+    y_coefficient = -scale * rstd * grad_gamma / count if batch_stats else zero
+    constant = -scale * grad_beta / count if batch_stats else zero
+    return torch.stack([scale, y_coefficient, mean, constant, grad_gamma, grad_beta])
 
 
-def _conv_output_grad(h: Tensor, y: Tensor | None, grad_bn: Tensor | None) -> Tensor:
+def _conv_output_grad(dz: Tensor, y: Tensor | None, grad_bn: Tensor | None) -> Tensor:
+    """``dy``."""
     if grad_bn is None:
-        return _acc(h)
-    dy = _acc(h) * _channel(grad_bn[GRAD_P])
+        return _acc(dz)
+    dy = _acc(dz) * _channel(grad_bn[GRAD_DZ_COEFFICIENT])
     if y is not None:
-        dy = dy + _channel(grad_bn[GRAD_Q]) * (_acc(y) - _channel(grad_bn[GRAD_MEAN])) + _channel(grad_bn[GRAD_O])
+        centred = _acc(y) - _channel(grad_bn[GRAD_MEAN])
+        dy = dy + _channel(grad_bn[GRAD_Y_COEFFICIENT]) * centred + _channel(grad_bn[GRAD_CONSTANT])
     return dy
 
 
+# Each convolution's three ops are these, with ``depthwise`` fixed.
+
+
 def _forward(
+    depthwise: bool,
     u: Tensor,
     bn_u: Tensor | None,
+    act_u: int,
     weight: Tensor,
     stride: int,
     padding: int,
-    groups: int,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
     stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = F.conv2d(_activation(u, bn_u), _acc(weight), stride=stride, padding=padding, groups=groups)
-    y = _store(y, u)
+    """``y = conv(act(norm(u)), weight)``, and where wanted the normalisation by the statistics of ``y`` as stored.
+
+    u ``[N, C_in, H, W]``; y ``[N, C_out, H_out, W_out]``; bn_y acc ``[5, C_out]``, or empty.
+    """
+    y = _store(_conv(depthwise, _norm_act(u, bn_u, act_u), weight, stride, padding), u)
     return y, _batch_bn(y, gamma, beta, eps) if stats else _acc(u).new_empty(0)
 
 
 def _backward(
-    h: Tensor,
+    depthwise: bool,
+    dz: Tensor,
     y: Tensor | None,
     grad_bn_y: Tensor | None,
     u: Tensor,
     bn_u: Tensor | None,
+    act_u: int,
     batch_stats_u: bool,
     weight: Tensor,
     stride: int,
     padding: int,
-    groups: int,
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy = _conv_output_grad(h, y, grad_bn_y)
-    a = _activation(u, bn_u)
-    grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
-        dy, a, _acc(weight), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
-        [need_input, need_weight, False],
+    """The gradients of ``_forward``: ``dz_u``, that of the weight, and ``grad_bn_u`` of ``dz_u`` as stored.
+
+    dz, y ``[N, C_out, H_out, W_out]``; u, dz_u ``[N, C_in, H, W]``; grad_bn_u acc ``[6, C_in]``. What is not wanted, and
+    grad_bn_u without a bn_u, is empty.
+    """
+    dy = _conv_output_grad(dz, y, grad_bn_y)
+    a = _norm_act(u, bn_u, act_u)
+    da, grad_weight, _ = torch.ops.aten.convolution_backward(
+        dy, a, _acc(weight), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
+        u.shape[1] if depthwise else 1, [need_input, need_weight, False],
     )  # fmt: skip
     grad_weight = grad_weight.contiguous() if need_weight else a.new_empty(0)
-    grad_weight = grad_weight.contiguous()
     no_bn = a.new_empty(0)  # a tensor of its own: the outputs of an op must not share memory
     if not need_input:
         return u.new_empty(0), grad_weight, no_bn
     if bn_u is None:
-        return _store(grad_a, u), grad_weight, no_bn
-    h_u = _store(grad_a.masked_fill(_normalise(u, bn_u) <= 0, 0), u)
-    return h_u, grad_weight, _make_grad_bn(h_u, u, bn_u, batch_stats_u)
+        return _store(da, u), grad_weight, no_bn
+    dz_u = _store(_ACTIVATE_BACKWARD[act_u](_normalise(u, bn_u), da), u)
+    return dz_u, grad_weight, _make_grad_bn(dz_u, u, bn_u, batch_stats_u)
 
 
 def _inference(
-    x: Tensor, bn_y: Tensor | None, weight: Tensor, stride: int, padding: int, groups: int, relu: bool
+    depthwise: bool,
+    x: Tensor,
+    bn_y: Tensor | None,
+    act_y: int,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    packed: Tensor | None = None,
 ) -> Tensor:
-    y = F.conv2d(_acc(x), _acc(weight), stride=stride, padding=padding, groups=groups)
-    if bn_y is not None:
-        y = _normalise(y, bn_y)
-    return _store(_relu(y) if relu else y, x)
+    """``act(norm(conv(x, weight)))``: x ``[N, C_in, H, W]``, the result ``[N, C_out, H_out, W_out]``."""
+    return _store(_norm_act(_conv(depthwise, _acc(x), weight, stride, padding), bn_y, act_y), x)
 
 
-def depthwise_forward(u, bn_u, weight, stride, padding, gamma, beta, eps, stats):
-    return _forward(u, bn_u, weight, stride, padding, u.shape[1], gamma, beta, eps, stats)
+def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    groups = a.shape[1] if depthwise else 1
+    return F.conv2d(a, _acc(weight), stride=stride, padding=padding, groups=groups)
 
 
-def depthwise_backward(
-    h, y, grad_bn_y, u, bn_u, batch_stats_u, weight, stride, padding, need_input, need_weight
-):  # fmt: skip
-    return _backward(
-        h, y, grad_bn_y, u, bn_u, batch_stats_u, weight, stride, padding, u.shape[1], need_input, need_weight
-    )
+depthwise_forward = partial(_forward, True)
+depthwise_backward = partial(_backward, True)
+depthwise_inference = partial(_inference, True)
+pointwise_forward = dense_forward = partial(_forward, False)
+pointwise_backward = dense_backward = partial(_backward, False)
+pointwise_inference = dense_inference = partial(_inference, False)
 
 
-def pointwise_forward(u, bn_u, weight, gamma, beta, eps, stats):
-    return _forward(u, bn_u, weight, 1, 0, 1, gamma, beta, eps, stats)
+def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
+    """``act(norm(y))``: ``[N, C, H, W]``, or pooled its mean over each image, ``[N, C, 1, 1]``."""
+    a = _norm_act(y, bn_y, act)
+    return _store(a.mean((2, 3), keepdim=True) if pool else a, y)
 
 
-def pointwise_backward(h, y, grad_bn_y, u, bn_u, batch_stats_u, weight, need_input, need_weight):
-    return _backward(h, y, grad_bn_y, u, bn_u, batch_stats_u, weight, 1, 0, 1, need_input, need_weight)
+def norm_act_backward(
+    grad: Tensor, y: Tensor, bn_y: Tensor, act: int, batch_stats: bool, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """``dz`` ``[N, C, H, W]`` from the gradient of ``norm_act_forward``, and ``grad_bn_y`` acc ``[6, C]`` of it."""
+    da = (_acc(grad) / (y.shape[2] * y.shape[3])).expand(y.shape) if pool else _acc(grad)
+    dz = _store(_ACTIVATE_BACKWARD[act](_normalise(y, bn_y), da), y)
+    if (
+        dz is grad
+    ):  # float32 and float64 activations, linear: the outputs of an op must not share memory with its inputs
+        dz = grad.clone(memory_format=torch.channels_last)
+    return dz, _make_grad_bn(dz, y, bn_y, batch_stats)
 
 
-def stem_forward(x, weight, stride, padding, gamma, beta, eps, stats):
-    return _forward(x, None, weight, stride, padding, 1, gamma, beta, eps, stats)
-
-
-def stem_backward(h, y, grad_bn_y, x, weight, stride, padding, need_input, need_weight):
-    grads = _backward(h, y, grad_bn_y, x, None, False, weight, stride, padding, 1, need_input, need_weight)
-    return grads[:2]
-
-
-def bn_relu_forward(y, bn_y, relu):
-    z = _normalise(y, bn_y)
-    return _store(_relu(z) if relu else z, y)
-
-
-def bn_relu_backward(grad, y, bn_y, batch_stats, relu):
-    h = grad.clone(memory_format=torch.channels_last)
-    if relu:
-        h.masked_fill_(_normalise(y, bn_y) <= 0, 0)
-    return h, _make_grad_bn(h, y, bn_y, batch_stats)
-
-
-def bn_relu_pool_forward(y, bn_y):
-    return _store(_relu(_normalise(y, bn_y)).mean((2, 3), keepdim=True), y)
-
-
-def bn_relu_pool_backward(grad, y, bn_y, batch_stats):
-    h = (_acc(grad) / (y.shape[2] * y.shape[3])).expand(y.shape)
-    h = _store(h.masked_fill(_normalise(y, bn_y) <= 0, 0), y)
-    return h, _make_grad_bn(h, y, bn_y, batch_stats)
-
-
-def bn_from_running(running_mean, running_var, gamma, beta, conv_bias, eps):
-    """The normalisation by running statistics. The convolution leaves its bias out, so it comes off the mean here."""
+def bn_from_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    conv_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The normalisation by running statistics, all ``[C]``. The convolution leaves its bias out, so it comes off the
+    mean here."""
     mean = _acc(running_mean) if conv_bias is None else _acc(running_mean) - conv_bias
     return _make_bn(mean, _acc(running_var), gamma, beta, eps)
 
 
-def depthwise_inference(x, bn_y, weight, stride, padding, relu):
-    return _inference(x, bn_y, weight, stride, padding, x.shape[1], relu)
+def block_inference(
+    x: Tensor,
+    depthwise_bn: Tensor,
+    depthwise_act: int,
+    depthwise_weight: Tensor,
+    stride: int,
+    pointwise_bn: Tensor,
+    pointwise_act: int,
+    pointwise_weight: Tensor,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """A depthwise (padding 1) and a pointwise ``_inference``; what is between them is not rounded.
 
-
-def pointwise_inference(x, bn_y, weight, relu, packed=None):
-    return _inference(x, bn_y, weight, 1, 0, 1, relu)
-
-
-def stem_inference(x, bn_y, weight, stride, padding, relu):
-    return _inference(x, bn_y, weight, stride, padding, 1, relu)
-
-
-def block_inference(x, depthwise_bn, depthwise_weight, stride, pointwise_bn, pointwise_weight, packed=None):
-    a = _inference(_acc(x), depthwise_bn, _acc(depthwise_weight), stride, 1, x.shape[1], True)
-    return _store(_inference(a, pointwise_bn, _acc(pointwise_weight), 1, 0, 1, True), x)
+    x ``[N, C, H, W]``, the result ``[N, C_out, H_out, W_out]``.
+    """
+    a = _inference(True, _acc(x), depthwise_bn, depthwise_act, depthwise_weight, stride, 1)
+    return _store(_inference(False, a, pointwise_bn, pointwise_act, pointwise_weight, 1, 0), x)

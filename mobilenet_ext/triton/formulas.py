@@ -11,7 +11,9 @@ from triton import knobs
 
 # Rows of `bn` and `grad_bn` (BnRow and GradBnRow in csrc/ops.h).
 BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR = (tl.constexpr(row) for row in range(5))
-GRAD_P, GRAD_Q, GRAD_MEAN, GRAD_O, GRAD_GAMMA, GRAD_BETA = (tl.constexpr(row) for row in range(6))
+GRAD_DZ_COEFFICIENT, GRAD_Y_COEFFICIENT, GRAD_MEAN, GRAD_CONSTANT, GRAD_GAMMA, GRAD_BETA = (
+    tl.constexpr(row) for row in range(6)
+)
 
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -46,11 +48,11 @@ def load_gradient_rows(grad_bn_ptr, channels, offsets, mask, BATCH_STATS: tl.con
     mean = q
     o = q
     if grad_bn_ptr is not None:
-        p = load_row(grad_bn_ptr, GRAD_P, channels, offsets, mask)
+        p = load_row(grad_bn_ptr, GRAD_DZ_COEFFICIENT, channels, offsets, mask)
     if BATCH_STATS:
-        q = load_row(grad_bn_ptr, GRAD_Q, channels, offsets, mask)
+        q = load_row(grad_bn_ptr, GRAD_Y_COEFFICIENT, channels, offsets, mask)
         mean = load_row(grad_bn_ptr, GRAD_MEAN, channels, offsets, mask)
-        o = load_row(grad_bn_ptr, GRAD_O, channels, offsets, mask)
+        o = load_row(grad_bn_ptr, GRAD_CONSTANT, channels, offsets, mask)
     return p, q, mean, o
 
 

@@ -123,8 +123,8 @@ def test_empty_batch(dtype: torch.dtype) -> None:
     output, source = inputs(dtype, 8, (0, 5, 5), 1, 1)
     h_u, grad_weight, grad_bn_u = ops.depthwise_backward(*output, *source, True, True)
     assert h_u.shape == (0, 8, 5, 5) and not grad_weight.any()
-    assert not grad_bn_u[[reference.GRAD_Q, reference.GRAD_O, reference.GRAD_GAMMA, reference.GRAD_BETA]].any()
-    assert torch.equal(grad_bn_u[reference.GRAD_P], source[1][reference.BN_SCALE])
+    assert not grad_bn_u[[reference.GRAD_Y_COEFFICIENT, reference.GRAD_CONSTANT, reference.GRAD_GAMMA, reference.GRAD_BETA]].any()
+    assert torch.equal(grad_bn_u[reference.GRAD_DZ_COEFFICIENT], source[1][reference.BN_SCALE])
 
 
 @pytest.mark.parametrize("stride", [1, 2])

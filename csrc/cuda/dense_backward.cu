@@ -75,7 +75,7 @@ cudaError_t start_input(const BackwardArgs& b, const Launch& on) {
 
 }  // namespace
 
-cudaError_t stem_backward(const BackwardArgs& b, const Launch& on) {
+cudaError_t dense_backward(const BackwardArgs& b, const Launch& on) {
   if (b.h_u != nullptr) {
     const cudaError_t error = with_dtype(b.dtype, [&](auto zero) { return start_input<decltype(zero)>(b, on); });
     if (error != cudaSuccess) return error;

@@ -30,7 +30,7 @@ struct PixelGrid {
 };
 
 template <class T>
-inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
+inline void normalise_rows(const NormActArgs& args, const PixelTile& t) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
@@ -43,13 +43,13 @@ inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
     Normalisation<A> bn[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = i * args.c + c + v * L;
         Vec<A> z = fma(load_lanes<partial, T>(y + at, count) - bn[v].mean, bn[v].scale, bn[v].shift);
-        if (args.relu) z = relu(z);
+        if (args.norm_act.act == Act::relu) z = relu(z);
         if (!partial && streaming)
           store_streaming<T>(out + at, z);
         else
@@ -62,7 +62,7 @@ inline void normalise_rows(const NormaliseArgs& args, const PixelTile& t) {
 
 // sums[c] = sum over the tile's pixels of relu(normalise(y)).
 template <class T>
-inline void pool_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sums) {
+inline void pool_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
@@ -74,7 +74,7 @@ inline void pool_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sum
     Vec<A> sum[V] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
@@ -88,7 +88,7 @@ inline void pool_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sum
 }
 
 template <class T>
-inline void normalise_forward(const NormaliseArgs& args) {
+inline void norm_act_forward(const NormActArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   if (!args.pool) {
@@ -117,14 +117,14 @@ inline void normalise_forward(const NormaliseArgs& args) {
 
 // h of the tile's pixels, and its sums: [2][c], sum of h and of h*(y - MEAN).
 template <class T, bool pool>
-inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& t, Acc<T>* sums) {
+inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
-  T* h = static_cast<T*>(args.h) + first;
+  T* h = static_cast<T*>(args.dz) + first;
   const T* grad = static_cast<const T*>(args.grad) + (pool ? t.image * args.c : first);
-  const bool streaming = streams<T>(args.h, args.n * args.hw, args.c);
+  const bool streaming = streams<T>(args.dz, args.n * args.hw, args.c);
   for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
     constexpr int V = group.vectors;
     constexpr bool partial = group.partial;
@@ -132,7 +132,7 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
     Vec<A> sum[V] = {}, centred_sum[V] = {}, pooled[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.bn_y), args.c, c + v * L, count);
+      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
       if constexpr (pool) pooled[v] = load_lanes<partial, T>(grad + c + v * L, count) / A(args.hw);
     }
     for (int64_t i = 0; i < pixels; ++i) {
@@ -146,7 +146,7 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
           g = pooled[v];
         else
           g = load_lanes<partial, T>(grad + at, count);
-        if (args.relu) g = select(z <= zero<A>(), zero<A>(), g);
+        if (args.norm_act.act == Act::relu) g = select(z <= zero<A>(), zero<A>(), g);
         if (!partial && streaming)
           store_streaming<T>(h + at, g);
         else
@@ -166,20 +166,20 @@ inline void normalise_backward_rows(const NormaliseArgs& args, const PixelTile& 
 }
 
 template <class T>
-inline void normalise_backward(const NormaliseArgs& args) {
+inline void norm_act_backward(const NormActArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * 2 * args.c));
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (args.pool)
-        normalise_backward_rows<T, true>(args, grid.tile(i), partials + i * 2 * args.c);
+        norm_act_backward_rows<T, true>(args, grid.tile(i), partials + i * 2 * args.c);
       else
-        normalise_backward_rows<T, false>(args, grid.tile(i), partials + i * 2 * args.c);
+        norm_act_backward_rows<T, false>(args, grid.tile(i), partials + i * 2 * args.c);
     }
   });
-  merge_grad_bn<A>(grid.tiles(), args.c, 2 * args.c, partials, args.n * args.hw, static_cast<const A*>(args.bn_y),
-                   args.batch_stats, static_cast<A*>(args.grad_bn_y));
+  merge_grad_bn<A>(grid.tiles(), args.c, 2 * args.c, partials, args.n * args.hw,
+                   static_cast<const A*>(args.norm_act.bn), args.batch_stats, static_cast<A*>(args.grad_bn_y));
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

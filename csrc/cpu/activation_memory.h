@@ -10,7 +10,7 @@
 //   - before blocks in use and idle ones together are more than kMostKept times what was ever in use at once;
 //   - at the next call, when nobody took it for a while;
 //   - in the child of a fork, which may never use it;
-//   - by release_idle_blocks().
+//   - by release_idle_memory().
 // Pages of large idle blocks are marked, and the system takes them back by itself when it is short of memory. That does
 // not help against a limit on the address space (RLIMIT_AS), which counts them nevertheless: there somebody else's
 // allocation can fail because of idle blocks.
@@ -21,13 +21,13 @@
 namespace mx::cpu {
 
 // From this size on; malloc keeps smaller blocks itself.
-constexpr size_t kSmallestBlock = size_t(1) << 20;
+constexpr size_t kSmallestKept = size_t(1) << 20;
 
 // Memory of at least `bytes` bytes on a cache line, contents undefined; null if there is none.
-void* take_block(size_t bytes);
-void return_block(void* block);
+void* take_memory(size_t bytes);
+void return_memory(void* block);
 
 // Gives all blocks that nobody uses back to the system.
-void release_idle_blocks();
+void release_idle_memory();
 
 }  // namespace mx::cpu

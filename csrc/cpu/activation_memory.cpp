@@ -1,4 +1,4 @@
-#include "blocks.h"
+#include "activation_memory.h"
 
 #include <pthread.h>
 #include <stdint.h>
@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t kHugePage = size_t(2) << 20, kPage = size_t(64) << 10;  // of every system at most
 
-// Calls of take_block, and time, after which a block that nobody took goes back to the system. A training step takes
+// Calls of take_memory, and time, after which a block that nobody took goes back to the system. A training step takes
 // fewer than a hundred, and a longer step than this is rare.
 constexpr uint64_t kKeptCalls = 512;
 constexpr std::chrono::seconds kKeptTime(60);
@@ -48,11 +48,11 @@ struct BySize {
 };
 
 // A block's node moves between the sets: to return one takes no memory.
-using LentBlocks = std::set<Block, ByAddress>;
-using IdleBlocks = std::multiset<Block, BySize>;  // among equal ones the one returned last is the last
+using LentMemory = std::set<Block, ByAddress>;
+using IdleMemory = std::multiset<Block, BySize>;  // among equal ones the one returned last is the last
 
 // Must be called without the lock.
-void unmap(const IdleBlocks& blocks) {
+void unmap(const IdleMemory& blocks) {
   for (const Block& block : blocks) munmap(block.data, block.size);
 }
 
@@ -72,7 +72,7 @@ class Blocks {
  public:
   void* take(size_t bytes) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    IdleBlocks dropped;
+    IdleMemory dropped;
     void* data;
     {
       const std::lock_guard<ForkSafeMutex> lock(mutex_);
@@ -86,7 +86,7 @@ class Blocks {
   }
 
   void put(void* data) {
-    LentBlocks::node_type node;
+    LentMemory::node_type node;
     {
       const std::lock_guard<ForkSafeMutex> lock(mutex_);
       node = lent_.extract(lent_.find(Block{data}));
@@ -102,7 +102,7 @@ class Blocks {
   }
 
   void release_idle() {
-    IdleBlocks dropped;
+    IdleMemory dropped;
     {
       const std::lock_guard<ForkSafeMutex> lock(mutex_);
       dropped.swap(idle_);
@@ -124,7 +124,7 @@ class Blocks {
   }
 
   void* take_new(size_t size) {
-    LentBlocks made;
+    LentMemory made;
     made.insert(Block{nullptr, size});  // first, as it may throw
     auto node = made.extract(made.begin());
     void* data = map(size);
@@ -139,14 +139,14 @@ class Blocks {
     return data;
   }
 
-  void lend(LentBlocks::node_type node) {
+  void lend(LentMemory::node_type node) {
     lent_bytes_ += node.value().size;
     most_lent_bytes_ = std::max(most_lent_bytes_, lent_bytes_);
     lent_.insert(std::move(node));
   }
 
   // For a new block: the oldest idle ones go while there would be more than kMostKept allows.
-  void make_room(size_t size, IdleBlocks& dropped) {
+  void make_room(size_t size, IdleMemory& dropped) {
     const size_t most = kMostKept * std::max(most_lent_bytes_, lent_bytes_ + size);
     while (!idle_.empty() && lent_bytes_ + idle_bytes_ + size > most)
       drop(std::min_element(idle_.begin(), idle_.end(),
@@ -154,7 +154,7 @@ class Blocks {
            dropped);
   }
 
-  void drop_old(IdleBlocks& dropped) {
+  void drop_old(IdleMemory& dropped) {
     const Clock::time_point now = Clock::now();
     for (auto block = idle_.begin(); block != idle_.end();) {
       const bool old = calls_ - block->returned_at_call > kKeptCalls || now - block->returned_at > kKeptTime;
@@ -162,7 +162,7 @@ class Blocks {
     }
   }
 
-  IdleBlocks::iterator drop(IdleBlocks::iterator block, IdleBlocks& dropped) {
+  IdleMemory::iterator drop(IdleMemory::iterator block, IdleMemory& dropped) {
     const auto next = std::next(block);
     idle_bytes_ -= block->size;
     dropped.insert(idle_.extract(block));
@@ -171,8 +171,8 @@ class Blocks {
 
   ForkSafeMutex mutex_;
   uint64_t calls_ = 0;
-  IdleBlocks idle_;
-  LentBlocks lent_;
+  IdleMemory idle_;
+  LentMemory lent_;
   size_t idle_bytes_ = 0, lent_bytes_ = 0, most_lent_bytes_ = 0;
 };
 
@@ -180,14 +180,14 @@ class Blocks {
 // of; never destroyed, for tensors may outlive the end of main.
 Blocks* const blocks = [] {
   auto* const made = new Blocks;
-  if (pthread_atfork(nullptr, nullptr, release_idle_blocks) != 0) throw std::bad_alloc();
+  if (pthread_atfork(nullptr, nullptr, release_idle_memory) != 0) throw std::bad_alloc();
   return made;
 }();
 
 }  // namespace
 
-void* take_block(size_t bytes) { return blocks->take(bytes); }
-void return_block(void* block) { blocks->put(block); }
-void release_idle_blocks() { blocks->release_idle(); }
+void* take_memory(size_t bytes) { return blocks->take(bytes); }
+void return_memory(void* block) { blocks->put(block); }
+void release_idle_memory() { blocks->release_idle(); }
 
 }  // namespace mx::cpu

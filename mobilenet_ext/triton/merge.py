@@ -19,11 +19,11 @@ from mobilenet_ext.triton.formulas import (
     BN_SHIFT,
     BN_VAR,
     GRAD_BETA,
+    GRAD_CONSTANT,
+    GRAD_DZ_COEFFICIENT,
     GRAD_GAMMA,
     GRAD_MEAN,
-    GRAD_O,
-    GRAD_P,
-    GRAD_Q,
+    GRAD_Y_COEFFICIENT,
     where_also,
 )
 
@@ -181,14 +181,14 @@ def _gradients(
             rstd = tl.load(bn_ptr + BN_RSTD * channels + c, mask=mask, other=0.0)
             grad_beta = _sum_rows(sums_ptr, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
             grad_gamma = rstd * _sum_rows(sums_ptr + channels, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
-            tl.store(grad_bn_ptr + GRAD_P * channels + c, scale, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_DZ_COEFFICIENT * channels + c, scale, mask=mask)
             # Without batch statistics both are 0 even where the sums are not finite.
             q = tl.where(inverse_count > 0, -scale * rstd * grad_gamma * inverse_count, 0.0)
             o = tl.where(inverse_count > 0, -scale * grad_beta * inverse_count, 0.0)
-            tl.store(grad_bn_ptr + GRAD_Q * channels + c, q, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_Y_COEFFICIENT * channels + c, q, mask=mask)
             mean = tl.load(bn_ptr + BN_MEAN * channels + c, mask=mask, other=0.0)
             tl.store(grad_bn_ptr + GRAD_MEAN * channels + c, mean, mask=mask)
-            tl.store(grad_bn_ptr + GRAD_O * channels + c, o, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_CONSTANT * channels + c, o, mask=mask)
             tl.store(grad_bn_ptr + GRAD_GAMMA * channels + c, grad_gamma, mask=mask)
             tl.store(grad_bn_ptr + GRAD_BETA * channels + c, grad_beta, mask=mask)
     else:

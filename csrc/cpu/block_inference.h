@@ -111,7 +111,7 @@ inline void pack_channels(const BlockArgs& args, Acc<T>* channels) {
   const int64_t c_in = args.g.c_in, pitch = DepthwiseRows<T>::pitch_of(c_in);
   __builtin_memset(channels, 0, DepthwiseRows<T>::kChannelRows * pitch * sizeof(A));
   const T* const taps = static_cast<const T*>(args.depthwise_weight);
-  const A* const bn = static_cast<const A*>(args.depthwise_bn);
+  const A* const bn = static_cast<const A*>(args.depthwise.bn);
   for (int64_t c = 0; c < c_in; ++c) {
     A* const of_channel = channels + Neighbours<T>::place(c);
     for (int tap = 0; tap < kTaps; ++tap)
@@ -165,7 +165,7 @@ inline void block_inference(const BlockArgs& args) {
   product.weight = static_cast<const T*>(args.pointwise_weight);
   if (packed) product.packed = reinterpret_cast<const Operand<T>*>(packed + channels_bytes<T>(g.c_in));
   product.y = static_cast<T*>(args.y);
-  product.epilogue_bn = static_cast<const A*>(args.pointwise_bn);
+  product.epilogue_bn = static_cast<const A*>(args.pointwise.bn);
   product.epilogue_relu = true;
   forward_product(
       product,

@@ -105,7 +105,7 @@ inline void taps_first_to_last(const A* from, int64_t columns, int64_t channels,
 }
 
 template <class T>
-inline void stem_forward(const ForwardArgs& args) {
+inline void dense_forward(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<Operand<T>>(depth);
@@ -172,7 +172,7 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
             }
         }
       }
-      T* const out = static_cast<T*>(args.h_u) + task * line_size;
+      T* const out = static_cast<T*>(args.dz_u) + task * line_size;
       for (int64_t i = 0; i < line_size; i += kLanes<A>) {
         const int count = int(min_of(line_size - i, kLanes<A>));
         store_partial<T>(out + i, load_partial<A>(line + i, count), count);
@@ -182,11 +182,11 @@ inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T
 }
 
 template <class T>
-inline void stem_backward(const BackwardArgs& args) {
+inline void dense_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, weight_size = g.c_out * depth;
-  const OutputGradient<T> gradient{static_cast<const T*>(args.h), static_cast<const T*>(args.y),
+  const OutputGradient<T> gradient{static_cast<const T*>(args.dz), static_cast<const T*>(args.y),
                                    static_cast<const A*>(args.grad_bn_y), g.c_out};
   Workspace own(scratch(kWeightSlot, Workspace::bytes<A>(weight_size) + Workspace::bytes<T>(weight_size)));
   if (args.grad_weight) {
@@ -209,7 +209,7 @@ inline void stem_backward(const BackwardArgs& args) {
         [&](int64_t row) { return reach_of_taps(x, g, row); });
     taps_first_to_last(grad_weight, g.c_out, g.c_in, static_cast<A*>(args.grad_weight));
   }
-  if (args.h_u) {
+  if (args.dz_u) {
     T* const weight = own.take<T>(weight_size);
     taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
     stem_input_gradient<T>(args, gradient, weight);

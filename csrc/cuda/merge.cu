@@ -1,5 +1,5 @@
 // Merging of partial results (finish.h), and the normalisation that running statistics make.
-#include "finish.h"
+#include "merge.h"
 #include "formulas.h"
 
 namespace mx::cuda {
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   const float grad_gamma = rstd * sum_h_centred;
   // Without batch statistics both are 0 even where the sums are not finite.
   const bool batch_stats = inverse_count > 0.0f;
-  grad_bn[GRAD_P * channels + c] = scale;
-  grad_bn[GRAD_Q * channels + c] = batch_stats ? -scale * rstd * grad_gamma * inverse_count : 0.0f;
+  grad_bn[GRAD_DZ_COEFFICIENT * channels + c] = scale;
+  grad_bn[GRAD_Y_COEFFICIENT * channels + c] = batch_stats ? -scale * rstd * grad_gamma * inverse_count : 0.0f;
   grad_bn[GRAD_MEAN * channels + c] = bn[BN_MEAN * channels + c];
-  grad_bn[GRAD_O * channels + c] = batch_stats ? -scale * sum_h * inverse_count : 0.0f;
+  grad_bn[GRAD_CONSTANT * channels + c] = batch_stats ? -scale * sum_h * inverse_count : 0.0f;
   grad_bn[GRAD_GAMMA * channels + c] = grad_gamma;
   grad_bn[GRAD_BETA * channels + c] = sum_h;
 }

@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
   }
 }
 
-Problem problem_of(const NormaliseArgs& args) {
+Problem problem_of(const NormActArgs& args) {
   Problem p{};
   p.rows = args.n * args.hw;
   p.pixels = int(args.hw);
   p.channels = int(args.c);
-  p.relu = args.relu;
+  p.relu = (args.norm_act.act == Act::relu);
   p.y = args.y;
   p.grad = args.grad;
-  p.bn = static_cast<const float*>(args.bn_y);
+  p.bn = static_cast<const float*>(args.norm_act.bn);
   p.out = args.out;
-  p.h = args.h;
+  p.h = args.dz;
   return p;
 }
 
@@ -158,7 +158,7 @@ Grid grid_of(int packs, int64_t rows, int rows_a_block, int64_t most, int channe
 }
 
 template <class T, int P>
-cudaError_t start_forward(const NormaliseArgs& args, const Launch& on) {
+cudaError_t start_forward(const NormActArgs& args, const Launch& on) {
   const Problem p = problem_of(args);
   if (p.rows == 0) return cudaSuccess;
   const int packs = p.channels / P;
@@ -172,7 +172,7 @@ cudaError_t start_forward(const NormaliseArgs& args, const Launch& on) {
 }
 
 template <class T, int P>
-cudaError_t start_backward(const NormaliseArgs& args, const Launch& on) {
+cudaError_t start_backward(const NormActArgs& args, const Launch& on) {
   Problem p = problem_of(args);
   const int packs = p.channels / P;
   Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 65535, P);
@@ -185,13 +185,13 @@ cudaError_t start_backward(const NormaliseArgs& args, const Launch& on) {
     const cudaError_t error = launch(kernel, grid.blocks, grid.threads, grid.shared, on.stream, p);
     if (error != cudaSuccess) return error;
   }
-  return finish_gradients(p.sums, programs, p.channels, args.bn_y, args.batch_stats, p.rows, args.grad_bn_y, nullptr, 0,
+  return finish_gradients(p.sums, programs, p.channels, args.norm_act.bn, args.batch_stats, p.rows, args.grad_bn_y, nullptr, 0,
                           0, nullptr, on);
 }
 
 }  // namespace
 
-cudaError_t normalise_forward(const NormaliseArgs& args, const Launch& on) {
+cudaError_t norm_act_forward(const NormActArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.out);
@@ -199,10 +199,10 @@ cudaError_t normalise_forward(const NormaliseArgs& args, const Launch& on) {
   });
 }
 
-cudaError_t normalise_backward(const NormaliseArgs& args, const Launch& on) {
+cudaError_t norm_act_backward(const NormActArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.grad) && aligned(args.h);
+    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.grad) && aligned(args.dz);
     return wide ? start_backward<T, kPack<T>>(args, on) : start_backward<T, 1>(args, on);
   });
 }

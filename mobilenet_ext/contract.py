@@ -1,0 +1,42 @@
+"""What every layer of the project agrees on: the rows of packed vectors, activations, dtypes, output sizes, limits.
+
+``csrc/ops.h`` says the same to C++, and has the conventions and the alphabet of the ops; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+
+class Act(IntEnum):
+    """An activation. Each maps 0 to 0, which padding relies on, and NaN to NaN."""
+
+    LINEAR = 0
+    RELU = 1
+
+
+# Rows of `bn`, acc [5, C]: z = (y - MEAN)*SCALE + SHIFT.
+BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR = range(5)
+BN_ROWS = 5
+# Rows of `grad_bn`, acc [6, C]: dy = DZ_COEFFICIENT*dz + Y_COEFFICIENT*(y - MEAN) + CONSTANT.
+GRAD_DZ_COEFFICIENT, GRAD_Y_COEFFICIENT, GRAD_MEAN, GRAD_CONSTANT, GRAD_GAMMA, GRAD_BETA = range(6)
+GRAD_ROWS = 6
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of activations; float64 not on a GPU
+
+# What the depthwise and dense kernels support beside dilation 1 and padding with zeros.
+KERNEL_SIZE = 3
+STRIDES = (1, 2)
+PADDINGS = (0, 1)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which activations of ``dtype`` are accumulated, and of all per-channel vectors beside them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def conv_output_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Output rows (or columns) of a convolution over ``size`` of them."""
+    return (size + 2 * padding - kernel) // stride + 1
