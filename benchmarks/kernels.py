@@ -14,6 +14,7 @@ from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.peers import OURS
 from benchmarks.timing import Call, interleave
 from mobilenet_ext import backends, ops
+from mobilenet_ext.contract import Act
 
 PASSES = ("forward", "backward", "inference")
 # Relative errors against float64 of the same inputs: a peer in 16 bits rounds what we keep in float32.
@@ -75,11 +76,13 @@ def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
 
     u, bn_u = activation(k, size), rows(5, k)
     if kind == "block":
-        return bind(ops.block_inference, u, bn_u, weight(k, 1, 3, 3), stride, rows(5, n), weight(n, k, 1, 1))
+        return bind(
+            ops.block_inference, u, bn_u, Act.RELU, weight(k, 1, 3, 3), stride, rows(5, n), Act.RELU, weight(n, k, 1, 1)
+        )
     if kind == "pool":
         if pass_ == "forward":
-            return bind(ops.bn_relu_pool_forward, u, bn_u)
-        return bind(ops.bn_relu_pool_backward, activation(k, 1), u, bn_u, True)
+            return bind(ops.norm_act_forward, u, bn_u, Act.RELU, True)
+        return bind(ops.norm_act_backward, activation(k, 1), u, bn_u, Act.RELU, True, True)
     filters = {"stem": (n, k, 3, 3), "depthwise": (n, 1, 3, 3), "pointwise": (n, k, 1, 1)}[kind]
     geometry = () if kind == "pointwise" else (stride, 1)
     source = (u, weight(*filters), *geometry) if kind == "stem" else (u, bn_u, weight(*filters), *geometry)
@@ -89,7 +92,7 @@ def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
         return bind(getattr(ops, f"{kind}_forward"), *source, *rows(2, n).unbind(), EPS, True)
     output = (activation(n, layer.out_size), activation(n, layer.out_size), rows(6, n))
     if kind == "stem":
-        return bind(ops.stem_backward, *output, *source, False, True)
+        return bind(ops.dense_backward, *output, *source, False, True)
     return bind(getattr(ops, f"{kind}_backward"), *output, *source[:2], True, *source[2:], True, True)
 
 

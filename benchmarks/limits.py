@@ -15,6 +15,7 @@ import torch
 from benchmarks.network import DTYPES
 from benchmarks.timing import Call, interleave, summary
 from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
 
 # Rows, columns and depth of matrix products: which one a library does best differs from machine to machine.
 PRODUCTS = ((2048, 2048, 2048), (1024, 1024, 1024), (6272, 512, 512))
@@ -92,7 +93,7 @@ def _moves(amount: int, device: str) -> dict[str, tuple[Call, int]]:
     return {
         "read": (partial(torch.dot, one, other), amount),
         "in place": (data.relu_, 2 * amount),
-        "copy": (partial(ops.bn_relu_forward, source, bn, True), amount),
+        "copy": (partial(ops.norm_act_forward, source, bn, Act.RELU, False), amount),
     }
 
 
@@ -103,5 +104,5 @@ def _products(dtype: str, device: str) -> dict[str, tuple[Call, int]]:
         image, weight = a.view(1, rows, 1, depth).permute(0, 3, 1, 2), b.t().contiguous().view(columns, depth, 1, 1)
         size, operations = f"{rows}x{columns}x{depth}", 2 * rows * columns * depth
         calls[f"torch.mm {size}"] = partial(torch.mm, a, b, out=a.new_empty(rows, columns)), operations
-        calls[f"ours {size}"] = partial(ops.pointwise_inference, image, None, weight, False), operations
+        calls[f"ours {size}"] = partial(ops.pointwise_inference, image, None, Act.LINEAR, weight, 1, 0), operations
     return calls

@@ -32,7 +32,7 @@ struct Bindings {
     args.dtype = s.dtype;
     args.g = s.g;
     args.u = data(u);
-    args.input = call.check_input(bn_u, act_u, s.type, s.g.c_in);
+    args.input = call.check_input(conv, bn_u, act_u, s.type, s.g.c_in);
     args.weight = data(weight);
     if (gamma) call.check_dense(*gamma, "gamma", acc, {s.g.c_out});
     if (beta) call.check_dense(*beta, "beta", acc, {s.g.c_out});
@@ -57,7 +57,7 @@ struct Bindings {
     if (y) call.check_activation_like(*y, "y", s.type, {s.g.n, s.g.c_out, s.g.out_h, s.g.out_w});
     if (grad_bn_y) call.check_dense(*grad_bn_y, "grad_bn_y", acc, {GRAD_ROWS, s.g.c_out});
     BackwardArgs args{};
-    args.input = call.check_input(bn_u, act_u, s.type, s.g.c_in);
+    args.input = call.check_input(conv, bn_u, act_u, s.type, s.g.c_in);
     const bool need_grad_bn = need_input && bn_u;
     Tensor dz_u = need_input ? call.empty_activation(s.g.n, s.g.c_in, s.g.h, s.g.w, s.type) : call.empty({0}, s.type);
     Tensor grad_weight = need_weight ? call.empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, acc)

@@ -181,7 +181,8 @@ struct Call {
   }
 
   // What a convolution makes of its input on load. The kernels know an activation there after a normalisation only.
-  NormAct check_input(const OptionalTensor& bn_u, int64_t act_u, ScalarType type, int64_t c) const {
+  NormAct check_input(Conv conv, const OptionalTensor& bn_u, int64_t act_u, ScalarType type, int64_t c) const {
+    STD_TORCH_CHECK(!bn_u || conv != Conv::dense, "bn_u: expected none of a dense convolution, whose input is plain");
     const NormAct input = check_norm_act(bn_u, "bn_u", act_u, "act_u", type, c);
     STD_TORCH_CHECK(input.act == (bn_u ? Act::relu : Act::linear),
                     "act_u: expected relu with bn_u and linear without, got ", act_u);

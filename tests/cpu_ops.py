@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_MEAN, BN_RSTD, BN_SCALE, BN_VAR, Act, acc_dtype
 
 LIBRARY = Path(reference.__file__).parent.parent / "_cpu.abi3.so"
 torch.ops.load_library(str(LIBRARY))
@@ -45,7 +46,7 @@ def activation(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 
 
 def random_bn(channels: int, dtype: torch.dtype) -> Tensor:
     """A normalisation [5, channels] that rectifies about half of standard normal inputs."""
-    acc = reference.acc_dtype(dtype)
+    acc = acc_dtype(dtype)
     var = torch.rand(channels, dtype=torch.float64) + 0.5
     mean, beta = torch.randn(channels, dtype=torch.float64) * 0.3, torch.randn(channels, dtype=torch.float64) * 0.3
     gamma = torch.rand(channels, dtype=torch.float64) + 0.5
@@ -55,7 +56,7 @@ def random_bn(channels: int, dtype: torch.dtype) -> Tensor:
 
 def random_grad_bn(channels: int, dtype: torch.dtype) -> Tensor:
     """What a BatchNorm's backward needs, [6, channels], all rows random."""
-    return torch.randn(6, channels, dtype=torch.float64).to(reference.acc_dtype(dtype))
+    return torch.randn(6, channels, dtype=torch.float64).to(acc_dtype(dtype))
 
 
 def as_double(value: Any) -> Any:
@@ -78,15 +79,18 @@ def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     dtype = args[0].dtype
     if not rounds_operands(dtype):
         return in_float64(getattr(reference, op), args)[:2]
-    h, y, grad_bn_y, u, *rest = map(as_double, args)
-    bn_u = rest[0] if op == "pointwise_backward" else None
-    dy = reference._conv_output_grad(h, y, grad_bn_y).to(dtype).double()
-    a = reference._activation(u, bn_u).to(dtype).double()
-    without_bn = [None, False, *rest[2:]] if op == "pointwise_backward" else rest
-    grad_a, grad_weight = getattr(reference, op)(dy, None, None, a, *without_bn)[:2]
+    dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, *rest = map(as_double, args)
+    dy = reference._conv_output_grad(dz, y, grad_bn_y).to(dtype).double()
+    a = reference._norm_act(u, bn_u, act_u).to(dtype).double()
+    da, grad_weight, _ = getattr(reference, op)(dy, None, None, a, None, Act.LINEAR, batch_stats_u, *rest)
     if bn_u is not None:
-        grad_a = grad_a.masked_fill(reference._normalise(u, bn_u) <= 0, 0)
-    return grad_a, grad_weight
+        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da)
+    return da, grad_weight
+
+
+def normalisation(bn_u: Tensor, normalised: bool) -> tuple[Tensor | None, Act]:
+    """A convolution's ``bn_u`` and ``act_u``."""
+    return (bn_u, Act.RELU) if normalised else (None, Act.LINEAR)
 
 
 def weight_tolerance(dtype: torch.dtype) -> float:
@@ -104,6 +108,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative error {error:.3g}, allowed {tolerance:.3g}"
+
+
+def assert_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> None:
+    """bn_y is the normalisation by the statistics of y as stored."""
+    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), eps)
+    assert bn_y.dtype == acc_dtype(y.dtype)
+    for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
+        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[y.dtype], name)
 
 
 def assert_same_specials(actual: Tensor, expected: Tensor) -> None:
@@ -135,6 +147,14 @@ def with_threads(threads: int, op: Callable[..., Any], args: tuple[Any, ...]) ->
     finally:
         torch.set_num_threads(before)
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_threads(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The same bits on any number of threads."""
+    first = with_threads(1, op, args)
+    for threads in (1, 2, 5):
+        again = with_threads(threads, op, args)
+        assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), (op, threads)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -174,31 +194,31 @@ def passes_with_isa(isa: str, file: str, besides: str = "") -> None:
 def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
     """A convolution's backward against the reference in float64, whole and each half of it alone.
 
-    ``output``: (h, y, grad_bn_y); ``source``: (u, bn_u, batch_stats_u, weight, ...), as the op takes them.
+    ``output``: (dz, y, grad_bn_y); ``source``: (u, bn_u, act_u, batch_stats_u, weight, ...), as the op takes them.
     """
     args = (*output, *source)
-    u, bn_u, batch_stats, *_ = source
+    u, bn_u, _, batch_stats, *_ = source
     backward = getattr(ops, op)
-    h_u, grad_weight, grad_bn_u = backward(*args, True, True)
+    dz_u, grad_weight, grad_bn_u = backward(*args, True, True)
     is_product = op != "depthwise_backward"
     expected = expected_backward if is_product else lambda op, args: in_float64(getattr(reference, op), args)[:2]
-    expected_h, expected_weight = expected(op, (*args, True, True))
-    assert h_u.dtype == u.dtype and is_channels_last_dense(h_u)
-    assert_close(h_u, expected_h, TOLERANCE[u.dtype], "h_u")
+    expected_dz, expected_weight = expected(op, (*args, True, True))
+    assert dz_u.dtype == u.dtype and is_channels_last_dense(dz_u)
+    assert_close(dz_u, expected_dz, TOLERANCE[u.dtype], "dz_u")
     tolerance = weight_tolerance(u.dtype) if is_product else ACC_TOLERANCE[u.dtype]
     assert_close(grad_weight, expected_weight, tolerance, "grad_weight")
     if bn_u is None:
         assert grad_bn_u.shape == (0,)
     else:
-        of_stored = reference._make_grad_bn(h_u.double(), u.double(), bn_u.double(), batch_stats)
-        for row, name in enumerate(["P", "Q", "MEAN", "O", "GAMMA", "BETA"]):
+        of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), batch_stats)
+        for row, name in enumerate(["dz_coefficient", "y_coefficient", "mean", "constant", "gamma", "beta"]):
             assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[u.dtype], name)
 
     only_weight = backward(*args, False, True)
     assert only_weight[0].shape == (0,) and only_weight[0].dtype == u.dtype and only_weight[2].shape == (0,)
     assert same_bits(only_weight[1], grad_weight)
     only_input = backward(*args, True, False)
-    assert same_bits(only_input[0], h_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)
+    assert same_bits(only_input[0], dz_u) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_bn_u)
 
 
 # Channels of `overflowing` whose squares no float32 holds.
@@ -214,7 +234,7 @@ def overflowing(n: int, c: int, h: int, w: int, dtype: torch.dtype, size: float 
 
 
 def copying_weight(kind: str, channels: int, dtype: torch.dtype) -> Tensor:
-    """The weight of a "depthwise", "pointwise" or "stem" convolution that gives its input."""
+    """The weight of a "depthwise", "pointwise" or "dense" convolution that gives its input."""
     side = 1 if kind == "pointwise" else 3
     weight = torch.zeros(channels, 1 if kind == "depthwise" else channels, side, side, dtype=dtype)
     for c in range(channels):
@@ -226,8 +246,8 @@ def check_overflowed(bn: Tensor, y: Tensor) -> None:
     """``bn`` holds the statistics of ``y``, made by ``overflowing``: where squares overflow, a variance of Inf and a
     scale of 0, as nn.BatchNorm2d has it in channels_last; the other channels do not notice."""
     mean = (y.double() / (y.numel() // y.shape[1])).sum((0, 2, 3))
-    torch.testing.assert_close(bn[reference.BN_MEAN].double(), mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
+    torch.testing.assert_close(bn[BN_MEAN].double(), mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
     size = OVERFLOWING
-    assert bn[reference.BN_VAR, :size].isposinf().all(), bn[reference.BN_VAR, :size]
-    assert not bn[[reference.BN_RSTD, reference.BN_SCALE], :size].any()
+    assert bn[BN_VAR, :size].isposinf().all(), bn[BN_VAR, :size]
+    assert not bn[[BN_RSTD, BN_SCALE], :size].any()
     assert_close(bn[:, size:], reference._batch_bn(y[:, size:].double(), None, None, 1e-5), 1e-5)

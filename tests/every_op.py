@@ -14,6 +14,7 @@ import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
@@ -61,29 +62,36 @@ def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Cal
         u, bn_u = image(n, c, h, w), bn(c)
         pointwise = filters(k, c, 1, 1)
         y, grad_bn = image(n, k, h, w), random(6, k).to(device)
-        yield Call("pointwise_forward", (u, bn_u, pointwise, *affine(k), 1e-5, True))
-        yield Call("pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, True, pointwise, True, True))
-        yield Call("pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, True, pointwise, False, True))
-        yield Call("pointwise_inference", (u, bn(k), pointwise, True))
-        yield Call("bn_relu_forward", (u, bn_u, True))
-        yield Call("bn_relu_backward", (image(n, c, h, w), u, bn_u, True, True))
-        yield Call("bn_relu_pool_forward", (u, bn_u))
-        yield Call("bn_relu_pool_backward", (image(n, c, 1, 1), u, bn_u, True))
+        yield Call("pointwise_forward", (u, bn_u, Act.RELU, pointwise, 1, 0, *affine(k), 1e-5, True))
+        yield Call(
+            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, Act.RELU, True, pointwise, 1, 0, True, True)
+        )
+        yield Call(
+            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, Act.RELU, True, pointwise, 1, 0, False, True)
+        )
+        yield Call("pointwise_inference", (u, bn(k), Act.RELU, pointwise, 1, 0))
+        yield Call("norm_act_forward", (u, bn_u, Act.RELU, False))
+        yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, Act.RELU, True, False))
+        yield Call("norm_act_forward", (u, bn_u, Act.RELU, True))
+        yield Call("norm_act_backward", (image(n, c, 1, 1), u, bn_u, Act.RELU, True, True))
         for stride in (1, 2):
             out = [(side - 1) // stride + 1 for side in (h, w)]
             depthwise, stem = filters(c, 1, 3, 3), filters(k, c, 3, 3)
             y, grad_bn = image(n, c, *out), random(6, c).to(device)
-            yield Call("depthwise_forward", (u, bn_u, depthwise, stride, 1, *affine(c), 1e-5, True))
+            yield Call("depthwise_forward", (u, bn_u, Act.RELU, depthwise, stride, 1, *affine(c), 1e-5, True))
             yield Call(
                 "depthwise_backward",
-                (image(n, c, *out), y, grad_bn, u, bn_u, True, depthwise, stride, 1, True, True),
+                (image(n, c, *out), y, grad_bn, u, bn_u, Act.RELU, True, depthwise, stride, 1, True, True),
             )
-            yield Call("depthwise_inference", (u, bn_u, depthwise, stride, 1, True))
-            yield Call("block_inference", (u, bn_u, depthwise, stride, bn(k), pointwise))
-            yield Call("stem_forward", (u, stem, stride, 1, *affine(k), 1e-5, True))
+            yield Call("depthwise_inference", (u, bn_u, Act.RELU, depthwise, stride, 1))
+            yield Call("block_inference", (u, bn_u, Act.RELU, depthwise, stride, bn(k), Act.RELU, pointwise))
+            yield Call("dense_forward", (u, None, Act.LINEAR, stem, stride, 1, *affine(k), 1e-5, True))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
-            yield Call("stem_backward", (image(n, k, *out), y, grad_bn, u, stem, stride, 1, True, True))
-            yield Call("stem_inference", (u, bn(k), stem, stride, 1, True))
+            yield Call(
+                "dense_backward",
+                (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, stem, stride, 1, True, True),
+            )
+            yield Call("dense_inference", (u, bn(k), Act.RELU, stem, stride, 1))
     mean, var = random(24).to(device), random(24).abs().to(device)
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 

@@ -117,10 +117,10 @@ class Signs(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func.name().partition("::")
         if namespace == "mobilenet_ext":
-            forward = torch.ops.mobilenet_ext.bn_relu_forward
+            forward = torch.ops.mobilenet_ext.norm_act_forward
             if name in ("depthwise_forward", "pointwise_forward") and args[1] is not None:
                 self._add(forward(args[0], args[1], True))
-            elif name == "bn_relu_pool_forward" or (name == "bn_relu_forward" and args[2]):
+            elif name == "norm_act_forward" or (name == "norm_act_forward" and args[2]):
                 self._add(forward(args[0], args[1], True))
             elif name in ("depthwise", "pointwise", "bn_relu") and args[1] is not None and args[-1] is not False:
                 self._add(torch.ops.mobilenet_ext.bn_relu(*args[:4], True))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mobilenet_ext.contract import Act
+
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
@@ -144,10 +146,10 @@ class ReluMasks(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         namespace, _, name = func.name().partition("::")
         if namespace == "mobilenet_ext":
-            relu = name != "bn_relu_forward" or args[2]
+            relu = name != "norm_act_forward" or args[2]
             on_load = name in ("depthwise_forward", "pointwise_forward") and args[1] is not None
-            if on_load or (name in ("bn_relu_forward", "bn_relu_pool_forward") and relu):
-                rectified = torch.ops.mobilenet_ext.bn_relu_forward(args[0], args[1], True)
+            if on_load or (name in ("norm_act_forward", "norm_act_forward") and relu):
+                rectified = torch.ops.mobilenet_ext.norm_act_forward(args[0], args[1], Act.RELU, False)
                 self.masks.append((rectified > 0).cpu())
         return func(*args, **(kwargs or {}))
 

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 import mobilenet_ext as mx
 from mobilenet_ext import backends
+from mobilenet_ext.contract import Act
 from mobilenet_ext.ops import acc_dtype
 
 
@@ -462,7 +463,7 @@ def test_only_a_plan_is_taken_for_one():
     weight, bn = torch.randn(8, 3, 3, 3), torch.ones(5, 8)
     kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     plan = kernels.make_plan([bn, weight], [0, 2, 1, 1])
-    assert torch.equal(kernels.run_plan(x, plan), kernels.stem_inference(x, bn, weight, 2, 1, True))
+    assert torch.equal(kernels.run_plan(x, plan), kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
     for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
         with pytest.raises(RuntimeError, match=message):
             kernels.run_plan(x, wrong)

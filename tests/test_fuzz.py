@@ -82,8 +82,8 @@ def without_bias(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PLANTED = {
-    "an output off by 1e-3": (ops, "bn_relu_forward", scaled(1 + 1e-3), "chains"),
-    "an output off by 3e-5": (ops, "bn_relu_forward", scaled(1 + 3e-5), "modules"),
+    "an output off by 1e-3": (ops, "norm_act_forward", scaled(1 + 1e-3), "chains"),
+    "an output off by 3e-5": (ops, "norm_act_forward", scaled(1 + 3e-5), "modules"),
     "a gradient off by 1e-3": (ops, "pointwise_backward", scaled(1 + 1e-3, 1), "modules"),
     "a layer's gradient off by 1e-3": (ops, "depthwise_backward", scaled(1 + 1e-3, 0), "ops"),
     "one element forgotten": (ops, "depthwise_inference", one_element, "ops"),
@@ -94,7 +94,7 @@ PLANTED = {
         "modules",
     ),
     "a running mean without the bias": (chain, "update_running_stats_", without_bias, "modules"),
-    "bits that depend on the threads": (ops, "bn_relu_forward", of_threads, "modules"),
+    "bits that depend on the threads": (ops, "norm_act_forward", of_threads, "modules"),
     "NaN lost": (ops, "pointwise_inference", without_nan, "ops"),
     "statistics that are not differentiable": (
         layers,

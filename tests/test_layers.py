@@ -71,21 +71,21 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         ),
         (image(d, C_OUT), None, grad_bn(d, C_OUT), image(d), bn(d), False, weight(d, C_OUT, C, 1, 1), False, True),
     ],
-    "stem_forward": lambda d: [
+    "dense_forward": lambda d: [
         (image(d), weight(d, C_OUT, C, 3, 3), 1, 0, None, None, 1e-5, False),
         (image(d), weight(d, C_OUT, C, 3, 3), 2, 1, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
     ],
-    "stem_backward": lambda d: [
+    "dense_backward": lambda d: [
         (halved(d, C_OUT), None, None, image(d), weight(d, C_OUT, C, 3, 3), 2, 1, True, True),
         (image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT), image(d), weight(d, C_OUT, C, 3, 3), 1, 1, False, True),
     ],
-    "bn_relu_forward": lambda d: [(image(d), bn(d), relu) for relu in (True, False)],
-    "bn_relu_backward": lambda d: [
+    "norm_act_forward": lambda d: [(image(d), bn(d), relu) for relu in (True, False)],
+    "norm_act_backward": lambda d: [
         (image(d), image(d), bn(d), True, True),
         (image(d), image(d), bn(d), False, False),
     ],
-    "bn_relu_pool_forward": lambda d: [(image(d), bn(d))],
-    "bn_relu_pool_backward": lambda d: [(image(d, C, 1, 1), image(d), bn(d), stats) for stats in (True, False)],
+    "norm_act_forward": lambda d: [(image(d), bn(d))],
+    "norm_act_backward": lambda d: [(image(d, C, 1, 1), image(d), bn(d), stats) for stats in (True, False)],
     "bn_from_running": lambda d: [
         (vector(d), vector(d), None, None, None, 1e-5),
         (vector(d), vector(d), vector(d), vector(d), vector(d), 1e-3),
@@ -98,7 +98,7 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         (image(d), None, weight(d, C_OUT, C, 1, 1), False),
         (image(d), bn(d, C_OUT), weight(d, C_OUT, C, 1, 1), True),
     ],
-    "stem_inference": lambda d: [
+    "dense_inference": lambda d: [
         (image(d), None, weight(d, C_OUT, C, 3, 3), 1, 0, False),
         (image(d), bn(d, C_OUT), weight(d, C_OUT, C, 3, 3), 2, 1, True),
     ],

@@ -64,7 +64,7 @@ def small():
     for call in (
         lambda: ops.depthwise_forward(x, None, torch.randn(8, 1, 3, 3), 1, 1, None, None, 1e-5, True),
         lambda: ops.pointwise_forward(x, None, torch.randn(8, 8, 1, 1), None, None, 1e-5, True),
-        lambda: ops.bn_relu_pool_forward(x, bn),
+        lambda: ops.norm_act_forward(x, bn),
     ):
         call()
 
@@ -97,9 +97,9 @@ def test_the_workspaces_of_a_dense_convolution() -> None:
 calls = {}
 x, weight, bn = channels_last(2, 1024, 9, 9), torch.randn(1024, 1024, 3, 3) / 96, torch.rand(5, 1024)
 h, grad_bn = channels_last(2, 1024, 9, 9), torch.randn(6, 1024)
-calls["inference"] = lambda: ops.stem_inference(x, bn, weight, 1, 1, True)
-calls["forward"] = lambda: ops.stem_forward(x, weight, 1, 1, None, None, 1e-5, True)
-calls["backward"] = lambda: ops.stem_backward(h, x, grad_bn, x, weight, 1, 1, True, True)
+calls["inference"] = lambda: ops.dense_inference(x, bn, weight, 1, 1, True)
+calls["forward"] = lambda: ops.dense_forward(x, weight, 1, 1, None, None, 1e-5, True)
+calls["backward"] = lambda: ops.dense_backward(h, x, grad_bn, x, weight, 1, 1, True, True)
 check(calls, [0, 8 * MIB, 36 * MIB, 40 * MIB, 80 * MIB, 120 * MIB])
 assert outcomes["memory"] >= 6, outcomes
 """
@@ -130,13 +130,13 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
         "pointwise_forward": (u, bn, pointwise, None, None, 1e-5, True),
         "pointwise_backward": (y, y, grad_bn_k, u, bn, True, pointwise, True, True),
         "pointwise_inference": (u, bn_k, pointwise, True),
-        "stem_forward": (u, stem, 2, 1, None, None, 1e-5, True),
-        "stem_backward": (y, y, grad_bn_k, u, stem, 1, 1, True, True),
-        "stem_inference": (u, bn_k, stem, 2, 1, True),
-        "bn_relu_forward": (u, bn, True),
-        "bn_relu_backward": (image(c), u, bn, True, True),
-        "bn_relu_pool_forward": (u, bn),
-        "bn_relu_pool_backward": (pooled, u, bn, True),
+        "dense_forward": (u, stem, 2, 1, None, None, 1e-5, True),
+        "dense_backward": (y, y, grad_bn_k, u, stem, 1, 1, True, True),
+        "dense_inference": (u, bn_k, stem, 2, 1, True),
+        "norm_act_forward": (u, bn, True),
+        "norm_act_backward": (image(c), u, bn, True, True),
+        "norm_act_forward": (u, bn),
+        "norm_act_backward": (pooled, u, bn, True),
         "block_inference": (u, bn, depthwise, 1, bn_k, pointwise),
         "block_inference packed": (u, bn, depthwise, 1, bn_k, pointwise, packed),
         "run_plan": (u, plan),

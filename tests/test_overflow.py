@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import mobilenet_ext as mx
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
 
 UNITS = {
     "depthwise": lambda: mx.nn.DepthwiseConvBNReLU(8, bias=False),
@@ -71,7 +72,7 @@ def test_an_infinite_value_among_them(value: float) -> None:
     x = overflowing(2, 8, 9, 9, torch.float32)
     x[1, 0, 4, 4] = value
     # All taps 1: a tap of 0 would make a NaN of an Inf.
-    y, bn = cpu_ops.depthwise_forward(x, None, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+    y, bn = cpu_ops.depthwise_forward(x, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
     expected = nn.BatchNorm2d(8, momentum=1.0)
     expected(y)
     torch.testing.assert_close(bn[reference.BN_MEAN, 0], expected.running_mean[0], equal_nan=True)

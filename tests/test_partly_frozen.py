@@ -142,7 +142,7 @@ def test_a_frozen_front_keeps_its_output_alone(cpu_backend):
     with KernelOps() as ops:
         model(x)
     forwards = [name for name in ops.names if name.endswith("_forward")]
-    assert forwards == ["depthwise_forward", "pointwise_forward", "bn_relu_pool_forward"]
+    assert forwards == ["depthwise_forward", "pointwise_forward", "norm_act_forward"]
     assert ops.names.count("block_inference") == 12
 
 

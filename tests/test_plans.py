@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import backends
+from mobilenet_ext.contract import Act
 
 kernels = backends.cpu.kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -44,12 +45,12 @@ class Chain:
         self.expected = self.op_by_op()
 
     def op_by_op(self) -> Tensor:
-        y = kernels.stem_inference(self.x, *self.stem, 2, 1, True)
+        y = kernels.dense_inference(self.x, *self.stem, 2, 1, True)
         bn, weight, *rest = self.block
         y = kernels.block_inference(y, bn, weight, 1, *rest)
         y = kernels.depthwise_inference(y, *self.depthwise, 2, 0, True)
         bn, weight, packed = self.pointwise
-        return kernels.bn_relu_pool_forward(kernels.pointwise_inference(y, bn, weight, True, packed), *self.pool)
+        return kernels.norm_act_forward(kernels.pointwise_inference(y, bn, Act.RELU, weight, 1, 0, packed), *self.pool)
 
     def plan(self) -> Tensor:
         return kernels.make_plan(self.tensors, self.program)

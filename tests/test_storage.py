@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mobilenet_ext as mx
 from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
 
 # Another process: what fails here is a read of memory that is not there.
 PREAMBLE = """
@@ -190,4 +191,4 @@ def test_an_empty_tensor_needs_no_storage() -> None:
     x = torch.empty(0, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     x.untyped_storage().resize_(0)
     with mx.backends.use("cpu"):
-        assert ops.pointwise_inference(x, None, torch.randn(4, 8, 1, 1), True).shape == (0, 4, 4, 4)
+        assert ops.pointwise_inference(x, None, Act.RELU, torch.randn(4, 8, 1, 1), 1, 0).shape == (0, 4, 4, 4)

@@ -1,4 +1,4 @@
-// A depthwise-separable block in inference: the depthwise rows, normalised and rectified, are made where the pointwise
+// A depthwise-separable block in inference: the depthwise rows, normalised and activated, are made where the pointwise
 // product wants its tile, and never leave the cache.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// The depthwise half. Channels are taken in blocks of Neighbours<T>::kChannels, in its order (operands.h); vectors of
+// The depthwise half. Channels are taken in runs of Neighbours<T>::kChannels, in its order (operands.h); vectors of
 // the channels are laid out likewise.
 template <class T>
 struct DepthwiseRows {
@@ -15,12 +15,13 @@ struct DepthwiseRows {
   const T* x;
   Geometry g;
   const A* channels;  // [kChannelRows][pitch]: weights by tap, then MEAN, SCALE, SHIFT
-  int64_t pitch;      // whole blocks
+  int64_t pitch;      // whole runs
+  Act act;
 
   static constexpr int kChannelRows = kTaps + 3;
   static int64_t pitch_of(int64_t channels) { return round_up(channels, N::kChannels); }
 
-  // `pixels` neighbours in one output row, for one block of channels; the first has its left column at ix, and all
+  // `pixels` neighbours in one output row, for one run of channels; the first has its left column at ix, and all
   // columns exist unless check_columns. Taps outside the image are left out.
   template <int stride, int pixels, bool check_columns, bool partial>
   MX_INLINE void compute(const T* (&lines)[3], int64_t ix, int64_t channel, int count,
@@ -45,19 +46,20 @@ struct DepthwiseRows {
       }
     }
     const A* const bn = channels + kTaps * pitch + channel;
+    with_act(act, [&](auto constant_act) {
 #pragma GCC unroll 2
-    for (int v = 0; v < N::kVectors; ++v) {
-      const A* const of_vector = bn + v * kLanes<A>;
-      const Vec<A> mean = load<A>(of_vector), scale = load<A>(of_vector + pitch),
-                   shift = load<A>(of_vector + 2 * pitch);
+      for (int v = 0; v < N::kVectors; ++v) {
+        const A* const of_vector = bn + v * kLanes<A>;
+        const ChannelNorm<A> norm{load<A>(of_vector), load<A>(of_vector + pitch), load<A>(of_vector + 2 * pitch)};
 #pragma GCC unroll 4
-      for (int p = 0; p < pixels; ++p) sums[p][v] = relu(normalise<A>(sums[p][v] - mean, scale, shift));
-    }
+        for (int p = 0; p < pixels; ++p) sums[p][v] = activate<constant_act.value>(norm.z(sums[p][v]));
+      }
+    });
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) N::store_in_row(out + p * out_pitch, channel, sums[p]);
   }
 
-  // Output pixels [begin, end) of one output row, for one block of channels.
+  // Output pixels [begin, end) of one output row, for one run of channels.
   template <int stride, bool partial>
   inline void run(const T* (&lines)[3], int64_t begin, int64_t end, int64_t channel, int count, Operand<T>* out,
                   int64_t out_pitch) const {
@@ -125,7 +127,7 @@ inline int64_t channels_bytes(int64_t c_in) {
   return Workspace::bytes<Acc<T>>(DepthwiseRows<T>::kChannelRows * DepthwiseRows<T>::pitch_of(c_in));
 }
 
-// A packed block: the channels, and behind them the panels of the pointwise weight.
+// A packed block: the channels, and after them the panels of the pointwise weight.
 template <class T>
 inline int64_t packed_bytes(int64_t c_in, int64_t c_out, bool block) {
   return (block ? channels_bytes<T>(c_in) : 0) + Workspace::bytes<Operand<T>>(panels_size<T>(c_out, c_in));
@@ -157,7 +159,7 @@ inline void block_inference(const BlockArgs& args) {
     channels = own;
   }
 
-  const Rows depthwise{static_cast<const T*>(args.x), g, channels, Rows::pitch_of(g.c_in)};
+  const Rows depthwise{static_cast<const T*>(args.x), g, channels, Rows::pitch_of(g.c_in), args.depthwise.act};
   ForwardProduct<T> product{};
   product.rows = g.n * g.out_h * g.out_w;
   product.depth = g.c_in;
@@ -165,8 +167,7 @@ inline void block_inference(const BlockArgs& args) {
   product.weight = static_cast<const T*>(args.pointwise_weight);
   if (packed) product.packed = reinterpret_cast<const Operand<T>*>(packed + channels_bytes<T>(g.c_in));
   product.y = static_cast<T*>(args.y);
-  product.epilogue_bn = static_cast<const A*>(args.pointwise.bn);
-  product.epilogue_relu = true;
+  product.output = args.pointwise;
   forward_product(
       product,
       [&](int64_t begin, int64_t rows, Operand<T>* tile) {

@@ -1,4 +1,4 @@
-// The dense 3x3 convolution, meant for the first layer's few input channels: rows of taps (im2col) are gathered into a
+// The dense 3x3 convolution, meant for a first layer's few input channels: rows of taps (im2col) are gathered into a
 // tile in cache and multiplied. The order of a row's taps, and of the weights here, is (ky, kx, channel): the three
 // pixels under one row of the kernel lie together in memory. Taps outside the image are zeros that are multiplied, as
 // in PyTorch's float64 convolution: an infinite weight gives a NaN there. (In float32, nn.Conv2d does so for some
@@ -109,6 +109,7 @@ inline void dense_forward(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<Operand<T>>(depth);
+  const ChannelNormAct<A> plain({nullptr, Act::linear}, depth);
   T* const weight = static_cast<T*>(scratch(kWeightSlot, g.c_out * depth * sizeof(T)));
   taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
   const T* const x = static_cast<const T*>(args.u);
@@ -120,7 +121,7 @@ inline void dense_forward(const ForwardArgs& args) {
           return gather_taps<T>(x, g, begin, rows, reinterpret_cast<T*>(tile), groups_of<E>(depth) * kGroup<E>,
                                 pitch * kGroup<E>);
         for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-          activate_rows<T>(taps, pixels, Activation<A>{nullptr, depth}, tile + done * pitch);
+          activate_rows<T>(taps, pixels, plain, tile + done * pitch);
         });
       },
       [&](int64_t row) { return reach_of_taps(x, g, row); });
@@ -128,7 +129,7 @@ inline void dense_forward(const ForwardArgs& args) {
 
 // The input gradient. Each input row is one task, which adds up the output rows that reach it, in the order of ky.
 template <class T>
-inline void stem_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
+inline void dense_input_gradient(const BackwardArgs& args, const OutputGradient<T>& gradient, const T* weight) {
   using A = Acc<T>;
   using E = Operand<T>;
   constexpr int64_t kPixels = 112 / kTileStep * kTileStep;
@@ -186,6 +187,7 @@ inline void dense_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, weight_size = g.c_out * depth;
+  const ChannelNormAct<A> plain({nullptr, Act::linear}, depth);
   const OutputGradient<T> gradient{static_cast<const T*>(args.dz), static_cast<const T*>(args.y),
                                    static_cast<const A*>(args.grad_bn_y), g.c_out};
   Workspace own(scratch(kWeightSlot, Workspace::bytes<A>(weight_size) + Workspace::bytes<T>(weight_size)));
@@ -202,8 +204,7 @@ inline void dense_backward(const BackwardArgs& args) {
         product,
         [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
           for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-            activate_panels<T>(taps, pixels, Activation<A>{nullptr, depth},
-                               panels + done / kGroup<Operand<T>> * kPanel<A>, panel_rows);
+            activate_panels<T>(taps, pixels, plain, panels + done / kGroup<Operand<T>> * kPanel<A>, panel_rows);
           });
         },
         [&](int64_t row) { return reach_of_taps(x, g, row); });
@@ -212,7 +213,7 @@ inline void dense_backward(const BackwardArgs& args) {
   if (args.dz_u) {
     T* const weight = own.take<T>(weight_size);
     taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
-    stem_input_gradient<T>(args, gradient, weight);
+    dense_input_gradient<T>(args, gradient, weight);
   }
 }
 

@@ -1,11 +1,12 @@
-// Depthwise 3x3 convolution, backward, in one pass over the data: the gradient of the input (masked by the ReLU in
-// front of the convolution, with the sums that the BatchNorm in front of it needs) and the gradient of the weight.
+// Depthwise 3x3 convolution, backward, in one pass over the data: the gradient of the input (through the activation
+// before the convolution, with the sums that the BatchNorm before it needs) and the gradient of the weight.
 //
-// A tile walks down a band of *input* rows. The output gradient dy is built from h and y once per element, into a ring
+// A tile walks down a band of *input* rows. The output gradient dy is built from dz and y once per element, into a ring
 // of rows in L1. At an input pixel the same few dy vectors serve both products: times the weights they make the input
 // gradient, times the activation (rebuilt from u) they make the weight gradient. Taps that no output uses are left out.
 #pragma once
 
+#include "activation.h"
 #include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
@@ -13,7 +14,7 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// A tile's sums, each [channels]: of h_u, of h_u*(u - MEAN), and of the weight gradient's nine taps.
+// A tile's sums, each [channels]: of dz_u, of dz_u*(u - MEAN), and of the weight gradient's nine taps.
 constexpr int kBackwardSums = 2 + kTaps;
 
 // What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (a vector a pixel), u[0] and
@@ -22,30 +23,24 @@ template <class T>
 struct BackwardRow {
   const Acc<T>* dy[3];
   const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * channels
-  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * block
+  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * lanes
   const T* u;
-  T* h_u;            // null: not wanted
-  const Acc<T>* bn;  // null: plain input
-  Acc<T>* sums;      // of h_u, then `block` elements on of h_u*(u - MEAN)
-  int64_t channels, block, out_w, x_begin, x_end;
+  T* dz_u;       // null: not wanted
+  Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN)
+  int64_t channels, lanes, out_w, x_begin, x_end;
   int padding, count;
   bool streaming;  // h_u goes past the cache
 };
 
 // `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.
-template <class T, int stride, int rows, bool partial>
-inline void depthwise_backward_row(const BackwardRow<T>& r) {
+template <class T, int stride, int rows, bool partial, Act act>
+inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
   using A = Acc<T>;
   constexpr int kStep = kLanes<A>;
-  const int64_t channels = r.channels, block = r.block;
+  const int64_t channels = r.channels, lanes = r.lanes;
   const int count = r.count, padding = r.padding;
-  Vec<A> mean = zero<A>(), scale = zero<A>(), shift = zero<A>();
-  const bool normalised = r.bn != nullptr, need_input = r.h_u != nullptr;
-  if (normalised) {
-    mean = load_lanes<partial, A>(r.bn + BN_MEAN * channels, count);
-    scale = load_lanes<partial, A>(r.bn + BN_SCALE * channels, count);
-    shift = load_lanes<partial, A>(r.bn + BN_SHIFT * channels, count);
-  }
+  const bool normalises = input.normalises(), need_input = r.dz_u != nullptr;
+  const ChannelNorm<A> norm = normalises ? input.template norm<partial>(0, count) : ChannelNorm<A>{};
   Vec<A> w[rows][3], dw[rows][3];
 #pragma GCC unroll 3
   for (int k = 0; k < rows; ++k) {
@@ -63,20 +58,20 @@ inline void depthwise_backward_row(const BackwardRow<T>& r) {
   auto begin_pixel = [&](int64_t x) {
     Pixel p;
     const Vec<A> u = load_lanes<partial, T>(r.u + x * channels, count);
-    p.centred = u - mean;
-    p.z = fma(p.centred, scale, shift);
-    p.a = normalised ? relu(p.z) : u;
+    p.centred = u - norm.mean;
+    p.z = norm.of_centred(p.centred);
+    p.a = normalises ? activate<act>(p.z) : u;
     p.da = zero<A>();
     return p;
   };
   auto end_pixel = [&](int64_t x, const Pixel& p) {
     if (!need_input) return;
-    const Vec<A> h = normalised ? select(p.z <= zero<A>(), zero<A>(), p.da) : p.da;
+    const Vec<A> dz = normalises ? activate_backward<act>(p.z, p.da) : p.da;
     if (!partial && r.streaming)
-      store_streaming<T>(r.h_u + x * channels, h);
+      store_streaming<T>(r.dz_u + x * channels, dz);
     else
-      store_lanes<partial, T>(r.h_u + x * channels, h, count);
-    const Vec<A> stored = round_to_storage<T>(h);
+      store_lanes<partial, T>(r.dz_u + x * channels, dz, count);
+    const Vec<A> stored = round_to_storage<T>(dz);
     sum += stored;
     centred_sum = fma(stored, p.centred, centred_sum);
   };
@@ -153,57 +148,59 @@ inline void depthwise_backward_row(const BackwardRow<T>& r) {
   for (int k = 0; k < rows; ++k) {
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
-      A* to = r.grad_weight[k] + kx * block;
+      A* to = r.grad_weight[k] + kx * lanes;
       store<A>(to, load<A>(to) + dw[k][kx]);
     }
   }
   store<A>(r.sums, load<A>(r.sums) + sum);
-  store<A>(r.sums + block, load<A>(r.sums + block) + centred_sum);
+  store<A>(r.sums + lanes, load<A>(r.sums + lanes) + centred_sum);
 }
 
 template <class T, int stride, bool partial>
-inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r) {
-  if (rows == 1) return depthwise_backward_row<T, stride, 1, partial>(r);
-  if (rows == 2) return depthwise_backward_row<T, stride, 2, partial>(r);
-  if constexpr (stride == 1) {
-    if (rows == 3) return depthwise_backward_row<T, stride, 3, partial>(r);
-  }
-  depthwise_backward_row<T, stride, 0, partial>(r);
+inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
+  with_act(input.act, [&](auto act) {
+    if (rows == 1) return depthwise_backward_row<T, stride, 1, partial, act.value>(r, input);
+    if (rows == 2) return depthwise_backward_row<T, stride, 2, partial, act.value>(r, input);
+    if constexpr (stride == 1) {
+      if (rows == 3) return depthwise_backward_row<T, stride, 3, partial, act.value>(r, input);
+    }
+    depthwise_backward_row<T, stride, 0, partial, act.value>(r, input);
+  });
 }
 
 // Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks
 // for the row `ahead` elements further on.
 template <class T>
-inline void load_gradient_row(const T* h, const T* y, int64_t columns, int64_t channels, const Acc<T>* grad_bn,
-                              int block, int64_t ahead, Acc<T>* out) {
+inline void load_gradient_row(const T* dz, const T* y, int64_t columns, const Acc<T>* grad_bn, int64_t row_channels,
+                              int channels, int64_t ahead, Acc<T>* out) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  for_channel_groups<A>(block, [&](int64_t c, int count, auto group) {
-    constexpr int V = group.vectors;
-    constexpr bool partial = group.partial;
-    Vec<A> p[V], q[V], mean[V], o[V];
+  for_channel_vectors<A>(channels, [&](int64_t c, int count, auto run) {
+    constexpr int V = run.vectors;
+    constexpr bool partial = run.partial;
+    Vec<A> dz_coefficient[V], y_coefficient[V], mean[V], constant[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       auto row = [&](int index) {
-        return grad_bn ? load_lanes<partial, A>(grad_bn + index * channels + c + v * L, count) : zero<A>();
+        return grad_bn ? load_lanes<partial, A>(grad_bn + index * row_channels + c + v * L, count) : zero<A>();
       };
-      p[v] = grad_bn ? row(GRAD_DZ_COEFFICIENT) : broadcast(A(1));
-      q[v] = row(GRAD_Y_COEFFICIENT);
+      dz_coefficient[v] = grad_bn ? row(GRAD_DZ_COEFFICIENT) : broadcast(A(1));
+      y_coefficient[v] = row(GRAD_Y_COEFFICIENT);
       mean[v] = row(GRAD_MEAN);
-      o[v] = row(GRAD_CONSTANT);
+      constant[v] = row(GRAD_CONSTANT);
     }
     A* to = out + c * columns;
     for (int64_t x = 0; x < columns; ++x, to += L) {
-      const int64_t at = x * channels + c;
+      const int64_t at = x * row_channels + c;
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const bool new_line = v * L * sizeof(T) % kCacheLine == 0;
-        if (new_line) __builtin_prefetch(h + at + v * L + ahead);
-        Vec<A> dy = p[v] * load_lanes<partial, T>(h + at + v * L, count);
+        if (new_line) __builtin_prefetch(dz + at + v * L + ahead);
+        Vec<A> dy = dz_coefficient[v] * load_lanes<partial, T>(dz + at + v * L, count);
         if (y) {
           if (new_line) __builtin_prefetch(y + at + v * L + ahead);
           const Vec<A> centred = load_lanes<partial, T>(y + at + v * L, count) - mean[v];
-          dy += fma(q[v], centred, o[v]);
+          dy += fma(y_coefficient[v], centred, constant[v]);
         }
         store<A>(to + v * L * columns, dy);
       }
@@ -220,35 +217,35 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   const int64_t in_image = t.image * g.h * g.w * channels + t.channel_begin;
   const int64_t out_image = t.image * g.out_h * g.out_w * channels + t.channel_begin;
   const T* u = static_cast<const T*>(args.u) + in_image;
-  T* h_u = args.dz_u ? static_cast<T*>(args.dz_u) + in_image : nullptr;
-  const T* h = static_cast<const T*>(args.dz) + out_image;
+  T* dz_u = args.dz_u ? static_cast<T*>(args.dz_u) + in_image : nullptr;
+  const T* dz = static_cast<const T*>(args.dz) + out_image;
   const T* y = args.y ? static_cast<const T*>(args.y) + out_image : nullptr;
-  const A* bn_u = args.input.bn ? static_cast<const A*>(args.input.bn) + t.channel_begin : nullptr;
+  const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
   const A* grad_bn = args.grad_bn_y ? static_cast<const A*>(args.grad_bn_y) + t.channel_begin : nullptr;
   weight += t.channel_begin;
-  const bool streaming = h_u && streams<T>(args.dz_u, g.n * g.h * g.w, channels);
+  const bool streaming = dz_u && streams<T>(args.dz_u, g.n * g.h * g.w, channels);
 
   // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
   const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
   const int64_t out_end = max_of(min_of((t.column_end - 1 + p) / stride + 1, g.out_w), out_begin);
   const int64_t out_columns = out_end - out_begin;
-  const int64_t block = ceil_div(t.channels, L) * L;
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * block * out_columns + kBackwardSums * block)));
-  A* const sums = ring + 3 * block * out_columns;
-  for (int64_t i = 0; i < kBackwardSums * block; ++i) sums[i] = 0;
+  const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * lanes * out_columns + kBackwardSums * lanes)));
+  A* const sums = ring + 3 * lanes * out_columns;
+  for (int64_t i = 0; i < kBackwardSums * lanes; ++i) sums[i] = 0;
 
   int64_t next_row = max_of(t.row_begin + p - 2 + stride - 1, 0) / stride;
   for (int64_t iy = t.row_begin; iy < t.row_end; ++iy) {
     for (; next_row <= min_of((iy + p) / stride, g.out_h - 1); ++next_row) {
       const int64_t from = (next_row * g.out_w + out_begin) * channels;
-      load_gradient_row<T>(h + from, y ? y + from : nullptr, out_columns, channels, grad_bn, t.channels,
-                           g.out_w * channels, ring + next_row % 3 * block * out_columns);
+      load_gradient_row<T>(dz + from, y ? y + from : nullptr, out_columns, grad_bn, channels, t.channels,
+                           g.out_w * channels, ring + next_row % 3 * lanes * out_columns);
     }
     if (iy + 1 < t.row_end) {
       for (int64_t x = t.column_begin; x < t.column_end; ++x)
         for (int c = 0; c < t.channels; c += kCacheLine / int(sizeof(T))) {
           __builtin_prefetch(u + ((iy + 1) * g.w + x) * channels + c);
-          if (h_u && !streaming) __builtin_prefetch(h_u + ((iy + 1) * g.w + x) * channels + c, 1);
+          if (dz_u && !streaming) __builtin_prefetch(dz_u + ((iy + 1) * g.w + x) * channels + c, 1);
         }
     }
     for (int c = 0; c < t.channels; c += L) {
@@ -257,17 +254,16 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t numerator = iy + p - ky;
         if (numerator < 0 || numerator % stride != 0 || numerator / stride >= g.out_h) continue;
-        r.dy[rows] = ring + (numerator / stride % 3 * block + c) * out_columns - out_begin * L;
+        r.dy[rows] = ring + (numerator / stride % 3 * lanes + c) * out_columns - out_begin * L;
         r.weight[rows] = weight + ky * 3 * channels + c;
-        r.grad_weight[rows] = sums + (2 + ky * 3) * block + c;
+        r.grad_weight[rows] = sums + (2 + ky * 3) * lanes + c;
         ++rows;
       }
       r.u = u + iy * g.w * channels + c;
-      r.h_u = h_u ? h_u + iy * g.w * channels + c : nullptr;
-      r.bn = bn_u ? bn_u + c : nullptr;
+      r.dz_u = dz_u ? dz_u + iy * g.w * channels + c : nullptr;
       r.sums = sums + c;
       r.channels = channels;
-      r.block = block;
+      r.lanes = lanes;
       r.out_w = g.out_w;
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
@@ -275,15 +271,15 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.streaming = streaming;
       r.count = int(min_of(t.channels - c, L));
       if (r.count == L)
-        depthwise_backward_row_of<T, stride, false>(rows, r);
+        depthwise_backward_row_of<T, stride, false>(rows, r, input.from(c));
       else
-        depthwise_backward_row_of<T, stride, true>(rows, r);
+        depthwise_backward_row_of<T, stride, true>(rows, r, input.from(c));
     }
   }
   if (streaming) finish_streaming();
   A* to = partials + t.place * kBackwardSums * channels + t.channel_begin;
   for (int i = 0; i < kBackwardSums; ++i)
-    for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * block + c];
+    for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * lanes + c];
 }
 
 // grad_weight [channels][9] from the tiles' sums, added in tile order.
@@ -291,8 +287,8 @@ template <class A>
 inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials, A* grad_weight) {
   constexpr int kChannels = 32;
   parallel(ceil_div(channels, kChannels), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t c0 = block * kChannels;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c0 = i * kChannels;
       const int size = int(min_of(channels - c0, kChannels));
       double sums[kTaps][kChannels] = {};
       for (int64_t t = 0; t < tiles; ++t)
@@ -300,8 +296,8 @@ inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials
           const A* tile = partials + (t * kBackwardSums + 2 + tap) * channels + c0;
           for (int i = 0; i < size; ++i) sums[tap][i] += double(tile[i]);
         }
-      for (int i = 0; i < size; ++i)
-        for (int tap = 0; tap < kTaps; ++tap) grad_weight[(c0 + i) * kTaps + tap] = A(sums[tap][i]);
+      for (int c = 0; c < size; ++c)
+        for (int tap = 0; tap < kTaps; ++tap) grad_weight[(c0 + c) * kTaps + tap] = A(sums[tap][c]);
     }
   });
 }

@@ -1,43 +1,19 @@
-// Depthwise 3x3 convolution, forward: y = conv(relu(normalise(u)), weight), with the statistics of y or with the
-// inference epilogue in the same pass.
+// Depthwise 3x3 convolution, forward: y = conv(act(norm(u)), weight), with the statistics of y, or in inference with
+// the output's normalisation and activation, in the same pass.
 //
-// A tile walks down its band of output rows. Each input row is loaded, widened, normalised and rectified once, into a
+// A tile walks down its band of output rows. Each input row is loaded, widened, normalised and activated once, into a
 // ring of three rows that stays in L1; outputs are made from registers, four pixels at a time; the statistics are taken
 // from rows just stored. Taps outside the image are left out rather than multiplied by zero, so that an infinite
 // weight gives what nn.Conv2d gives.
 #pragma once
 
+#include "activation.h"
 #include "channels.h"
 #include "depthwise_tiles.h"
 #include "statistics.h"
 #include "streaming.h"
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
-
-// The optional normalisation and ReLU behind the convolution, for the vector of channels in hand.
-template <class A>
-struct Epilogue {
-  bool bn, relu;
-  Vec<A> mean, scale, shift;
-};
-
-template <class A, bool partial>
-MX_INLINE Epilogue<A> load_epilogue(const A* bn, bool relu, int64_t channels, int64_t c, int count) {
-  Epilogue<A> e{bn != nullptr, relu, {}, {}, {}};
-  if (bn) {
-    e.mean = load_lanes<partial, A>(bn + BN_MEAN * channels + c, count);
-    e.scale = load_lanes<partial, A>(bn + BN_SCALE * channels + c, count);
-    e.shift = load_lanes<partial, A>(bn + BN_SHIFT * channels + c, count);
-  }
-  return e;
-}
-
-template <class A>
-MX_INLINE Vec<A> apply(const Epilogue<A>& e, Vec<A> v) {
-  if (e.bn) v = fma(v - e.mean, e.scale, e.shift);
-  if (e.relu) v = relu(v);
-  return v;
-}
 
 // What one output row of a tile needs, for one vector of channels.
 template <class T>
@@ -57,7 +33,7 @@ struct ForwardRow {
 };
 
 template <class T, int stride, bool partial>
-inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, const Epilogue<Acc<T>>& epilogue) {
+inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t channels = g.c_in, x_begin = r.x_begin, x_end = r.x_end;
@@ -72,11 +48,14 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     for (int kx = 0; kx < 3; ++kx)
       w[ky][kx] = r.row[ky] ? load_lanes<partial, A>(r.weight + (ky * 3 + kx) * channels, count) : zero<A>();
   }
+  const bool normalises = output.normalises(), activates = output.act != Act::linear;
+  const ChannelNorm<A> norm = normalises ? output.template norm<partial>(0, count) : ChannelNorm<A>{};
   const Vec<A> shift = load<A>(r.shift);
   Vec<A> sum = zero<A>(), sum_squares = zero<A>();
 
   auto put = [&](int64_t x, Vec<A> v) {
-    v = apply(epilogue, v);
+    if (normalises) v = norm.z(v);
+    if (activates) with_act(output.act, [&](auto act) { v = activate<act.value>(v); });
     if (!partial && r.streaming)
       store_streaming<T>(r.y + x * channels, v);
     else
@@ -128,29 +107,29 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   store<A>(r.sum_squares, load<A>(r.sum_squares) + sum_squares);
 }
 
-// Loads `columns` pixels of an input row, normalised and rectified, into `out`, [vectors][columns][lanes], and asks for
+// Loads `columns` pixels of an input row, normalised and activated, into `out`, [vectors][columns][lanes], and asks for
 // the row `ahead` elements further on.
-template <class T>
-inline void load_input_row(const T* u, int64_t columns, int64_t channels, const Acc<T>* bn, int block, int64_t ahead,
-                           Acc<T>* out) {
+template <class T, bool normalises, Act act>
+inline void load_input_row(const T* u, int64_t columns, const ChannelNormAct<Acc<T>>& input, int channels,
+                           int64_t ahead, Acc<T>* out) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  for_channel_groups<A>(block, [&](int64_t c, int count, auto group) {
-    constexpr int V = group.vectors;
-    constexpr bool partial = group.partial;
-    Normalisation<A> n[V] = {};
-    if (bn) {
+  for_channel_vectors<A>(channels, [&](int64_t c, int count, auto run) {
+    constexpr int V = run.vectors;
+    constexpr bool partial = run.partial;
+    ChannelNorm<A> norm[V] = {};
+    if constexpr (normalises) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) n[v] = load_normalisation<A, partial>(bn, channels, c + v * L, count);
+      for (int v = 0; v < V; ++v) norm[v] = input.template norm<partial>(c + v * L, count);
     }
     const T* from = u + c;
     A* to = out + c * columns;
-    for (int64_t x = 0; x < columns; ++x, from += channels, to += L) {
+    for (int64_t x = 0; x < columns; ++x, from += input.channels, to += L) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         if (v * L * sizeof(T) % kCacheLine == 0) __builtin_prefetch(from + v * L + ahead);
         const Vec<A> value = load_lanes<partial, T>(from + v * L, count);
-        store<A>(to + v * L * columns, bn ? relu(fma(value - n[v].mean, n[v].scale, n[v].shift)) : value);
+        store<A>(to + v * L * columns, normalises ? activate<act>(norm[v].z(value)) : value);
       }
     }
   });
@@ -164,33 +143,38 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const int64_t channels = g.c_in;
   const T* u = static_cast<const T*>(args.u) + t.image * g.h * g.w * channels + t.channel_begin;
   T* y = static_cast<T*>(args.y) + t.image * g.out_h * g.out_w * channels + t.channel_begin;
-  const A* bn_u = args.input.bn ? static_cast<const A*>(args.input.bn) + t.channel_begin : nullptr;
-  const A* epilogue_bn = args.output.bn ? static_cast<const A*>(args.output.bn) + t.channel_begin : nullptr;
+  const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
+  const auto output = ChannelNormAct<A>(args.output, channels).from(t.channel_begin);
   weight += t.channel_begin;
   const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
   const int64_t in_begin = max_of(t.column_begin * stride - g.padding, 0);
   const int64_t in_end = min_of((t.column_end - 1) * stride - g.padding + 3, g.w);
   const int64_t in_columns = in_end - in_begin, width = t.column_end - t.column_begin;
-  const int64_t block = ceil_div(t.channels, L) * L;
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * ((3 * block + L) * in_columns + 3 * block)));
-  A* const zeros = ring + 3 * block * in_columns;
-  A *const shift = zeros + L * in_columns, *const sum = shift + block, *const sum_squares = sum + block;
-  for (A* p = zeros; p < sum_squares + block; ++p) *p = 0;
+  const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * ((3 * lanes + L) * in_columns + 3 * lanes)));
+  A* const zeros = ring + 3 * lanes * in_columns;
+  A *const shift = zeros + L * in_columns, *const sum = shift + lanes, *const sum_squares = sum + lanes;
+  for (A* p = zeros; p < sum_squares + lanes; ++p) *p = 0;
 
   int64_t next_row = max_of(t.row_begin * stride - g.padding, 0);
   for (int64_t oy = t.row_begin; oy < t.row_end; ++oy) {
     const int64_t top = oy * stride - g.padding;
     next_row = max_of(next_row, top);
-    for (; next_row < min_of(top + 3, g.h); ++next_row)
-      load_input_row<T>(u + (next_row * g.w + in_begin) * channels, in_columns, channels, bn_u, t.channels,
-                        stride * g.w * channels, ring + next_row % 3 * block * in_columns);
+    for (; next_row < min_of(top + 3, g.h); ++next_row) {
+      const auto load_row = [&](auto normalises, auto act) {
+        load_input_row<T, normalises.value, act.value>(u + (next_row * g.w + in_begin) * channels, in_columns, input,
+                                                       t.channels, stride * g.w * channels,
+                                                       ring + next_row % 3 * lanes * in_columns);
+      };
+      with_norm_act(input, load_row);
+    }
     for (int c = 0; c < t.channels; c += L) {
       ForwardRow<T> r{};
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t iy = top + ky;
         const bool inside = iy >= 0 && iy < g.h;
-        r.row[ky] = inside ? ring + (iy % 3 * block + c) * in_columns - in_begin * L : nullptr;
+        r.row[ky] = inside ? ring + (iy % 3 * lanes + c) * in_columns - in_begin * L : nullptr;
       }
       r.zeros = zeros - in_begin * L;
       r.weight = weight + c;
@@ -203,16 +187,14 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.sum = sum + c;
       r.sum_squares = sum_squares + c;
       if (r.count == L)
-        depthwise_forward_row<T, stride, false>(
-            r, g, load_epilogue<A, false>(epilogue_bn, args.output.act == Act::relu, channels, c, r.count));
+        depthwise_forward_row<T, stride, false>(r, g, output.from(c));
       else
-        depthwise_forward_row<T, stride, true>(
-            r, g, load_epilogue<A, true>(epilogue_bn, args.output.act == Act::relu, channels, c, r.count));
+        depthwise_forward_row<T, stride, true>(r, g, output.from(c));
     }
     if (partials && oy == t.row_begin) {
       // The first row was taken about 0; its mean is the shift from here on.
       const T* row = y + (oy * g.out_w + t.column_begin) * channels;
-      for (int c = 0; c < block; ++c) sum[c] = sum_squares[c] = 0;
+      for (int c = 0; c < lanes; ++c) sum[c] = sum_squares[c] = 0;
       shift_from_rows<T>(row, width, channels, t.channels, shift);
       add_moments<T>(row, width, channels, t.channels, shift, sum, sum_squares);
     }
@@ -248,8 +230,7 @@ inline void depthwise_forward(const ForwardArgs& args) {
   if (stats)
     merge_statistics<A>(
         grid.places(), channels, partials, [&](int64_t place) { return grid.at_place(place).pixels(); },
-        static_cast<const A*>(args.statistics.gamma), static_cast<const A*>(args.statistics.beta), args.statistics.eps,
-        static_cast<A*>(args.statistics.bn));
+        args.statistics);
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -1,7 +1,7 @@
 // What happens to a register block of a matrix product (gemm.h) before it is stored.
 #pragma once
 
-#include "../ops.h"
+#include "activation.h"
 #include "gemm.h"
 #include "statistics.h"
 #include "streaming.h"
@@ -11,7 +11,8 @@
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
 // An epilogue serves one panel of `columns` columns (at most kPanel) of one tile. kAdds: its sums do not start from 0.
-// Vector v of the panel holds this many columns:
+
+// How many columns vector v of the panel holds.
 template <bool partial, class A>
 MX_INLINE int lanes_in(int64_t columns, int v) {
   return partial ? int(min_of(max_of(columns - v * kLanes<A>, 0), kLanes<A>)) : kLanes<A>;
@@ -46,25 +47,25 @@ MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool
   });
 }
 
-// y = the product, and the moments of y as stored about the mean of the tile's first block (see statistics.h).
+// y = the product, and the moments of y as stored about the mean of the tile's first rows (see statistics.h).
 template <class T>
 struct StoreWithMoments {
   using A = Acc<T>;
   static constexpr bool kAdds = false;
   T* y;  // the tile's first row, the panel's first column
   int64_t pitch, columns;
-  bool moments, streaming;
+  bool streaming;
   Vec<A> shift[kPanelVectors], sum[kPanelVectors], squares[kPanelVectors];
 
-  StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool moments, bool streaming)
-      : y(y), pitch(pitch), columns(columns), moments(moments), streaming(streaming) {
+  StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool streaming)
+      : y(y), pitch(pitch), columns(columns), streaming(streaming) {
     for (int v = 0; v < kPanelVectors; ++v) shift[v] = sum[v] = squares[v] = zero<A>();
   }
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
     store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
-    if (moments) add_moments(row, count, sums);
+    add_moments(row, count, sums);
   }
 
   template <int rows, int vectors>
@@ -80,17 +81,17 @@ struct StoreWithMoments {
           if (i < count) total += sums[i][v];
         shift[v] = finite_or_zero(total / A(count));
       }
-      // A block's few rows are added up apart first, which keeps long float32 sums accurate.
-      Vec<A> block_sum = zero<A>(), block_squares = zero<A>();
+      // The few rows are added up apart first, which keeps long float32 sums accurate.
+      Vec<A> few_sum = zero<A>(), few_squares = zero<A>();
 #pragma GCC unroll 14
       for (int i = 0; i < rows; ++i)
         if (i < count) {
           const Vec<A> distance = sums[i][v] - shift[v];
-          block_sum += distance;
-          block_squares = fma(distance, distance, block_squares);
+          few_sum += distance;
+          few_squares = fma(distance, distance, few_squares);
         }
-      sum[v] += block_sum;
-      squares[v] += block_squares;
+      sum[v] += few_sum;
+      squares[v] += few_squares;
     }
   }
 
@@ -107,16 +108,15 @@ struct StoreWithMoments {
   }
 };
 
-// y = relu?(normalise(product)).
+// y = act(norm(product)).
 template <class T>
-struct StoreNormalised {
+struct StoreNormAct {
   using A = Acc<T>;
   static constexpr bool kAdds = false;
   T* y;
   int64_t pitch, columns;
-  Activation<A> activation;  // plain: no normalisation
-  int64_t channel;           // the panel's first
-  bool rectify, streaming;
+  ChannelNormAct<A> output;  // from the panel's first channel on
+  bool streaming;
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
@@ -124,69 +124,63 @@ struct StoreNormalised {
       constexpr bool partial = decltype(is_partial)::value;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        const int lanes = lanes_in<partial, A>(columns, v);
-        if (!activation.plain()) {
-          const A* const bn = activation.bn + channel + v * kLanes<A>;
-          const Vec<A> mean = load_lanes<partial, A>(bn + BN_MEAN * activation.channels, lanes);
-          const Vec<A> scale = load_lanes<partial, A>(bn + BN_SCALE * activation.channels, lanes);
-          const Vec<A> shift = load_lanes<partial, A>(bn + BN_SHIFT * activation.channels, lanes);
+        if (output.normalises()) {
+          const ChannelNorm<A> norm = output.template norm<partial>(v * kLanes<A>, lanes_in<partial, A>(columns, v));
 #pragma GCC unroll 14
-          for (int i = 0; i < rows; ++i) sums[i][v] = normalise<A>(sums[i][v] - mean, scale, shift);
+          for (int i = 0; i < rows; ++i) sums[i][v] = norm.z(sums[i][v]);
         }
-        if (rectify) {
+        with_act(output.act, [&](auto act) {
 #pragma GCC unroll 14
-          for (int i = 0; i < rows; ++i) sums[i][v] = relu(sums[i][v]);
-        }
+          for (int i = 0; i < rows; ++i) sums[i][v] = activate<act.value>(sums[i][v]);
+        });
       }
     });
     store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
   }
 };
 
-// h_u = the product, masked where the input's ReLU was 0, and the sums of h_u as stored and of h_u*(u - MEAN). With a
-// plain input, h_u is the product.
+// dz_u = the product times the derivative of the input's activation, and the sums of dz_u as stored and of
+// dz_u*(u - MEAN). With a plain input, dz_u is the product.
 template <class T>
 struct StoreInputGradient {
   using A = Acc<T>;
   static constexpr bool kAdds = false;
-  T* h_u;      // the tile's first row, the panel's first column
-  const T* u;  // likewise
-  Activation<A> activation;
-  int64_t channel, columns;  // the panel's
+  T* dz_u;                  // the tile's first row, the panel's first column
+  const T* u;               // likewise
+  ChannelNormAct<A> input;  // from the panel's first column on
+  int64_t columns;          // the panel's
   bool streaming;
   Vec<A> sum[kPanelVectors] = {}, centred[kPanelVectors] = {};
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
-    with_lanes<vectors, A>(columns, [&](auto is_partial) {
-      constexpr bool partial = decltype(is_partial)::value;
-      const int64_t pitch = activation.channels;
+    const int64_t pitch = input.channels;
+    if (input.normalises())
+      with_act(input.act, [&](auto act) {
+        with_lanes<vectors, A>(columns, [&](auto is_partial) {
+          constexpr bool partial = decltype(is_partial)::value;
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) {
-        const int lanes = lanes_in<partial, A>(columns, v);
-        const int64_t offset = row * pitch + v * kLanes<A>;
-        if (!activation.plain()) {
-          const A* const bn = activation.bn + channel + v * kLanes<A>;
-          const Vec<A> mean = load_lanes<partial, A>(bn + BN_MEAN * pitch, lanes);
-          const Vec<A> scale = load_lanes<partial, A>(bn + BN_SCALE * pitch, lanes);
-          const Vec<A> shift = load_lanes<partial, A>(bn + BN_SHIFT * pitch, lanes);
-          Vec<A> block_sum = zero<A>(), block_centred = zero<A>();
+          for (int v = 0; v < vectors; ++v) {
+            const int lanes = lanes_in<partial, A>(columns, v);
+            const int64_t offset = row * pitch + v * kLanes<A>;
+            const ChannelNorm<A> norm = input.template norm<partial>(v * kLanes<A>, lanes);
+            // The few rows are added up apart first, which keeps long float32 sums accurate.
+            Vec<A> few_sum = zero<A>(), few_centred = zero<A>();
 #pragma GCC unroll 14
-          for (int i = 0; i < rows; ++i)
-            if (i < count) {
-              const Vec<A> distance = load_lanes<partial, T>(u + offset + i * pitch, lanes) - mean;
-              const Vec<A> z = normalise<A>(distance, scale, shift);
-              sums[i][v] = z <= zero<A>() ? zero<A>() : sums[i][v];
-              const Vec<A> stored = round_to_storage<T>(sums[i][v]);
-              block_sum += stored;
-              block_centred = fma(stored, distance, block_centred);
-            }
-          sum[v] += block_sum;
-          centred[v] += block_centred;
-        }
-      }
-    });
-    store_rows<rows, vectors, T>(h_u + row * activation.channels, activation.channels, columns, count, streaming, sums);
+            for (int i = 0; i < rows; ++i)
+              if (i < count) {
+                const Vec<A> distance = load_lanes<partial, T>(u + offset + i * pitch, lanes) - norm.mean;
+                sums[i][v] = activate_backward<act.value>(norm.of_centred(distance), sums[i][v]);
+                const Vec<A> stored = round_to_storage<T>(sums[i][v]);
+                few_sum += stored;
+                few_centred = fma(stored, distance, few_centred);
+              }
+            sum[v] += few_sum;
+            centred[v] += few_centred;
+          }
+        });
+      });
+    store_rows<rows, vectors, T>(dz_u + row * pitch, pitch, columns, count, streaming, sums);
   }
 
   void finish(A* sums_out, A* centred_out) const {

@@ -1,9 +1,11 @@
-// BatchNorm + ReLU (+ global average pooling) of a raw convolution output, and their backward: one pass each.
+// The normalisation and activation (and global average pooling) of a raw convolution output, and their backward: one
+// pass each.
 //
-// Tiles are (image, run of pixels, block of channels); within one, the constants of four vectors of channels stay in
-// registers while the pixels go by.
+// Tiles are (image, run of pixels); within one, the constants of four vectors of channels stay in registers while the
+// pixels go by.
 #pragma once
 
+#include "activation.h"
 #include "channels.h"
 #include "statistics.h"
 #include "streaming.h"
@@ -29,57 +31,56 @@ struct PixelGrid {
   }
 };
 
-template <class T>
-inline void normalise_rows(const NormActArgs& args, const PixelTile& t) {
+template <class T, Act act>
+inline void norm_act_rows(const NormActArgs& args, const PixelTile& t) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
   T* out = static_cast<T*>(args.out) + first;
   const bool streaming = streams<T>(args.out, args.n * args.hw, args.c);
-  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
-    constexpr int V = group.vectors;
-    constexpr bool partial = group.partial;
-    Normalisation<A> bn[V];
+  const ChannelNormAct<A> norm_act(args.norm_act, args.c);
+  for_channel_vectors<A>(args.c, [&](int64_t c, int count, auto run) {
+    constexpr int V = run.vectors;
+    constexpr bool partial = run.partial;
+    ChannelNorm<A> norm[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
+    for (int v = 0; v < V; ++v) norm[v] = norm_act.template norm<partial>(c + v * L, count);
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = i * args.c + c + v * L;
-        Vec<A> z = fma(load_lanes<partial, T>(y + at, count) - bn[v].mean, bn[v].scale, bn[v].shift);
-        if (args.norm_act.act == Act::relu) z = relu(z);
+        const Vec<A> a = activate<act>(norm[v].z(load_lanes<partial, T>(y + at, count)));
         if (!partial && streaming)
-          store_streaming<T>(out + at, z);
+          store_streaming<T>(out + at, a);
         else
-          store_lanes<partial, T>(out + at, z, count);
+          store_lanes<partial, T>(out + at, a, count);
       }
     }
   });
   if (streaming) finish_streaming();
 }
 
-// sums[c] = sum over the tile's pixels of relu(normalise(y)).
-template <class T>
+// sums[c] = sum over the tile's pixels of act(norm(y)).
+template <class T, Act act>
 inline void pool_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
-  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
-    constexpr int V = group.vectors;
-    constexpr bool partial = group.partial;
-    Normalisation<A> bn[V];
+  const ChannelNormAct<A> norm_act(args.norm_act, args.c);
+  for_channel_vectors<A>(args.c, [&](int64_t c, int count, auto run) {
+    constexpr int V = run.vectors;
+    constexpr bool partial = run.partial;
+    ChannelNorm<A> norm[V];
     Vec<A> sum[V] = {};
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
+    for (int v = 0; v < V; ++v) norm[v] = norm_act.template norm<partial>(c + v * L, count);
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const Vec<A> x = load_lanes<partial, T>(y + i * args.c + c + v * L, count);
-        sum[v] += relu(fma(x - bn[v].mean, bn[v].scale, bn[v].shift));
+        sum[v] += activate<act>(norm[v].z(x));
       }
     }
 #pragma GCC unroll 4
@@ -92,14 +93,17 @@ inline void norm_act_forward(const NormActArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   if (!args.pool) {
-    parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) normalise_rows<T>(args, grid.tile(i));
+    return with_act(args.norm_act.act, [&](auto act) {
+      parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) norm_act_rows<T, act.value>(args, grid.tile(i));
+      });
     });
-    return;
   }
   A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * args.c));
-  parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pool_rows<T>(args, grid.tile(i), partials + i * args.c);
+  with_act(args.norm_act.act, [&](auto act) {
+    parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) pool_rows<T, act.value>(args, grid.tile(i), partials + i * args.c);
+    });
   });
   constexpr int L = kLanes<A>;
   parallel(args.n, [&](int64_t begin, int64_t end) {
@@ -115,42 +119,42 @@ inline void norm_act_forward(const NormActArgs& args) {
   });
 }
 
-// h of the tile's pixels, and its sums: [2][c], sum of h and of h*(y - MEAN).
-template <class T, bool pool>
+// dz of the tile's pixels, and its sums: [2][c], sum of dz and of dz*(y - MEAN).
+template <class T, Act act, bool pool>
 inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
-  T* h = static_cast<T*>(args.dz) + first;
+  T* dz = static_cast<T*>(args.dz) + first;
   const T* grad = static_cast<const T*>(args.grad) + (pool ? t.image * args.c : first);
   const bool streaming = streams<T>(args.dz, args.n * args.hw, args.c);
-  for_channel_groups<A>(args.c, [&](int64_t c, int count, auto group) {
-    constexpr int V = group.vectors;
-    constexpr bool partial = group.partial;
-    Normalisation<A> bn[V];
+  const ChannelNormAct<A> norm_act(args.norm_act, args.c);
+  for_channel_vectors<A>(args.c, [&](int64_t c, int count, auto run) {
+    constexpr int V = run.vectors;
+    constexpr bool partial = run.partial;
+    ChannelNorm<A> norm[V];
     Vec<A> sum[V] = {}, centred_sum[V] = {}, pooled[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      bn[v] = load_normalisation<A, partial>(static_cast<const A*>(args.norm_act.bn), args.c, c + v * L, count);
+      norm[v] = norm_act.template norm<partial>(c + v * L, count);
       if constexpr (pool) pooled[v] = load_lanes<partial, T>(grad + c + v * L, count) / A(args.hw);
     }
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = i * args.c + c + v * L;
-        const Vec<A> centred = load_lanes<partial, T>(y + at, count) - bn[v].mean;
-        const Vec<A> z = fma(centred, bn[v].scale, bn[v].shift);
+        const Vec<A> centred = load_lanes<partial, T>(y + at, count) - norm[v].mean;
         Vec<A> g;
         if constexpr (pool)
           g = pooled[v];
         else
           g = load_lanes<partial, T>(grad + at, count);
-        if (args.norm_act.act == Act::relu) g = select(z <= zero<A>(), zero<A>(), g);
+        g = activate_backward<act>(norm[v].of_centred(centred), g);
         if (!partial && streaming)
-          store_streaming<T>(h + at, g);
+          store_streaming<T>(dz + at, g);
         else
-          store_lanes<partial, T>(h + at, g, count);
+          store_lanes<partial, T>(dz + at, g, count);
         const Vec<A> stored = pool ? round_to_storage<T>(g) : g;
         sum[v] += stored;
         centred_sum[v] = fma(stored, centred, centred_sum[v]);
@@ -170,13 +174,15 @@ inline void norm_act_backward(const NormActArgs& args) {
   using A = Acc<T>;
   const PixelGrid grid(args.n, args.hw);
   A* const partials = static_cast<A*>(scratch(0, sizeof(A) * grid.tiles() * 2 * args.c));
-  parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (args.pool)
-        norm_act_backward_rows<T, true>(args, grid.tile(i), partials + i * 2 * args.c);
-      else
-        norm_act_backward_rows<T, false>(args, grid.tile(i), partials + i * 2 * args.c);
-    }
+  with_act(args.norm_act.act, [&](auto act) {
+    parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (args.pool)
+          norm_act_backward_rows<T, act.value, true>(args, grid.tile(i), partials + i * 2 * args.c);
+        else
+          norm_act_backward_rows<T, act.value, false>(args, grid.tile(i), partials + i * 2 * args.c);
+      }
+    });
   });
   merge_grad_bn<A>(grid.tiles(), args.c, 2 * args.c, partials, args.n * args.hw,
                    static_cast<const A*>(args.norm_act.bn), args.batch_stats, static_cast<A*>(args.grad_bn_y));

@@ -9,12 +9,10 @@ template <class T>
 inline void pointwise_forward(const ForwardArgs& args) {
   const T* const u = static_cast<const T*>(args.u);
   const int64_t channels = args.g.c_in;
-  const Activation<Acc<T>> activation{static_cast<const Acc<T>*>(args.input.bn), channels};
+  const ChannelNormAct<Acc<T>> input(args.input, channels);
   forward_product(
       forward_product_of<T>(args, channels, static_cast<const T*>(args.weight)),
-      [&](int64_t begin, int64_t rows, Operand<T>* tile) {
-        activate_rows<T>(u + begin * channels, rows, activation, tile);
-      },
+      [&](int64_t begin, int64_t rows, Operand<T>* tile) { activate_rows<T>(u + begin * channels, rows, input, tile); },
       [&](int64_t row) { return u + row * channels; });
 }
 
@@ -23,7 +21,7 @@ inline void pointwise_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const T* const u = static_cast<const T*>(args.u);
-  const Activation<A> activation{static_cast<const A*>(args.input.bn), g.c_in};
+  const ChannelNormAct<A> input(args.input, g.c_in);
   const BackwardProduct<T> product{
       g.n * g.h * g.w,
       g.c_in,
@@ -31,7 +29,7 @@ inline void pointwise_backward(const BackwardArgs& args) {
       {static_cast<const T*>(args.dz), static_cast<const T*>(args.y), static_cast<const A*>(args.grad_bn_y), g.c_out},
       static_cast<const T*>(args.weight),
       u,
-      activation,
+      args.input,
       args.batch_stats_u,
       static_cast<T*>(args.dz_u),
       static_cast<A*>(args.grad_weight),
@@ -39,7 +37,7 @@ inline void pointwise_backward(const BackwardArgs& args) {
   backward_product(
       product,
       [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
-        activate_panels<T>(u + begin * g.c_in, rows, activation, panels, panel_rows);
+        activate_panels<T>(u + begin * g.c_in, rows, input, panels, panel_rows);
       },
       [&](int64_t row) { return u + row * g.c_in; });
 }

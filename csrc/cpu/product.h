@@ -35,31 +35,16 @@ struct ForwardProduct {
   const T* weight;           // [columns][depth]
   const Operand<T>* packed;  // the same in panels; null: packed here
   T* y;
-  // Training: batch statistics.
-  A* bn_y;
-  const A *gamma, *beta;
-  double eps;
-  // Inference.
-  const A* epilogue_bn;
-  bool epilogue_relu;
+  Statistics statistics;  // of y, with an output that is linear and not normalised
+  NormAct output;
 };
 
 template <class T>
 inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t depth, const T* weight) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  return {g.n * g.out_h * g.out_w,
-          depth,
-          g.c_out,
-          weight,
-          static_cast<const Operand<T>*>(args.packed),
-          static_cast<T*>(args.y),
-          static_cast<A*>(args.statistics.bn),
-          static_cast<const A*>(args.statistics.gamma),
-          static_cast<const A*>(args.statistics.beta),
-          args.statistics.eps,
-          static_cast<const A*>(args.output.bn),
-          args.output.act == Act::relu};
+  return {g.n * g.out_h * g.out_w, depth,           g.c_out,    weight, static_cast<const Operand<T>*>(args.packed),
+          static_cast<T*>(args.y), args.statistics, args.output};
 }
 
 // build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a, for which
@@ -69,7 +54,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   using A = Acc<T>;
   using E = Operand<T>;
   const int64_t pitch = tile_pitch<E>(p.depth), panels = ceil_div(p.columns, kPanel<A>);
-  const int64_t groups_deep = groups_of<E>(p.depth);
+  const int64_t depth_groups = groups_of<E>(p.depth);
   // Rows that fit in the L2 all together are built once, for all workers, which then divide the columns: each panel is
   // read once. Otherwise each worker builds tiles of its own.
   constexpr int64_t kTogetherBytes = 512 << 10;
@@ -77,10 +62,11 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
   const RowTiles tiles = together
                              ? even_tiles(p.rows, max_of(ceil_div(kWantedTasks, panels), p.rows / kRowsWorthPanels))
                              : row_tiles(p.rows, pitch * sizeof(E));
-  const int64_t groups = together ? panels : min_of(panels, ceil_div(kWantedTasks / 2, max_of(tiles.count, 1)));
+  const ChannelNormAct<A> output(p.output, p.columns);
+  const int64_t column_tasks = together ? panels : min_of(panels, ceil_div(kWantedTasks / 2, max_of(tiles.count, 1)));
   const int64_t rows_size = together ? round_up(p.rows, kTileStep) * pitch : 0;
-  const bool training = p.bn_y != nullptr, streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
-  const int64_t moments_size = training ? tiles.count * kMoments * p.columns : 0;
+  const bool statistics = p.statistics.wanted(), streaming = streams<T, kPanelVectors>(p.y, p.rows, p.columns);
+  const int64_t moments_size = statistics ? tiles.count * kMoments * p.columns : 0;
   const int64_t packed_size = p.packed ? 0 : panels_size<T>(p.columns, p.depth);
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(packed_size) + Workspace::bytes<E>(rows_size) +
                                             Workspace::bytes<A>(moments_size)));
@@ -109,48 +95,46 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
     });
   }
 
-  parallel(tiles.count * groups, [&](int64_t begin, int64_t end) {
+  parallel(tiles.count * column_tasks, [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
     E* const own = static_cast<E*>(scratch(kWorkerSlot, together ? 0 : Workspace::bytes<E>(tiles.rows * pitch)));
     int64_t built = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t = task / groups, group = task % groups, rows = tiles.size(t);
+      const int64_t t = task / column_tasks, column_task = task % column_tasks, rows = tiles.size(t);
       if (!together && t != built) {
         build(tiles.begin(t), rows, own);
         fill_up_rows(own, rows, p.depth);
       }
       built = t;
-      Ahead ahead(Ahead::steps<E>(rows, double(panels) / groups, p.depth));
+      Ahead ahead(Ahead::steps<E>(rows, double(panels) / column_tasks, p.depth));
       if (!together && t + 1 < tiles.count) {
         const int64_t next = tiles.begin(t + 1);
         ahead.add(reach(next), reach(next + tiles.size(t + 1)));
       }
-      if (together && p.packed && group + 1 < groups) ahead.add(panel_at(group + 1), panel_at(group + 2));
+      if (together && p.packed && column_task + 1 < column_tasks)
+        ahead.add(panel_at(column_task + 1), panel_at(column_task + 2));
       const E* const tile = together ? all_rows + tiles.begin(t) * pitch : own;
-      for (int64_t panel = group * panels / groups; panel < (group + 1) * panels / groups; ++panel) {
+      for (int64_t panel = column_task * panels / column_tasks; panel < (column_task + 1) * panels / column_tasks;
+           ++panel) {
         if (pack_between) pack(panel);
         const E* const b = panel_at(panel);
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;
-        if (p.epilogue_bn || p.epilogue_relu) {
-          StoreNormalised<T> epilogue{y,      p.columns,       columns,  {p.epilogue_bn, p.columns},
-                                      column, p.epilogue_relu, streaming};
-          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, ahead, epilogue);
+        if (statistics) {
+          StoreWithMoments<T> epilogue(y, p.columns, columns, streaming);
+          multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
+          epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
         } else {
-          StoreWithMoments<T> epilogue(y, p.columns, columns, training, streaming);
-          multiply_tile<false>(tile, pitch, rows, b, columns, groups_deep, ahead, epilogue);
-          if (training) {
-            epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
-          }
+          StoreNormAct<T> epilogue{y, p.columns, columns, output.from(column), streaming};
+          multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
         }
       }
     }
     if (streaming) finish_streaming();
   });
 
-  if (training)
-    merge_statistics<A>(
-        tiles.count, p.columns, moments, [&](int64_t t) { return tiles.size(t); }, p.gamma, p.beta, p.eps, p.bn_y);
+  if (statistics)
+    merge_statistics<A>(tiles.count, p.columns, moments, [&](int64_t t) { return tiles.size(t); }, p.statistics);
 }
 
 template <class T>
@@ -159,11 +143,11 @@ struct BackwardProduct {
   int64_t rows, depth, columns;
   OutputGradient<T> gradient;
   const T* weight;  // [columns][depth]
-  // The input; h_u and grad_bn_u are only made for an input of one row of u per row of the product.
+  // The input; dz_u and grad_bn_u are only made for an input of one row of u per row of the product.
   const T* u;
-  Activation<A> activation;
+  NormAct input;
   bool batch_stats_u;
-  T* h_u;          // null: not wanted
+  T* dz_u;         // null: not wanted
   A* grad_weight;  // [columns][depth]; null: not wanted
   A* grad_bn_u;    // null: not wanted
 };
@@ -176,16 +160,16 @@ class BackwardTiles {
   using E = Operand<T>;
 
   BackwardTiles(const BackwardProduct<T>& p, RowTiles tiles)
-      : p_(p), tiles_(tiles), streaming_(streams<T, kPanelVectors>(p.h_u, p.rows, p.depth)) {}
+      : p_(p), tiles_(tiles), streaming_(streams<T, kPanelVectors>(p.dz_u, p.rows, p.depth)) {}
 
   int64_t panels() const { return ceil_div(p_.depth, kPanel<A>); }
   int64_t panel_size() const { return groups_of<E>(p_.columns) * kPanel<A>; }
-  int64_t packed_size() const { return p_.h_u ? panels() * panel_size() : 0; }
+  int64_t packed_size() const { return p_.dz_u ? panels() * panel_size() : 0; }
   int64_t sums_size() const { return p_.grad_bn_u ? tiles_.count * 2 * p_.depth : 0; }
 
   void pack(E* packed) {
     packed_ = packed;
-    if (p_.h_u)
+    if (p_.dz_u)
       parallel(panels(), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           pack_rows<T>(p_.weight + i * kPanel<A>, p_.depth, p_.depth - i * kPanel<A>, p_.columns,
@@ -202,18 +186,19 @@ class BackwardTiles {
     if (t < tiles_.count) {
       const int64_t begin = tiles_.begin(t), end = begin + tiles_.size(t);
       ahead.add(reach(begin), reach(end));
-      ahead.add(p_.gradient.h + begin * p_.columns, p_.gradient.h + end * p_.columns);
+      ahead.add(p_.gradient.dz + begin * p_.columns, p_.gradient.dz + end * p_.columns);
       if (p_.gradient.y) ahead.add(p_.gradient.y + begin * p_.columns, p_.gradient.y + end * p_.columns);
     }
     return ahead;
   }
 
-  // h_u of tile t, whose output gradient is dy, by row.
+  // dz_u of tile t, whose output gradient is dy, by row.
   void input_gradient(int64_t t, const E* dy, Ahead& ahead) const {
+    const ChannelNormAct<A> input(p_.input, p_.depth);
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
-      StoreInputGradient<T> epilogue{p_.h_u + offset, p_.u + offset,      p_.activation,
-                                     channel,         p_.depth - channel, streaming_};
+      StoreInputGradient<T> epilogue{p_.dz_u + offset, p_.u + offset, input.from(channel), p_.depth - channel,
+                                     streaming_};
       multiply_tile<false>(dy, tile_pitch<E>(p_.columns), tiles_.size(t), packed_ + i * panel_size(), epilogue.columns,
                            groups_of<E>(p_.columns), ahead, epilogue);
       if (p_.grad_bn_u) {
@@ -226,8 +211,8 @@ class BackwardTiles {
 
   void merge_sums() const {
     if (p_.grad_bn_u)
-      merge_grad_bn<A>(tiles_.count, p_.depth, 2 * p_.depth, sums_, p_.rows, p_.activation.bn, p_.batch_stats_u,
-                       p_.grad_bn_u);
+      merge_grad_bn<A>(tiles_.count, p_.depth, 2 * p_.depth, sums_, p_.rows, static_cast<const A*>(p_.input.bn),
+                       p_.batch_stats_u, p_.grad_bn_u);
   }
 
  private:
@@ -263,7 +248,7 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
 
   parallel(chunks, [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
-    const int64_t rows_size = p.h_u || !Gradient::kApart || Gradient::kTransposed ? tiles.rows * row_pitch : 0;
+    const int64_t rows_size = p.dz_u || !Gradient::kApart || Gradient::kTransposed ? tiles.rows * row_pitch : 0;
     const int64_t across_size = p.grad_weight && Gradient::kApart ? layout.size : 0;
     const int64_t a_size = p.grad_weight ? panels * groups * kPanel<A> : 0;
     Workspace own(scratch(
@@ -276,7 +261,7 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
       for (int64_t t = first; t < last; ++t) {
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
                          {rows_size ? by_row : nullptr, across_size ? across : nullptr, layout.pitch});
-        Ahead ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.h_u != nullptr), reach);
+        Ahead ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.dz_u != nullptr), reach);
         if (p.grad_weight) {
           build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
           fill_up_panels(a, tiles.size(t), panels, tiles.rows);
@@ -287,7 +272,7 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
                                             epilogue.columns, groups_of<E>(tiles.size(t)), ahead, epilogue);
           }
         }
-        if (p.h_u) backward.input_gradient(t, by_row, ahead);
+        if (p.dz_u) backward.input_gradient(t, by_row, ahead);
       }
     }
   });
@@ -306,15 +291,15 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
 }
 
 // Large weights: a partial gradient per chunk would cost more traffic than the activations. Instead, stretches of rows
-// go through two steps: row tiles (dy and a are built and kept, h_u is made), then blocks of the weight gradient over
+// go through two steps: row tiles (dy and a are built and kept, dz_u is made), then blocks of the weight gradient over
 // all rows of the stretch, which is short enough for what was kept to be still in cache.
 template <class T, class BuildPanels, class Reach>
 inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels& build_panels, const Reach& reach) {
   using A = Acc<T>;
   using E = Operand<T>;
   using Gradient = GradientTile<T>;
-  constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kBlocks = 240 / kBlockRows * kBlockRows;
-  constexpr int64_t kGroupPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
+  constexpr int64_t kStretchBytes = 4 << 20, kDepth = 192, kWeightRows = 240 / kBlockRows * kBlockRows;
+  constexpr int64_t kTaskPanels = kPanel<A> < 64 ? 64 / kPanel<A> : 1;
   static_assert(kDepth % kDepthStep<E> == 0 && kTileStep % kDepthStep<E> == 0);
   const int64_t panels = ceil_div(p.depth, kPanel<A>), row_pitch = tile_pitch<E>(p.columns);
   const int64_t row_bytes = (row_pitch + ceil_div(panels * kPanel<A>, kGroup<E>)) * sizeof(E);
@@ -324,7 +309,7 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
   const int64_t stretch_groups = stretch_tiles * tiles.rows / kGroup<E>;
   const AcrossLayout<E> layout(stretch_groups, p.columns);
   const int64_t a_size = panels * stretch_groups * kPanel<A>;
-  const int64_t rows_size = Gradient::kTransposed || (p.h_u && Gradient::kApart) ? tiles.rows * row_pitch : 0;
+  const int64_t rows_size = Gradient::kTransposed || (p.dz_u && Gradient::kApart) ? tiles.rows * row_pitch : 0;
   Workspace shared(scratch(kSharedSlot, Workspace::bytes<E>(backward.packed_size()) +
                                             Workspace::bytes<A>(backward.sums_size()) +
                                             Workspace::bytes<E>(layout.size) + Workspace::bytes<E>(a_size)));
@@ -348,20 +333,20 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
         build_panels(tiles.begin(t), tiles.size(t), a + group * kPanel<A>, stretch_groups * kGroup<E>);
         fill_up_panels(a + group * kPanel<A>, tiles.size(t), panels, stretch_groups * kGroup<E>);
         Ahead ahead = backward.ahead(t + 1, 1, reach);
-        if (p.h_u) backward.input_gradient(t, by_row, ahead);
+        if (p.dz_u) backward.input_gradient(t, by_row, ahead);
       }
     });
-    const int64_t blocks = ceil_div(p.columns, kBlocks);
-    parallel(ceil_div(panels, kGroupPanels) * blocks, [&](int64_t begin, int64_t end) {
+    const int64_t row_tasks = ceil_div(p.columns, kWeightRows);
+    parallel(ceil_div(panels, kTaskPanels) * row_tasks, [&](int64_t begin, int64_t end) {
       const MatrixUnit unit;
       for (int64_t task = begin; task < end; ++task) {
         Ahead none;
-        const int64_t n = task % blocks * kBlocks, panel = task / blocks * kGroupPanels;
+        const int64_t n = task % row_tasks * kWeightRows, panel = task / row_tasks * kTaskPanels;
         for (int64_t d = 0; d < rows; d += kDepth)
-          for (int64_t i = panel; i < min_of(panel + kGroupPanels, panels); ++i) {
+          for (int64_t i = panel; i < min_of(panel + kTaskPanels, panels); ++i) {
             const int64_t column = i * kPanel<A>, group = d / kGroup<E>;
             AddToRows<A> epilogue{p.grad_weight + n * p.depth + column, p.depth, p.depth - column, first + d > 0};
-            multiply_tile<layout.kByColumn>(dy + layout.at(group, n), layout.pitch, min_of(kBlocks, p.columns - n),
+            multiply_tile<layout.kByColumn>(dy + layout.at(group, n), layout.pitch, min_of(kWeightRows, p.columns - n),
                                             a + (i * stretch_groups + group) * kPanel<A>, epilogue.columns,
                                             groups_of<E>(min_of(kDepth, rows - d)), none, epilogue);
           }

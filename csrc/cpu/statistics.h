@@ -128,13 +128,16 @@ inline void finish_tile_moments(const StoredTile<T>& t, int64_t channels, const 
     if (!(sum_squares[c] - sum_squares[c] == 0)) exact_tile_moments(t, c, apart, tile + c);
 }
 
-// partials: [tiles][kMoments][channels]; tile t has count(t) elements per channel. Writes bn [BN_ROWS][channels].
+// partials: [tiles][kMoments][channels]; tile t has count(t) elements per channel. Writes statistics.bn.
 template <class A, class Count>
-inline void merge_statistics(int64_t tiles, int64_t channels, const A* partials, const Count& count, const A* gamma,
-                             const A* beta, double eps, A* bn) {
+inline void merge_statistics(int64_t tiles, int64_t channels, const A* partials, const Count& count,
+                             const Statistics& statistics) {
+  const A *const gamma = static_cast<const A*>(statistics.gamma), *const beta = static_cast<const A*>(statistics.beta);
+  const double eps = statistics.eps;
+  A* const bn = static_cast<A*>(statistics.bn);
   parallel(ceil_div(channels, kMergeChannels), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t c0 = block * kMergeChannels;
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t c0 = run * kMergeChannels;
       const int size = int(min_of(channels - c0, kMergeChannels));
       double mean[kMergeChannels] = {}, m2[kMergeChannels] = {};
       double total = 0;
@@ -167,14 +170,14 @@ inline void merge_statistics(int64_t tiles, int64_t channels, const A* partials,
   });
 }
 
-// partials: tiles of `tile_stride` elements, each starting with [2][channels]: sum of h, sum of h*(u - MEAN).
+// partials: tiles of `tile_stride` elements, each starting with [2][channels]: sum of dz_u, sum of dz_u*(u - MEAN).
 // `count` is n*h*w. Writes grad_bn [GRAD_ROWS][channels]; bn is that of u.
 template <class A>
 inline void merge_grad_bn(int64_t tiles, int64_t channels, int64_t tile_stride, const A* partials, int64_t count,
                           const A* bn, bool batch_stats, A* grad_bn) {
   parallel(ceil_div(channels, kMergeChannels), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t c0 = block * kMergeChannels;
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t c0 = run * kMergeChannels;
       const int size = int(min_of(channels - c0, kMergeChannels));
       double sum[kMergeChannels] = {}, centred[kMergeChannels] = {};
       for (int64_t t = 0; t < tiles; ++t) {

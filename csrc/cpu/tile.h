@@ -1,8 +1,8 @@
-// Tiles: blocks of rows of a convolution's operands, converted to the accumulation type and rebuilt on load
-// (normalised and rectified activations, output gradients), in a worker's L2 cache.
+// Tiles: runs of rows of a convolution's operands, converted to the accumulation type and rebuilt on load (normalised
+// and activated inputs, output gradients), in a worker's L2 cache.
 #pragma once
 
-#include "../ops.h"
+#include "activation.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "vec.h"
@@ -36,7 +36,8 @@ inline RowTiles row_tiles(int64_t total, int64_t bytes_per_row) {
   return {total, rows, ceil_div(total, rows)};
 }
 
-// Behind the input pixels of a 3x3 convolution that its outputs before `pixel`, counted through all images, read.
+// The end of the input that output pixels [0, pixel) of a 3x3 convolution read. Pixels are numbered across the whole
+// batch.
 template <class T>
 MX_INLINE const T* reach_of_taps(const T* x, const Geometry& g, int64_t pixel) {
   const int64_t ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h, image = pixel / (g.out_w * g.out_h);
@@ -65,47 +66,28 @@ class Workspace {
   char* next_;
 };
 
-// The input of a convolution: relu(normalise(u)) by bn, or u itself if bn is null.
-template <class A>
-struct Activation {
-  const A* bn;  // [BN_ROWS][channels] or null
-  int64_t channels;
-
-  bool plain() const { return bn == nullptr; }
-  const A* row(int which) const { return bn + which * channels; }
-};
-
-// z of one vector; backward masks by the very same expression.
-template <class A>
-MX_INLINE Vec<A> normalise(Vec<A> centred, Vec<A> scale, Vec<A> shift) {
-  return fma(centred, scale, shift);
-}
-
-// The input's `count` channels of `rows` rows, made from u. Lanes behind a partial vector are what 0 - 0 rectified
-// gives, 0.
-template <int rows, bool partial, class T>
-MX_INLINE void activate_lanes(const T* u, int64_t u_pitch, int count, const Activation<Acc<T>>& activation,
+// The input's `count` channels of `rows` rows, made from u. Lanes after a partial vector are act(0), 0.
+template <int rows, bool partial, bool normalises, Act act, class T>
+MX_INLINE void activate_lanes(const T* u, int64_t u_pitch, int count, const ChannelNormAct<Acc<T>>& input,
                               int64_t channel, Vec<Acc<T>> (&value)[rows]) {
   using A = Acc<T>;
 #pragma GCC unroll 4
   for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(u + i * u_pitch, count);
-  if (!activation.plain()) {
-    const Vec<A> mean = load_lanes<partial, A>(activation.row(BN_MEAN) + channel, count);
-    const Vec<A> scale = load_lanes<partial, A>(activation.row(BN_SCALE) + channel, count);
-    const Vec<A> shift = load_lanes<partial, A>(activation.row(BN_SHIFT) + channel, count);
+  if constexpr (normalises) {
+    const ChannelNorm<A> norm = input.template norm<partial>(channel, count);
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) value[i] = relu(normalise<A>(value[i] - mean, scale, shift));
+    for (int i = 0; i < rows; ++i) value[i] = activate<act>(norm.z(value[i]));
   }
 }
 
-// Calls body(Constant<rows>, i, channel, Constant<partial>, count) over rows in blocks of four, then `rest`, and
+// Calls body(Constant<rows>, i, channel, Constant<partial>, count) over rows in runs of four, then `rest`, and
 // channels in vectors.
 template <int rest, class A, class Body>
-MX_INLINE void for_row_blocks(int64_t rows, int64_t channels, const Body& body) {
-  const auto vectors = [&](auto block_rows, int64_t i) {
+MX_INLINE void for_row_runs(int64_t rows, int64_t channels, const Body& body) {
+  const auto vectors = [&](auto run, int64_t i) {
     int64_t c = 0;
-    for (; c + kLanes<A> <= channels; c += kLanes<A>) body(block_rows, i, c, Constant<false>{}, kLanes<A>);
-    if (c < channels) body(block_rows, i, c, Constant<true>{}, int(channels - c));
+    for (; c + kLanes<A> <= channels; c += kLanes<A>) body(run, i, c, Constant<false>{}, kLanes<A>);
+    if (c < channels) body(run, i, c, Constant<true>{}, int(channels - c));
   };
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) vectors(Constant<4>{}, i);
@@ -127,38 +109,44 @@ MX_INLINE void store_groups(Operand<T>* to, int64_t apart, const Vec<Acc<T>> (&v
   }
 }
 
-// Rows of the activation, tile_pitch apart: a tile to broadcast from. The tile has room for whole vectors.
+// Rows of the input, tile_pitch apart: a tile to broadcast from. The tile has room for whole vectors.
 template <class T>
-inline void activate_rows(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Operand<T>* tile) {
-  const int64_t channels = activation.channels, pitch = tile_pitch<Operand<T>>(channels);
-  for_row_blocks<1, Acc<T>>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
-    Vec<Acc<T>> value[block.value];
-    activate_lanes<block.value, partial.value>(u + i * channels + c, channels, count, activation, c, value);
+inline void activate_rows(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, Operand<T>* tile) {
+  const int64_t channels = input.channels, pitch = tile_pitch<Operand<T>>(channels);
+  with_norm_act(input, [&](auto normalises, auto act) {
+    for_row_runs<1, Acc<T>>(rows, channels, [&](auto run, int64_t i, int64_t c, auto partial, int count) {
+      Vec<Acc<T>> value[run.value];
+      activate_lanes<run.value, partial.value, normalises.value, act.value>(u + i * channels + c, channels, count,
+                                                                            input, c, value);
 #pragma GCC unroll 4
-    for (int k = 0; k < block.value; ++k) store_in_row<T>(tile + (i + k) * pitch, c, value[k]);
+      for (int k = 0; k < run.value; ++k) store_in_row<T>(tile + (i + k) * pitch, c, value[k]);
+    });
   });
 }
 
-// Panels [ceil(channels / kPanel)][panel_rows / kGroup][kPanel], with rows along the depth: what a weight gradient
-// multiplies with. Of a last panel only the vectors with channels in them are written.
+// The input in panels [ceil(channels / kPanel)][panel_rows / kGroup][kPanel], with rows along the depth: what a weight
+// gradient multiplies with. Of a last panel only the vectors with channels in them are written.
 template <class T>
-inline void activate_panels(const T* u, int64_t rows, const Activation<Acc<T>>& activation, Operand<T>* panels,
+inline void activate_panels(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, Operand<T>* panels,
                             int64_t panel_rows) {
   using A = Acc<T>;
   constexpr int group = kGroup<Operand<T>>;
-  const int64_t channels = activation.channels, panel_size = panel_rows / group * kPanel<A>;
-  for_row_blocks<group, A>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
-    Vec<A> value[block.value];
-    activate_lanes<block.value, partial.value>(u + i * channels + c, channels, count, activation, c, value);
-    store_groups<block.value, T>(panels + c / kPanel<A> * panel_size + i / group * kPanel<A> + c % kPanel<A>, kPanel<A>,
+  const int64_t channels = input.channels, panel_size = panel_rows / group * kPanel<A>;
+  with_norm_act(input, [&](auto normalises, auto act) {
+    for_row_runs<group, A>(rows, channels, [&](auto run, int64_t i, int64_t c, auto partial, int count) {
+      Vec<A> value[run.value];
+      activate_lanes<run.value, partial.value, normalises.value, act.value>(u + i * channels + c, channels, count,
+                                                                            input, c, value);
+      store_groups<run.value, T>(panels + c / kPanel<A> * panel_size + i / group * kPanel<A> + c % kPanel<A>, kPanel<A>,
                                  value);
+    });
   });
 }
 
-// The gradient at a convolution's output: P*h + Q*(y - MEAN) + O; P*h without y; h without grad_bn.
+// dy, the gradient at a convolution's output (csrc/ops.h): without y, DZ_COEFFICIENT*dz; without grad_bn, dz.
 template <class T>
 struct OutputGradient {
-  const T* h;
+  const T* dz;
   const T* y;
   const Acc<T>* grad_bn;  // [GRAD_ROWS][channels]
   int64_t channels;
@@ -172,19 +160,19 @@ MX_INLINE void gradient_lanes(const OutputGradient<T>& gradient, int64_t row, in
   using A = Acc<T>;
   const int64_t offset = row * gradient.channels + channel;
 #pragma GCC unroll 4
-  for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(gradient.h + offset + i * gradient.channels, count);
+  for (int i = 0; i < rows; ++i) value[i] = load_lanes<partial, T>(gradient.dz + offset + i * gradient.channels, count);
   if (gradient.grad_bn) {
-    const Vec<A> p = load_lanes<partial, A>(gradient.row(GRAD_DZ_COEFFICIENT) + channel, count);
+    const Vec<A> dz_coefficient = load_lanes<partial, A>(gradient.row(GRAD_DZ_COEFFICIENT) + channel, count);
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) value[i] *= p;
+    for (int i = 0; i < rows; ++i) value[i] *= dz_coefficient;
     if (gradient.y) {
       const Vec<A> mean = load_lanes<partial, A>(gradient.row(GRAD_MEAN) + channel, count);
-      const Vec<A> q = load_lanes<partial, A>(gradient.row(GRAD_Y_COEFFICIENT) + channel, count);
-      const Vec<A> o = load_lanes<partial, A>(gradient.row(GRAD_CONSTANT) + channel, count);
+      const Vec<A> y_coefficient = load_lanes<partial, A>(gradient.row(GRAD_Y_COEFFICIENT) + channel, count);
+      const Vec<A> constant = load_lanes<partial, A>(gradient.row(GRAD_CONSTANT) + channel, count);
 #pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) {
         const Vec<A> y = load_lanes<partial, T>(gradient.y + offset + i * gradient.channels, count);
-        value[i] = fma(q, y - mean, value[i]) + o;
+        value[i] = fma(y_coefficient, y - mean, value[i]) + constant;
       }
     }
   }
@@ -200,7 +188,7 @@ struct AcrossLayout {
   static constexpr bool kByColumn = true;
 #endif
 
-  int64_t pitch, size;  // with what multiply_tile reads behind the last column
+  int64_t pitch, size;  // with what multiply_tile reads after the last column
 
   AcrossLayout(int64_t groups, int64_t columns)
       : pitch(row_pitch<E>(kByColumn ? columns : groups)),
@@ -247,15 +235,15 @@ inline void gradient_rows(const OutputGradient<T>& gradient, int64_t begin, int6
   using G = GradientTile<T>;
   constexpr int group = kGroup<E>;
   const int64_t channels = gradient.channels, pitch = tile_pitch<E>(channels);
-  for_row_blocks<group, A>(rows, channels, [&](auto block, int64_t i, int64_t c, auto partial, int count) {
-    Vec<A> value[block.value];
-    gradient_lanes<block.value, partial.value>(gradient, begin + i, c, count, value);
+  for_row_runs<group, A>(rows, channels, [&](auto run, int64_t i, int64_t c, auto partial, int count) {
+    Vec<A> value[run.value];
+    gradient_lanes<run.value, partial.value>(gradient, begin + i, c, count, value);
     if (!G::kApart || G::kTransposed || tile.by_row) {
 #pragma GCC unroll 4
-      for (int k = 0; k < block.value; ++k) store_in_row<T>(tile.by_row + (i + k) * pitch, c, value[k]);
+      for (int k = 0; k < run.value; ++k) store_in_row<T>(tile.by_row + (i + k) * pitch, c, value[k]);
     }
     if (G::kApart && !G::kTransposed && tile.across)
-      store_groups<block.value, T>(tile.across + i / group * tile.across_pitch + c, tile.across_pitch, value);
+      store_groups<run.value, T>(tile.across + i / group * tile.across_pitch + c, tile.across_pitch, value);
   });
   fill_up_rows(tile.by_row, rows, channels);
 #if defined(MX_ISA_AMX_BF16)

@@ -73,18 +73,6 @@ MX_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-// z <= 0 ? 0 : z, up to the sign of 0. A NaN must stay a NaN, as in PyTorch: x86's maximum gives its second operand
-// where either is one.
-template <class V>
-MX_INLINE V relu(V z) {
-#if defined(MX_ISA_AVX512)
-  if constexpr (sizeof(z[0]) == 4) return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z);
-#elif defined(MX_ISA_AVX2)
-  if constexpr (sizeof(z[0]) == 4) return (V)_mm256_max_ps(_mm256_setzero_ps(), (__m256)z);
-#endif
-  return z <= V{} ? V{} : z;
-}
-
 // v, or 0 where it is infinite or NaN.
 template <class V>
 MX_INLINE V finite_or_zero(V v) {

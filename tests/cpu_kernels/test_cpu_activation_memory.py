@@ -8,12 +8,14 @@ import threading
 import torch
 from cpu_ops import activation, ops, random_bn
 
+from mobilenet_ext.contract import Act
+
 LARGE = (8, 64, 64, 64)  # 8 MiB of float32
 
 
 def normalised(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     u = activation(*shape, dtype=dtype)
-    return ops.bn_relu_forward(u, random_bn(shape[1], dtype), False)
+    return ops.norm_act_forward(u, random_bn(shape[1], dtype), Act.LINEAR, False)
 
 
 def resident() -> int:
@@ -56,19 +58,19 @@ def test_blocks_that_nobody_takes_go_back_to_the_system() -> None:
     other = activation(*LARGE, dtype=torch.float32)
     bn = random_bn(64, torch.float32)
     for _ in range(600):
-        ops.bn_relu_forward(other, bn, False)
+        ops.norm_act_forward(other, bn, Act.LINEAR, False)
     assert with_blocks - resident() > 200 * 2**20
 
 
 def test_threads_share_the_blocks() -> None:
     u, bn = activation(*LARGE, dtype=torch.float32), random_bn(64, torch.float32)
-    expected = ops.bn_relu_forward(u, bn, True)
+    expected = ops.norm_act_forward(u, bn, Act.RELU, False)
     wrong = []
 
     def work() -> None:
         kept = []
         for i in range(40):
-            kept.append(ops.bn_relu_forward(u, bn, True))
+            kept.append(ops.norm_act_forward(u, bn, Act.RELU, False))
             if i % 3 == 2:
                 wrong.extend(1 for y in kept if not torch.equal(y, expected))
                 kept.clear()

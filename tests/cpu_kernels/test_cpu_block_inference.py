@@ -1,0 +1,73 @@
+"""The block_inference kernel in C++ for CPUs, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_ops import (
+    DTYPES,
+    ISA,
+    ISAS,
+    TOLERANCE,
+    activation,
+    as_double,
+    assert_close,
+    check_threads,
+    in_float64,
+    is_channels_last_dense,
+    ops,
+    passes_with_isa,
+    random_bn,
+    rounds_operands,
+)
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
+
+# (n, c, h, w, c_out, stride)
+BLOCKS = [
+    (2, 32, 28, 28, 64, 1),
+    (2, 32, 28, 28, 64, 2),
+    (3, 33, 9, 11, 17, 1),
+    (1, 3, 8, 7, 5, 2),
+    (9, 16, 1, 1, 8, 2),
+    (3, 16, 2, 3, 8, 1),
+    (1, 520, 7, 7, 300, 1),
+    (0, 16, 7, 7, 8, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, c, h, w, c_out, stride = shape
+    x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
+    depthwise_weight = torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype)
+    pointwise_weight = (torch.randn(c_out, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype)
+    args = (x, depthwise_bn, Act.RELU, depthwise_weight, stride, pointwise_bn, Act.RELU, pointwise_weight)
+    y = ops.block_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    if rounds_operands(dtype):
+        depthwise = map(as_double, (x, depthwise_bn, Act.RELU, depthwise_weight, stride, 1))
+        inside = reference.depthwise_inference(*depthwise)
+        exact = (inside.to(dtype), pointwise_bn, Act.RELU, pointwise_weight, 1, 0)
+        assert_close(y, *in_float64(reference.pointwise_inference, exact), TOLERANCE[dtype])
+    else:
+        assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 72), (1, 300, 7, 7, 520)], ids=str)
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, c, h, w, c_out = shape
+    x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
+    depthwise_weight, pointwise_weight = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(c_out, c, 1, 1).to(dtype)
+    check_threads(
+        ops.block_inference,
+        (x, depthwise_bn, Act.RELU, depthwise_weight, 1, pointwise_bn, Act.RELU, pointwise_weight),
+    )
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
+def test_other_instruction_sets(isa: str) -> None:
+    passes_with_isa(isa, __file__)

@@ -1,0 +1,265 @@
+"""The depthwise kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cpu_ops import (
+    ACC_TOLERANCE,
+    DTYPES,
+    ISA,
+    ISAS,
+    TOLERANCE,
+    activation,
+    assert_close,
+    assert_same_specials,
+    channels_last,
+    check_conv_backward,
+    check_threads,
+    in_float64,
+    is_channels_last_dense,
+    normalisation,
+    ops,
+    passes_with_isa,
+    random_bn,
+    random_grad_bn,
+    relative_error,
+    same_bits,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
+
+# (n, c, h, w, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a vector, 1, 3
+# and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above several bands.
+SHAPES = [
+    (2, 32, 12, 12, 1, 1),
+    (2, 32, 12, 12, 2, 1),
+    (1, 8, 9, 7, 1, 1),
+    (1, 24, 7, 9, 2, 1),
+    (2, 3, 8, 8, 1, 0),
+    (2, 33, 9, 9, 2, 0),
+    (1, 40, 8, 9, 2, 0),
+    (3, 1, 5, 6, 1, 1),
+    (2, 16, 1, 1, 1, 1),
+    (2, 16, 1, 1, 2, 1),
+    (1, 16, 2, 2, 2, 1),
+    (1, 16, 2, 2, 1, 1),
+    (1, 16, 3, 3, 1, 0),
+    (1, 16, 4, 4, 2, 0),
+    (1, 5, 1, 200, 1, 1),
+    (1, 5, 200, 1, 2, 1),
+    (1, 20, 57, 113, 1, 1),
+    (1, 20, 57, 114, 2, 1),
+    (1, 20, 58, 115, 2, 0),
+    (1, 1100, 4, 5, 1, 1),
+    (0, 16, 8, 8, 1, 1),
+]
+
+
+def depthwise_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, bn_u, weight, and for the backward dz, y, grad_bn_y."""
+    n, c, h, w, stride, padding = shape
+    out = ((h + 2 * padding - 3) // stride + 1, (w + 2 * padding - 3) // stride + 1)
+    return (
+        activation(n, c, h, w, dtype=dtype),
+        random_bn(c, dtype),
+        torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype),
+        activation(n, c, *out, dtype=dtype),
+        activation(n, c, *out, dtype=dtype),
+        random_grad_bn(c, dtype),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
+    u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
+    gamma, beta = bn_u[1], bn_u[2]
+    args = (u, *normalisation(bn_u, normalised), weight, *shape[4:], gamma, beta, 1e-5, True)
+    y, bn_y = ops.depthwise_forward(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    expected, _ = in_float64(reference.depthwise_forward, args)
+    assert_close(y, expected, TOLERANCE[dtype], "y")
+    # The statistics are those of y as stored.
+    of_stored = reference._batch_bn(y.double(), gamma.double(), beta.double(), 1e-5)
+    assert bn_y.dtype == reference.acc_dtype(dtype)
+    for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
+        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> None:
+    u, bn_u, weight, *_ = depthwise_inputs((2, 24, 9, 9, 1, 1), dtype)
+    y, bn_y = ops.depthwise_forward(u, bn_u, Act.RELU, weight, 1, 1, None, None, 1e-3, True)
+    plain, empty = ops.depthwise_forward(u, bn_u, Act.RELU, weight, 1, 1, None, None, 1e-3, False)
+    assert same_bits(y, plain)
+    assert empty.shape == (0,) and empty.dtype == bn_y.dtype
+    of_stored = reference._batch_bn(y.double(), None, None, 1e-3)
+    assert_close(bn_y, of_stored, ACC_TOLERANCE[dtype])
+    assert torch.equal(bn_y[1], bn_y[3]) and not bn_y[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("normalised", "with_grad_bn", "with_y", "batch_stats"),
+    [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
+)
+def test_depthwise_backward(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    normalised: bool,
+    with_grad_bn: bool,
+    with_y: bool,
+    batch_stats: bool,
+) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
+    output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
+    source = (u, *normalisation(bn_u, normalised), batch_stats, weight, *shape[4:])
+    check_conv_backward("depthwise_backward", output, source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bn", [True, False])
+@pytest.mark.parametrize("act", Act)
+def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
+    u, bn, weight, *_ = depthwise_inputs(shape, dtype)
+    args = (u, bn if with_bn else None, act, weight, *shape[4:])
+    y = ops.depthwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.depthwise_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_outputs_too_large_for_the_cache(stride: int) -> None:
+    # 8 MiB and more are written past the cache, other code than for the small shapes above.
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 48, 224, 224, stride, 1), torch.float32)
+    args = (u, bn_u, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    actual, bn_y = ops.depthwise_forward(*args)
+    assert_close(actual, in_float64(reference.depthwise_forward, args)[0], 1e-6)
+    assert_close(bn_y, reference._batch_bn(actual.double(), None, None, 1e-5), 1e-5)
+    args = (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, stride, 1, True, True)
+    dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_close(dz_u, expected[0], 1e-6)
+    assert_close(grad_weight, expected[1], 1e-5)
+    assert_close(grad_bn_u, reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True), 1e-5)
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_statistics_survive_a_large_mean(mean: float) -> None:
+    # A kernel whose only tap is its centre copies the input, so the statistics are those of the input.
+    u = activation(4, 24, 56, 60, dtype=torch.float32, mean=mean)
+    weight = torch.zeros(24, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    y, bn_y = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    assert torch.equal(y, u)
+    exact = u.double().var((0, 2, 3), correction=0)
+    module = torch.nn.BatchNorm2d(24, momentum=1.0)
+    module(u)
+    theirs = relative_error(module.running_var * (1 - 1 / (u.numel() // 24)), exact)
+    assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
+
+
+def special_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Inputs of a backward in which channel c > 0 holds one special value each; channel 0 is ordinary."""
+    inputs = depthwise_inputs((1, 16, 9, 9, 1, 1), dtype)
+    u, bn_u, weight, dz, y, grad_bn_y = inputs
+    for channel, value in enumerate([float("nan"), float("inf"), -float("inf")], start=1):
+        u[0, channel, 4, 4] = value
+        u[0, channel + 3, 0, 0] = value
+        dz[0, channel + 6, 4, 4] = value
+        dz[0, channel + 9, 0, 8] = value
+        weight[channel + 12, 0, 0, 0] = value
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = special_inputs(dtype)
+    if stride == 2:
+        dz, y = (channels_last(t[:, :, ::2, ::2]) for t in (dz, y))
+    args = (u, bn_u, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    ours, bn_y = ops.depthwise_forward(*args)
+    # In float32: in float64 PyTorch multiplies the padding by infinite weights, in other dtypes it leaves it out.
+    theirs = F.conv2d(reference._norm_act(u, bn_u, Act.RELU), weight.float(), stride=stride, padding=1, groups=16)
+    assert_same_specials(ours, theirs.to(dtype).double())
+    finite = torch.isfinite(ours).all(3).all(2)[0]
+    assert torch.equal(torch.isfinite(bn_y[4]), finite) and finite[0]
+
+    args = (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, stride, 1, True, True)
+    ours = ops.depthwise_backward(*args)
+    theirs = reference.depthwise_backward(*args)
+    assert_same_specials(ours[0], theirs[0].double())
+    # Products of infinities may be summed in another order: NaN and Inf stand for each other within one tap's sum.
+    assert torch.equal(torch.isfinite(ours[1]), torch.isfinite(theirs[1]))
+    assert torch.equal(torch.isfinite(ours[2]), torch.isfinite(theirs[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1), (1, 264, 7, 7, 1, 1)], ids=str)
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
+    forward = (u, bn_u, Act.RELU, weight, *shape[4:], bn_u[1], bn_u[2], 1e-5, True)
+    check_threads(ops.depthwise_forward, forward)
+    check_threads(ops.depthwise_backward, (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, *shape[4:], True, True))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
+def test_other_instruction_sets(isa: str) -> None:
+    passes_with_isa(isa, __file__, besides="too_large")
+
+
+def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 16, 8, 8, 1, 1), torch.float32)
+    forward, backward = ops.depthwise_forward, ops.depthwise_backward
+    tail, rest = (None, None, 1e-5, True), (u, bn_u, Act.RELU, True, weight, 1, 1, True, True)
+    return {
+        "input: expected channels_last": (forward, (u.contiguous(), bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "input: expected 4 dimensions": (forward, (u[0], bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "input: expected float32": (forward, (u.int(), bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "input: expected at least one channel": (forward, (u[:, :0], bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "input: the padded image": (forward, (channels_last(u[:, :, :2]), bn_u, Act.RELU, weight, 1, 0, *tail)),
+        "weight: expected scalar type": (forward, (u, bn_u, Act.RELU, weight.double(), 1, 1, *tail)),
+        "weight: expected shape": (forward, (u, bn_u, Act.RELU, weight[:8], 1, 1, *tail)),
+        "weight: expected a contiguous": (forward, (u, bn_u, Act.RELU, weight.transpose(2, 3), 1, 1, *tail)),
+        "weight: expected 4": (forward, (u, bn_u, Act.RELU, weight.flatten(), 1, 1, *tail)),
+        "stride: expected 1 or 2": (forward, (u, bn_u, Act.RELU, weight, 3, 1, *tail)),
+        "padding: expected 0 or 1": (forward, (u, bn_u, Act.RELU, weight, 1, 2, *tail)),
+        "bn_u: expected shape": (forward, (u, bn_u[:4], Act.RELU, weight, 1, 1, *tail)),
+        "bn_u: expected a contiguous": (forward, (u, bn_u.t().contiguous().t(), Act.RELU, weight, 1, 1, *tail)),
+        "bn_u: expected scalar type": (forward, (u, bn_u.double(), Act.RELU, weight, 1, 1, *tail)),
+        "gamma: expected shape": (forward, (u, bn_u, Act.RELU, weight, 1, 1, bn_u[0, :3], None, 1e-5, True)),
+        "beta: expected scalar type": (forward, (u, bn_u, Act.RELU, weight, 1, 1, None, bn_u[0].half(), 1e-5, True)),
+        "dz: expected shape": (backward, (dz[:1], y, grad_bn_y, *rest)),
+        "y: expected scalar type": (backward, (dz, y.double(), grad_bn_y, *rest)),
+        "grad_bn_y: expected shape": (backward, (dz, y, grad_bn_y[:5], *rest)),
+        "act_u: expected relu with bn_u": (forward, (u, bn_u, Act.LINEAR, weight, 1, 1, *tail)),
+        "act_u: expected relu with bn_u and linear without": (forward, (u, None, Act.RELU, weight, 1, 1, *tail)),
+        "act_u: expected an Act": (forward, (u, bn_u, 17, weight, 1, 1, *tail)),
+        "packed: expected for a pointwise": (
+            ops.depthwise_inference, (u, bn_u, Act.RELU, weight, 1, 1, torch.zeros(8, dtype=torch.uint8))
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", list(bad_calls()))
+def test_bad_tensors_are_refused(message: str) -> None:
+    op, args = bad_calls()[message]
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)

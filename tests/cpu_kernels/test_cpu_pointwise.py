@@ -1,0 +1,214 @@
+"""The pointwise kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cpu_ops import (
+    DTYPES,
+    ISA,
+    ISAS,
+    TOLERANCE,
+    activation,
+    as_double,
+    assert_close,
+    assert_same_specials,
+    assert_statistics,
+    check_conv_backward,
+    check_threads,
+    in_float64,
+    is_channels_last_dense,
+    normalisation,
+    ops,
+    passes_with_isa,
+    random_bn,
+    random_grad_bn,
+    relative_error,
+    rounds_operands,
+    same_bits,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
+
+# (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
+# 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
+# pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
+POINTWISE = [
+    (2, 1, 5, 7, 1),
+    (3, 33, 9, 11, 17),
+    (1, 40, 7, 7, 72),
+    (2, 64, 48, 48, 32),
+    (9, 3, 1, 1, 5),
+    (1, 520, 7, 7, 300),
+    (1, 24, 14, 14, 520),
+    (2, 330, 40, 41, 410),
+    (0, 16, 7, 7, 24),
+    (0, 400, 7, 7, 400),
+]
+
+
+def pointwise_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u, bn_u, weight, and for the backward dz, y, grad_bn_y."""
+    n, c_in, h, w, c_out = shape
+    weight = torch.randn(c_out, c_in, 1, 1, dtype=torch.float64) / c_in**0.5
+    gradients = [activation(n, c_out, h, w, dtype=dtype) for _ in range(2)]
+    bn_u, grad_bn_y = random_bn(c_in, dtype), random_grad_bn(c_out, dtype)
+    return activation(n, c_in, h, w, dtype=dtype), bn_u, weight.to(dtype), *gradients, grad_bn_y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
+    u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
+    gamma, beta = (grad_bn_y[0], grad_bn_y[1]) if normalised else (None, None)
+    args = (u, *normalisation(bn_u, normalised), weight, 1, 0, gamma, beta, 1e-5)
+    y, bn_y = ops.pointwise_forward(*args, True)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    exact = (*args, True)
+    if rounds_operands(dtype):
+        a = reference._norm_act(u.double(), as_double(args[1]), args[2]).to(dtype)
+        exact = (a, None, Act.LINEAR, *args[3:], True)
+    assert_close(y, in_float64(reference.pointwise_forward, exact)[0], TOLERANCE[dtype], "y")
+    assert_statistics(bn_y, y, gamma, beta, 1e-5)
+    plain, empty = ops.pointwise_forward(*args, False)
+    assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == bn_y.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@pytest.mark.parametrize(
+    ("normalised", "with_grad_bn", "with_y", "batch_stats"),
+    [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
+)
+def test_pointwise_backward(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    normalised: bool,
+    with_grad_bn: bool,
+    with_y: bool,
+    batch_stats: bool,
+) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
+    output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
+    source = (u, *normalisation(bn_u, normalised), batch_stats, weight, 1, 0)
+    check_conv_backward("pointwise_backward", output, source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", range(1, 30))
+def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 5, 1, count, count), dtype)
+    args = (u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, False)
+    assert_close(
+        ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], TOLERANCE[dtype], "y"
+    )
+    check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@pytest.mark.parametrize("with_bn", [True, False])
+@pytest.mark.parametrize("act", Act)
+def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
+    x, _, weight, *_ = pointwise_inputs(shape, dtype)
+    args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, 0)
+    y = ops.pointwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_statistics_survive_a_large_mean(mean: float) -> None:
+    # The identity as weight copies the input, so the statistics are those of the input.
+    u = activation(4, 40, 56, 60, dtype=torch.float32, mean=mean)
+    y, bn_y = ops.pointwise_forward(u, None, Act.LINEAR, torch.eye(40).view(40, 40, 1, 1), 1, 0, None, None, 1e-5, True)
+    assert torch.equal(y, u)
+    exact = u.double().var((0, 2, 3), correction=0)
+    module = torch.nn.BatchNorm2d(40, momentum=1.0)
+    module(u)
+    theirs = relative_error(module.running_var * (1 - 1 / (u.numel() // 40)), exact)
+    assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", ["u", "dz", "y", "weight", "bn_u"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf(dtype: torch.dtype, where: str, value: float) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((2, 33, 7, 9, 40), dtype)
+    {"u": u[1, 3, 2], "dz": dz[0, 5, 6], "y": y[1, 39, 0], "weight": weight[7, 32], "bn_u": bn_u[1]}[where][0] = value
+    args = (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True)
+    ours, bn_y = ops.pointwise_forward(*args)
+    theirs, their_bn = reference.pointwise_forward(*args)
+    assert_same_specials(ours, theirs.double())
+    assert torch.equal(torch.isfinite(bn_y), torch.isfinite(their_bn))
+    args = (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    for actual, expected in zip(ops.pointwise_backward(*args), reference.pointwise_backward(*args), strict=True):
+        assert_same_specials(actual, expected.double())
+
+
+def test_more_channels_than_fit_on_a_stack() -> None:
+    x, bn_u, weight, *_ = pointwise_inputs((1, 20_000, 1, 2, 3), torch.float32)
+    args = (x, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, False)
+    assert_close(ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], 1e-5)
+    x, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 3, 1, 2, 20_000), torch.float32)
+    args = (dz, y, grad_bn_y, x, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    for actual, expected in zip(
+        ops.pointwise_backward(*args), in_float64(reference.pointwise_backward, args), strict=True
+    ):
+        assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [64, 96])
+def test_outputs_past_the_cache(dtype, channels):
+    """From 8 MiB on, outputs are written past the cache: the same bits as of each image alone."""
+    images = 12 if dtype is torch.float32 else 24
+    u = torch.randn(images, 32, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 32, 1, 1).to(dtype)
+    dz = torch.randn(images, channels, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert dz.numel() * dz.element_size() >= 16 << 20
+    y = ops.pointwise_inference(u, None, Act.LINEAR, weight, 1, 0)
+    back = weight.transpose(0, 1).contiguous()  # [32, channels]: its input gradient is the large one
+    dz_u = ops.pointwise_backward(u, None, None, dz, None, Act.LINEAR, False, back, 1, 0, True, False)[0]
+    for i in range(images):
+        one = slice(i, i + 1)
+        assert torch.equal(y[one], ops.pointwise_inference(u[one], None, Act.LINEAR, weight, 1, 0))
+        alone = ops.pointwise_backward(u[one], None, None, dz[one], None, Act.LINEAR, False, back, 1, 0, True, False)[0]
+        assert torch.equal(dz_u[one], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 72), (1, 300, 7, 7, 520), (2, 330, 20, 41, 410)], ids=str)
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
+    check_threads(ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True))
+    check_threads(ops.pointwise_backward, (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, 1, 0, True, True))
+
+
+def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    u, bn_u, weight, *_ = pointwise_inputs((2, 16, 8, 8, 24), torch.float32)
+    tail = (None, None, 1e-5, True)
+    return {
+        "stride: expected 1 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 2, 0, *tail)),
+        "padding: expected 0 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "packed: expected": (ops.pointwise_inference, (u, None, Act.RELU, weight, 1, 0, u)),
+    }
+
+
+@pytest.mark.parametrize("message", list(bad_calls()))
+def test_bad_tensors_are_refused(message: str) -> None:
+    op, args = bad_calls()[message]
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
+def test_other_instruction_sets(isa: str) -> None:
+    passes_with_isa(isa, __file__)
