@@ -83,17 +83,16 @@ def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
         if pass_ == "forward":
             return bind(ops.norm_act_forward, u, bn_u, Act.RELU, True)
         return bind(ops.norm_act_backward, activation(k, 1), u, bn_u, Act.RELU, True, True)
-    filters = {"stem": (n, k, 3, 3), "depthwise": (n, 1, 3, 3), "pointwise": (n, k, 1, 1)}[kind]
-    geometry = () if kind == "pointwise" else (stride, 1)
-    source = (u, weight(*filters), *geometry) if kind == "stem" else (u, bn_u, weight(*filters), *geometry)
+    filters = {"dense": (n, k, 3, 3), "depthwise": (n, 1, 3, 3), "pointwise": (n, k, 1, 1)}[kind]
+    convolution = (weight(*filters), stride, 0 if kind == "pointwise" else 1)
+    is_first = kind == "dense"  # of an image, which needs no gradient
+    source = (u, None, Act.LINEAR) if is_first else (u, bn_u, Act.RELU)
     if pass_ == "inference":
-        return bind(getattr(ops, f"{kind}_inference"), u, rows(5, n), source[1], *geometry, True)
+        return bind(ops.INFERENCE[kind], u, rows(5, n), Act.RELU, *convolution)
     if pass_ == "forward":
-        return bind(getattr(ops, f"{kind}_forward"), *source, *rows(2, n).unbind(), EPS, True)
+        return bind(ops.FORWARD[kind], *source, *convolution, *rows(2, n).unbind(), EPS, True)
     output = (activation(n, layer.out_size), activation(n, layer.out_size), rows(6, n))
-    if kind == "stem":
-        return bind(ops.dense_backward, *output, *source, False, True)
-    return bind(getattr(ops, f"{kind}_backward"), *output, *source[:2], True, *source[2:], True, True)
+    return bind(ops.BACKWARD[kind], *output, *source, not is_first, *convolution, not is_first, True)
 
 
 def bind(op: Callable[..., Any], *args: Any) -> Callable[[], Any]:

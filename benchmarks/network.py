@@ -91,7 +91,7 @@ class Layer(NamedTuple):
     """A kernel op's place in the network. ``size``: height and width of its input; ``block``: a depthwise and a
     pointwise convolution in one kernel."""
 
-    kind: str  # stem, depthwise, pointwise, block or pool
+    kind: str  # dense, depthwise, pointwise, block or pool
     in_channels: int
     out_channels: int
     stride: int
@@ -117,32 +117,32 @@ class Layer(NamedTuple):
             return (u + y) * itemsize
         if self.kind == "pool":
             return (y + 2 * u) * itemsize  # the gradient and u read, h written
-        if self.kind == "stem":
+        if self.kind == "dense":
             return (u + 2 * y) * itemsize  # x, h and y read
         apart = self.kind == "pointwise" and self.in_channels * self.out_channels > ONE_PASS
         reads = u + 2 * y  # u, h and y, again where the gradient of the weight has a pass of its own
         return ((2 if apart else 1) * reads + u) * itemsize
 
     def operations(self, pass_: str, batch: int) -> int:
-        """Two for each multiplication with an addition; in backward, of both gradients (the stem has only one)."""
+        """Two for each multiplication with an addition; in backward, of both gradients (a dense one has only one)."""
         if self.kind == "pool":
             return 0
         pixels = batch * self.out_size**2
         depthwise, pointwise = 9 * self.in_channels, self.in_channels * self.out_channels
         taps = {
-            "stem": 9 * pointwise,
+            "dense": 9 * pointwise,
             "depthwise": depthwise,
             "pointwise": pointwise,
             "block": depthwise + pointwise,
         }
-        products = 2 if pass_ == "backward" and self.kind != "stem" else 1
+        products = 2 if pass_ == "backward" and self.kind != "dense" else 1
         return 2 * products * pixels * taps[self.kind]
 
 
 def layers_of(width: float, resolution: int, pass_: str) -> list[Layer]:
     """The layers of a pass (forward, backward or inference), in forward order."""
     channels, size = int(32 * width), (resolution - 1) // 2 + 1
-    layers = [Layer("stem", 3, channels, 2, resolution)]
+    layers = [Layer("dense", 3, channels, 2, resolution)]
     for out_channels, stride in BLOCKS:
         out_channels = int(out_channels * width)
         if pass_ == "inference":

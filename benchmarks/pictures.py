@@ -18,7 +18,7 @@ from mobilenet_ext.train.plots import label_log_axis, wrapped
 
 OUR_COLOUR, PEER_COLOUR = "#c2410c", "#94a3b8"
 PASS_COLOURS = {"forward": "#2563eb", "backward": "#7c3aed", "inference": "#059669"}
-MARKERS = {"stem": "s", "depthwise": "o", "pointwise": "^", "block": "D"}
+MARKERS = {"dense": "s", "depthwise": "o", "pointwise": "^", "block": "D"}
 STYLES = {"float32": "o-", "bfloat16": "s--", "float16": "^:"}
 INCHES = 9  # the width of a picture, at which a README shows it unscaled
 NAME = 26  # characters of a runner's name in a line

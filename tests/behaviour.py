@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _CONVOLUTIONS = {
-    f"{kind}_{pass_}": 1 for kind in ("stem", "depthwise", "pointwise") for pass_ in ("forward", "inference")
+    f"{kind}_{pass_}": 1 for kind in ("dense", "depthwise", "pointwise") for pass_ in ("forward", "inference")
 } | {"block_inference": 2}
 
 

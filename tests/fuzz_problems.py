@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import mobilenet_ext as mx
 from mobilenet_ext import layers
+from mobilenet_ext.contract import Act
 
 
 def problem(seed: int, kind: str, index: int) -> Problem:
@@ -85,7 +86,11 @@ def draw_function(draw: Draw, name: str) -> Problem:
     return with_gradients(draw, Problem(draw.settings, model, x, ours, counts_batches=False), finite, autocast)
 
 
-LAYERS = {"layers.depthwise": layers.depthwise, "layers.pointwise": layers.pointwise, "layers.bn_relu": layers.bn_relu}
+LAYERS = {
+    "layers.depthwise": layers.depthwise,
+    "layers.pointwise": layers.pointwise,
+    "layers.norm_act": layers.norm_act,
+}
 
 
 def draw_layer(draw: Draw, name: str) -> Problem:
@@ -93,14 +98,14 @@ def draw_layer(draw: Draw, name: str) -> Problem:
     dtype, c_in = draw_dtype(draw), draw.choice(CHANNELS)
     kind = name.partition(".")[2]
     modules: list[nn.Module] = []
-    if kind != "bn_relu":
+    if kind != "norm_act":
         c_out = c_in if kind == "depthwise" else draw.choice(CHANNELS)
         conv = draw_unit(draw, kind, c_in, c_out, 1.0)[0]
         conv.bias = None
         modules = [conv, Statistics()]
     x, size = draw_input(draw, c_in, dtype, 3 if kind == "depthwise" and conv.padding == (0, 0) else 1)
-    relu = kind != "bn_relu" or draw.chance(0.7)
-    normalised = kind == "bn_relu" or draw.chance(0.7)
+    relu = kind != "norm_act" or draw.chance(0.7)
+    normalised = kind == "norm_act" or draw.chance(0.7)
     if normalised:
         mean = torch.randn(c_in) * 0.3 * size + (x.float().mean((0, 2, 3)) if x.numel() else 0)
         normalise = Normalise(mean, (torch.rand(c_in) + 0.5) / size, torch.randn(c_in) * 0.3)
@@ -112,8 +117,8 @@ def draw_layer(draw: Draw, name: str) -> Problem:
 
     def ours(model: nn.Module, x: Tensor) -> Any:
         vectors = (model[0].mean, model[0].scale, model[0].shift) if normalised else (None, None, None)
-        if kind == "bn_relu":
-            return LAYERS[name](x, *vectors, relu)
+        if kind == "norm_act":
+            return LAYERS[name](x, *vectors, Act(relu))
         conv = model[-2]
         geometry = (conv.stride[0], conv.padding[0]) if kind == "depthwise" else ()
         return LAYERS[name](x, *vectors, conv.weight, *geometry)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import Act, acc_dtype
 from mobilenet_ext.fusion import FusedSequential
-from mobilenet_ext.ops import acc_dtype
 
 
 class Residual(mx.nn.DepthwiseSeparableConv):
@@ -118,16 +118,16 @@ class Signs(TorchDispatchMode):
         namespace, _, name = func.name().partition("::")
         if namespace == "mobilenet_ext":
             forward = torch.ops.mobilenet_ext.norm_act_forward
-            if name in ("depthwise_forward", "pointwise_forward") and args[1] is not None:
-                self._add(forward(args[0], args[1], True))
-            elif name == "norm_act_forward" or (name == "norm_act_forward" and args[2]):
-                self._add(forward(args[0], args[1], True))
-            elif name in ("depthwise", "pointwise", "bn_relu") and args[1] is not None and args[-1] is not False:
-                self._add(torch.ops.mobilenet_ext.bn_relu(*args[:4], True))
+            if name in ("depthwise_forward", "pointwise_forward", "norm_act_forward") and args[2] == Act.RELU:
+                self._add(forward(args[0], args[1], Act.RELU, False))
+            elif name in ("depthwise", "pointwise") and args[1] is not None:
+                self._add(torch.ops.mobilenet_ext.norm_act(*args[:4], Act.RELU))
+            elif name == "norm_act" and args[4] == Act.RELU:
+                self._add(out)
             elif name == "block_inference":
                 self.masks.append(None)
                 self._add(out)
-            elif name.endswith("_inference") and args[-1 if name != "pointwise_inference" else 3]:
+            elif name.endswith("_inference") and args[2] == Act.RELU:
                 self._add(out)
         elif name in ("relu", "relu_"):
             self._add(out)

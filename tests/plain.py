@@ -146,9 +146,7 @@ class ReluMasks(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         namespace, _, name = func.name().partition("::")
         if namespace == "mobilenet_ext":
-            relu = name != "norm_act_forward" or args[2]
-            on_load = name in ("depthwise_forward", "pointwise_forward") and args[1] is not None
-            if on_load or (name in ("norm_act_forward", "norm_act_forward") and relu):
+            if name in ("depthwise_forward", "pointwise_forward", "norm_act_forward") and args[2] == Act.RELU:
                 rectified = torch.ops.mobilenet_ext.norm_act_forward(args[0], args[1], Act.RELU, False)
                 self.masks.append((rectified > 0).cpu())
         return func(*args, **(kwargs or {}))

@@ -44,7 +44,7 @@ def fork(child, seconds=10):
 
 
 def run_op():
-    return ops.norm_act_forward(large, bn, True).isfinite().all().item()
+    return ops.norm_act_forward(large, bn, 1, False).isfinite().all().item()
 """
 
 # What a thread does over and over while the process forks, and what each child does once. Locks that are held are made
@@ -177,15 +177,15 @@ def address_space():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
-before = ops.norm_act_forward(large, bn, True)
+before = ops.norm_act_forward(large, bn, 1, False)
 expected = before.clone()
 
 def computes_the_same():
-    ops.norm_act_forward(large * 2, bn, True)
-    return torch.equal(ops.norm_act_forward(large, bn, True), expected) and torch.equal(before, expected)
+    ops.norm_act_forward(large * 2, bn, 1, False)
+    return torch.equal(ops.norm_act_forward(large, bn, 1, False), expected) and torch.equal(before, expected)
 
 print([fork(computes_the_same) for _ in range(4)], torch.equal(before, expected))
-idle = [ops.norm_act_forward(large, bn, True) for _ in range(16)]  # 256 MiB
+idle = [ops.norm_act_forward(large, bn, 1, False) for _ in range(16)]  # 256 MiB
 idle.clear()
 of_parent = address_space()
 print(fork(lambda: of_parent - address_space() > 200 * 2**20), of_parent == address_space())
@@ -198,9 +198,9 @@ def test_no_system_call_under_a_lock() -> None:
     code = """
 for width in (256, 200, 300, 100, 256, 400, 60):
     x = torch.randn(1, 64, 256, width).to(memory_format=torch.channels_last)
-    ops.norm_act_forward(x, bn, True)
+    ops.norm_act_forward(x, bn, 1, False)
 interposer.interposer_clock(3600)
-ops.norm_act_forward(x, bn, True)
+ops.norm_act_forward(x, bn, 1, False)
 print(interposer.interposer_calls_under_lock(), interposer.interposer_calls() > 0)
 """
     assert run(SETUP + code).strip() == "0 True"

@@ -462,7 +462,8 @@ def test_a_frozen_model_with_parts_in_two_dtypes_is_refused(model, x):
 def test_only_a_plan_is_taken_for_one():
     weight, bn = torch.randn(8, 3, 3, 3), torch.ones(5, 8)
     kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    plan = kernels.make_plan([bn, weight], [0, 2, 1, 1])
+    dense = ["dense_inference"]
+    plan = kernels.make_plan(dense, [bn, weight], [1, 2, 1])
     assert torch.equal(kernels.run_plan(x, plan), kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
     for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
         with pytest.raises(RuntimeError, match=message):
@@ -470,15 +471,20 @@ def test_only_a_plan_is_taken_for_one():
     for wrong in (x.double(), x[:, :2].contiguous(memory_format=torch.channels_last), torch.randn(1, 3, 8, 8)):
         with pytest.raises(RuntimeError, match="x: expected"):
             kernels.run_plan(wrong, plan)
-    for tensors, program in (
-        ([bn, weight], [0, 3, 1, 1]),
-        ([bn, weight], [5, 1, 1, 1]),
-        ([bn, weight], [4, 1, 1, 1]),
-        ([bn, weight], [0, 1, 1]),
-        ([bn, weight], [0, 1, 1, 1, 4, 1, 0, 0]),
-        ([bn[:, :4].contiguous(), weight], [0, 1, 1, 1]),
-        ([bn, weight, bn], [0, 1, 1, 1]),
-        ([bn], [0, 1, 1, 1]),
+    pooled, narrow = [*dense, "norm_act_forward"], bn[:, :4].contiguous()
+    for ops, tensors, settings, message in (
+        (dense, [bn, weight], [1, 3, 1], "stride: expected 1 or 2"),
+        (dense, [bn, weight], [7, 1, 1], "act: expected an Act"),
+        (["dense_forward"], [bn, weight], [1, 1, 1], "ops: no step of a plan"),
+        (["norm_act_forward"], [bn, weight], [1, 1], "pooling after a convolution"),
+        ([], [bn, weight], [], "ops: expected at least one"),
+        (dense, [bn, weight], [1, 1], "settings: too few"),
+        (dense, [bn, weight], [1, 1, 1, 1], "settings: more"),
+        (pooled, [bn, weight], [1, 1, 1, 0, 1], "tensors: too few"),
+        (pooled, [bn, weight, bn], [1, 1, 1, 0, 0], "pooling"),
+        (dense, [narrow, weight], [1, 1, 1], "bn: expected shape"),
+        (dense, [bn, weight, bn], [1, 1, 1], "tensors: more"),
+        (dense, [bn], [1, 1, 1], "tensors: too few"),
     ):
-        with pytest.raises(RuntimeError):
-            kernels.make_plan(tensors, program)
+        with pytest.raises(RuntimeError, match=message):
+            kernels.make_plan(ops, tensors, settings)

@@ -10,6 +10,7 @@ from behaviour import Plain
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import Act
 
 
 def odd(p: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def test_gradients_of_layer_ops(backend64):
     y, _, _ = torch.ops.mobilenet_ext.depthwise(x, *vectors, weight, 1, 1)
     for tensor, grad in zip((x, weight), torch.autograd.grad(y.sum(), (x, weight)), strict=True):
         assert grad.stride() == tensor.stride()
-    z = torch.ops.mobilenet_ext.bn_relu(x, *vectors, True)
+    z = torch.ops.mobilenet_ext.norm_act(x, *vectors, Act.RELU)
     assert torch.autograd.grad(z.sum(), x)[0].stride() == x.stride()
 
 

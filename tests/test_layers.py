@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import Act
 
 OPS = torch.ops.mobilenet_ext
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -48,62 +49,74 @@ def halved(dtype: torch.dtype, c: int = C) -> Tensor:
     return image(dtype, c, (H + 1) // 2, (W + 1) // 2)
 
 
+def pointwise(dtype: torch.dtype) -> Tensor:
+    return weight(dtype, C_OUT, C, 1, 1)
+
+
+def dense(dtype: torch.dtype) -> Tensor:
+    return weight(dtype, C_OUT, C, 3, 3)
+
+
+LINEAR, RELU = Act.LINEAR, Act.RELU
+
 # Every op's arguments, for a dtype: plain inputs and normalised ones, with and without each optional result.
 KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     "depthwise_forward": lambda d: [
-        (image(d), None, weight(d, C, 1, 3, 3), 1, 0, None, None, 1e-5, False),
-        (image(d), bn(d), weight(d, C, 1, 3, 3), 2, 1, vector(d), vector(d), 1e-5, True),
+        (image(d), None, LINEAR, weight(d, C, 1, 3, 3), 1, 0, None, None, 1e-5, False),
+        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1, vector(d), vector(d), 1e-5, True),
     ],
     "depthwise_backward": lambda d: [
-        (halved(d), None, None, image(d), None, False, weight(d, C, 1, 3, 3), 2, 1, True, False),
-        (image(d), image(d), grad_bn(d), image(d), bn(d), True, weight(d, C, 1, 3, 3), 1, 1, True, True),
-        (image(d), None, grad_bn(d), image(d), bn(d), False, weight(d, C, 1, 3, 3), 1, 1, False, True),
+        (halved(d), None, None, image(d), None, LINEAR, False, weight(d, C, 1, 3, 3), 2, 1, True, False),
+        (image(d), image(d), grad_bn(d), image(d), bn(d), RELU, True, weight(d, C, 1, 3, 3), 1, 1, True, True),
+        (image(d), None, grad_bn(d), image(d), bn(d), RELU, False, weight(d, C, 1, 3, 3), 1, 1, False, True),
     ],
     "pointwise_forward": lambda d: [
-        (image(d), None, weight(d, C_OUT, C, 1, 1), None, None, 1e-5, False),
-        (image(d), bn(d), weight(d, C_OUT, C, 1, 1), vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
+        (image(d), None, LINEAR, pointwise(d), 1, 0, None, None, 1e-5, False),
+        (image(d), bn(d), RELU, pointwise(d), 1, 0, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
     ],
     "pointwise_backward": lambda d: [
-        (image(d, C_OUT), None, None, image(d), None, False, weight(d, C_OUT, C, 1, 1), True, False),
+        (image(d, C_OUT), None, None, image(d), None, LINEAR, False, pointwise(d), 1, 0, True, False),
         (
             *(image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT)),
-            *(image(d), bn(d), True, weight(d, C_OUT, C, 1, 1), True, True),
+            *(image(d), bn(d), RELU, True, pointwise(d), 1, 0, True, True),
         ),
-        (image(d, C_OUT), None, grad_bn(d, C_OUT), image(d), bn(d), False, weight(d, C_OUT, C, 1, 1), False, True),
+        (image(d, C_OUT), None, grad_bn(d, C_OUT), image(d), bn(d), RELU, False, pointwise(d), 1, 0, False, True),
     ],
     "dense_forward": lambda d: [
-        (image(d), weight(d, C_OUT, C, 3, 3), 1, 0, None, None, 1e-5, False),
-        (image(d), weight(d, C_OUT, C, 3, 3), 2, 1, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
+        (image(d), None, LINEAR, dense(d), 1, 0, None, None, 1e-5, False),
+        (image(d), None, LINEAR, dense(d), 2, 1, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
     ],
     "dense_backward": lambda d: [
-        (halved(d, C_OUT), None, None, image(d), weight(d, C_OUT, C, 3, 3), 2, 1, True, True),
-        (image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT), image(d), weight(d, C_OUT, C, 3, 3), 1, 1, False, True),
+        (halved(d, C_OUT), None, None, image(d), None, LINEAR, False, dense(d), 2, 1, True, True),
+        (
+            *(image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT)),
+            *(image(d), None, LINEAR, False, dense(d), 1, 1, False, True),
+        ),
     ],
-    "norm_act_forward": lambda d: [(image(d), bn(d), relu) for relu in (True, False)],
+    "norm_act_forward": lambda d: [(image(d), bn(d), act, pool) for act in Act for pool in (True, False)],
     "norm_act_backward": lambda d: [
-        (image(d), image(d), bn(d), True, True),
-        (image(d), image(d), bn(d), False, False),
+        (image(d, C, 1, 1) if pool else image(d), image(d), bn(d), act, stats, pool)
+        for act in Act
+        for stats, pool in ((True, False), (False, False), (True, True), (False, True))
     ],
-    "norm_act_forward": lambda d: [(image(d), bn(d))],
-    "norm_act_backward": lambda d: [(image(d, C, 1, 1), image(d), bn(d), stats) for stats in (True, False)],
     "bn_from_running": lambda d: [
         (vector(d), vector(d), None, None, None, 1e-5),
         (vector(d), vector(d), vector(d), vector(d), vector(d), 1e-3),
     ],
     "depthwise_inference": lambda d: [
-        (image(d), None, weight(d, C, 1, 3, 3), 1, 0, False),
-        (image(d), bn(d), weight(d, C, 1, 3, 3), 2, 1, True),
+        (image(d), None, LINEAR, weight(d, C, 1, 3, 3), 1, 0),
+        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1),
     ],
     "pointwise_inference": lambda d: [
-        (image(d), None, weight(d, C_OUT, C, 1, 1), False),
-        (image(d), bn(d, C_OUT), weight(d, C_OUT, C, 1, 1), True),
+        (image(d), None, LINEAR, pointwise(d), 1, 0),
+        (image(d), bn(d, C_OUT), RELU, pointwise(d), 1, 0),
     ],
     "dense_inference": lambda d: [
-        (image(d), None, weight(d, C_OUT, C, 3, 3), 1, 0, False),
-        (image(d), bn(d, C_OUT), weight(d, C_OUT, C, 3, 3), 2, 1, True),
+        (image(d), None, LINEAR, dense(d), 1, 0),
+        (image(d), bn(d, C_OUT), RELU, dense(d), 2, 1),
     ],
     "block_inference": lambda d: [
-        (image(d), bn(d), weight(d, C, 1, 3, 3), stride, bn(d, C_OUT), weight(d, C_OUT, C, 1, 1)) for stride in (1, 2)
+        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, bn(d, C_OUT), RELU, pointwise(d)) for stride in (1, 2)
     ],
 }
 
@@ -132,7 +145,7 @@ LAYER_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         (image(d), None, None, None, weight(d, C_OUT, C, 1, 1)),
         (*normalised(d), weight(d, C_OUT, C, 1, 1)),
     ],
-    "bn_relu": lambda d: [(*normalised(d), relu) for relu in (True, False)],
+    "norm_act": lambda d: [(*normalised(d), act) for act in Act],
     "depthwise_conv2d": lambda d: [
         (image(d), weight(d, C, 1, 3, 3), None, 1, 0),
         (image(d), weight(d, C, 1, 3, 3), weight(d, C), 2, 1),

@@ -116,11 +116,11 @@ print(all(torch.equal(frozen(x), y) for x, y in zip(images, expected)))
 def test_a_workspace_takes_the_room_of_idle_memory() -> None:
     code = """
 x, w = nhwc(1, 1024, 3, 3), torch.randn(1024, 1024, 3, 3)
-expected = ops.dense_inference(x, None, w, 1, 1, False)
+expected = ops.dense_inference(x, None, 0, w, 1, 1)
 mx.backends.empty_cache()
 limit_to(450)
 output(420)  # MiB, idle from here on
-print(torch.equal(ops.dense_inference(x, None, w, 1, 1, False), expected))
+print(torch.equal(ops.dense_inference(x, None, 0, w, 1, 1), expected))
 """
     assert run(SETUP + code).strip() == "True"
 
@@ -129,7 +129,7 @@ def test_a_weight_gradient_takes_the_room_of_idle_memory() -> None:
     code = """
 h = u = nhwc(1, 6144, 2, 2)
 w = torch.randn(6144, 6144, 1, 1)
-gradient = lambda: ops.pointwise_backward(h, None, None, u, None, False, w, False, True)[1]  # 144 MiB
+gradient = lambda: ops.pointwise_backward(h, None, None, u, None, 0, False, w, 1, 0, False, True)[1]  # 144 MiB
 expected = gradient()
 mx.backends.empty_cache()
 limit_to(600)
@@ -183,11 +183,11 @@ def test_empty_cache_frees_workspaces() -> None:
     code = """
 x, w = nhwc(1, 1024, 3, 3), torch.randn(1024, 1024, 3, 3)
 before = resident()
-expected = ops.dense_inference(x, None, w, 1, 1, False)
+expected = ops.dense_inference(x, None, 0, w, 1, 1)
 with_workspace = resident() - before
 mx.backends.empty_cache()
 without = resident() - before
-print(with_workspace > 60, without < 10, torch.equal(ops.dense_inference(x, None, w, 1, 1, False), expected))
+print(with_workspace > 60, without < 10, torch.equal(ops.dense_inference(x, None, 0, w, 1, 1), expected))
 """
     assert run(SETUP + code).split() == ["True", "True", "True"]
 

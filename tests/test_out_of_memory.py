@@ -97,9 +97,9 @@ def test_the_workspaces_of_a_dense_convolution() -> None:
 calls = {}
 x, weight, bn = channels_last(2, 1024, 9, 9), torch.randn(1024, 1024, 3, 3) / 96, torch.rand(5, 1024)
 h, grad_bn = channels_last(2, 1024, 9, 9), torch.randn(6, 1024)
-calls["inference"] = lambda: ops.dense_inference(x, bn, weight, 1, 1, True)
-calls["forward"] = lambda: ops.dense_forward(x, weight, 1, 1, None, None, 1e-5, True)
-calls["backward"] = lambda: ops.dense_backward(h, x, grad_bn, x, weight, 1, 1, True, True)
+calls["inference"] = lambda: ops.dense_inference(x, bn, 1, weight, 1, 1)
+calls["forward"] = lambda: ops.dense_forward(x, None, 0, weight, 1, 1, None, None, 1e-5, True)
+calls["backward"] = lambda: ops.dense_backward(h, x, grad_bn, x, None, 0, False, weight, 1, 1, True, True)
 check(calls, [0, 8 * MIB, 36 * MIB, 40 * MIB, 80 * MIB, 120 * MIB])
 assert outcomes["memory"] >= 6, outcomes
 """
@@ -110,7 +110,7 @@ assert outcomes["memory"] >= 6, outcomes
 def test_every_op(dtype: str) -> None:
     run(
         f"""
-dtype = torch.{dtype}
+dtype, linear, relu = torch.{dtype}, 0, 1
 acc = torch.float64 if dtype == torch.float64 else torch.float32
 calls = {{}}
 for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
@@ -119,26 +119,26 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
     u, y, bn, bn_k = image(c), image(k), (torch.rand(5, c) + 0.5).to(acc), (torch.rand(5, k) + 0.5).to(acc)
     grad_bn, grad_bn_k = torch.randn(6, c).to(acc), torch.randn(6, k).to(acc)
     depthwise, pointwise = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(k, c, 1, 1).to(dtype)
-    stem = torch.randn(k, c, 3, 3).to(dtype)
+    dense = torch.randn(k, c, 3, 3).to(dtype)
     packed = kernels.pack(bn, depthwise, pointwise)
-    plan = kernels.make_plan([bn_k, stem], [0, 1, 1, 1])
+    plan = kernels.make_plan(['dense_inference'], [bn_k, dense], [1, 1, 1])
     pooled = channels_last(2, c, 1, 1, dtype=dtype)
     here = {{
-        "depthwise_forward": (u, bn, depthwise, 1, 1, None, None, 1e-5, True),
-        "depthwise_backward": (image(c), u, grad_bn, u, bn, True, depthwise, 1, 1, True, True),
-        "depthwise_inference": (u, bn, depthwise, 2, 1, True),
-        "pointwise_forward": (u, bn, pointwise, None, None, 1e-5, True),
-        "pointwise_backward": (y, y, grad_bn_k, u, bn, True, pointwise, True, True),
-        "pointwise_inference": (u, bn_k, pointwise, True),
-        "dense_forward": (u, stem, 2, 1, None, None, 1e-5, True),
-        "dense_backward": (y, y, grad_bn_k, u, stem, 1, 1, True, True),
-        "dense_inference": (u, bn_k, stem, 2, 1, True),
-        "norm_act_forward": (u, bn, True),
-        "norm_act_backward": (image(c), u, bn, True, True),
-        "norm_act_forward": (u, bn),
-        "norm_act_backward": (pooled, u, bn, True),
-        "block_inference": (u, bn, depthwise, 1, bn_k, pointwise),
-        "block_inference packed": (u, bn, depthwise, 1, bn_k, pointwise, packed),
+        "depthwise_forward": (u, bn, relu, depthwise, 1, 1, None, None, 1e-5, True),
+        "depthwise_backward": (image(c), u, grad_bn, u, bn, relu, True, depthwise, 1, 1, True, True),
+        "depthwise_inference": (u, bn, relu, depthwise, 2, 1),
+        "pointwise_forward": (u, bn, relu, pointwise, 1, 0, None, None, 1e-5, True),
+        "pointwise_backward": (y, y, grad_bn_k, u, bn, relu, True, pointwise, 1, 0, True, True),
+        "pointwise_inference": (u, bn_k, relu, pointwise, 1, 0),
+        "dense_forward": (u, None, linear, dense, 2, 1, None, None, 1e-5, True),
+        "dense_backward": (y, y, grad_bn_k, u, None, linear, False, dense, 1, 1, True, True),
+        "dense_inference": (u, bn_k, relu, dense, 2, 1),
+        "norm_act_forward": (u, bn, relu, False),
+        "norm_act_backward": (image(c), u, bn, relu, True, False),
+        "norm_act_forward pooled": (u, bn, relu, True),
+        "norm_act_backward pooled": (pooled, u, bn, relu, True, True),
+        "block_inference": (u, bn, relu, depthwise, 1, bn_k, relu, pointwise),
+        "block_inference packed": (u, bn, relu, depthwise, 1, bn_k, relu, pointwise, packed),
         "run_plan": (u, plan),
         "pack": (bn, depthwise, pointwise),
     }}

@@ -19,14 +19,14 @@ from cpu_ops import ops as cpu_ops
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
-from mobilenet_ext import ops
+from mobilenet_ext import contract, ops
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
 UNITS = {
     "depthwise": lambda: mx.nn.DepthwiseConvBNReLU(8, bias=False),
     "pointwise": lambda: mx.nn.PointwiseConvBNReLU(8, 8, bias=False),
-    "stem": lambda: mx.nn.StemConvBNReLU(8, 8, bias=False),
+    "dense": lambda: mx.nn.StemConvBNReLU(8, 8, bias=False),
 }
 KINDS = tuple(UNITS)
 SHAPES = [(2, 8, 9, 9), (1, 33, 60, 7), (3, 5, 2, 1)]
@@ -36,10 +36,9 @@ WIDE = [dtype for dtype in DTYPES if dtype != torch.float16]
 
 def forward(kind: str, x: Tensor, kernels=cpu_ops) -> tuple[Tensor, Tensor]:
     """The convolution that copies, with the statistics of its output."""
-    bn_u = [] if kind == "stem" else [None]
-    geometry = [] if kind == "pointwise" else [1, 1]
+    padding = 0 if kind == "pointwise" else 1
     weight = copying_weight(kind, x.shape[1], x.dtype).to(x.device)
-    return getattr(kernels, f"{kind}_forward")(x, *bn_u, weight, *geometry, None, None, 1e-5, True)
+    return getattr(kernels, f"{kind}_forward")(x, None, Act.LINEAR, weight, 1, padding, None, None, 1e-5, True)
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -61,9 +60,9 @@ def test_sums_that_overflow(kind: str, dtype: torch.dtype) -> None:
     x[:, 3] = largest  # of all pixels
     y, bn = forward(kind, x)
     mean = (y.double() / 162).sum((0, 2, 3))
-    assert torch.isfinite(bn[reference.BN_MEAN]).all()
-    torch.testing.assert_close(bn[reference.BN_MEAN].double(), mean, rtol=1e-5, atol=1e-5 * largest)
-    assert bn[reference.BN_VAR, :OVERFLOWING].isposinf().all()
+    assert torch.isfinite(bn[contract.BN_MEAN]).all()
+    torch.testing.assert_close(bn[contract.BN_MEAN].double(), mean, rtol=1e-5, atol=1e-5 * largest)
+    assert bn[contract.BN_VAR, :OVERFLOWING].isposinf().all()
     assert not bn.isnan().any()
 
 
@@ -75,8 +74,8 @@ def test_an_infinite_value_among_them(value: float) -> None:
     y, bn = cpu_ops.depthwise_forward(x, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
     expected = nn.BatchNorm2d(8, momentum=1.0)
     expected(y)
-    torch.testing.assert_close(bn[reference.BN_MEAN, 0], expected.running_mean[0], equal_nan=True)
-    assert bn[reference.BN_VAR, 0].isnan() and expected.running_var[0].isnan()
+    torch.testing.assert_close(bn[contract.BN_MEAN, 0], expected.running_mean[0], equal_nan=True)
+    assert bn[contract.BN_VAR, 0].isnan() and expected.running_var[0].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +106,7 @@ def test_a_unit_that_overflows_trains_on(backend: str, device: str, kind: str) -
     units = {
         "depthwise": mx.nn.DepthwiseConvBNReLU,
         "pointwise": mx.nn.PointwiseConvBNReLU,
-        "stem": mx.nn.StemConvBNReLU,
+        "dense": mx.nn.StemConvBNReLU,
     }
     fused = units[kind](8, bias=False) if kind == "depthwise" else units[kind](8, 8, bias=False)
     plain.randomise_(fused)

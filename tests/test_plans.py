@@ -16,12 +16,10 @@ from mobilenet_ext.contract import Act
 
 kernels = backends.cpu.kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Of make_plan's program: which op, stride, padding, relu.
-STEM, BLOCK, DEPTHWISE, POINTWISE, POOL = [0, 2, 1, 1], [3, 1, 1, 1], [1, 2, 0, 1], [2, 1, 0, 1], [4, 1, 0, 0]
 
 
 class Chain:
-    """A stem, a block, a depthwise and a pointwise convolution, and the pooling: a step of each kind."""
+    """A dense convolution, a block, a depthwise and a pointwise convolution, and the pooling: a step of each kind."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -33,27 +31,31 @@ class Chain:
             return torch.randn(shape, dtype=torch.float64).to(dtype)
 
         self.x = weight(2, 3, 33, 31).contiguous(memory_format=torch.channels_last)
-        self.stem = bn(16), weight(16, 3, 3, 3)
-        block = bn(16), weight(16, 1, 3, 3), bn(40), weight(40, 16, 1, 1)
-        self.block = *block, kernels.pack(block[0], block[1], block[3])
-        self.depthwise = bn(40), weight(40, 1, 3, 3)
-        pointwise = bn(24), weight(24, 40, 1, 1)
-        self.pointwise = *pointwise, kernels.pack(None, None, pointwise[1])
-        self.pool = (bn(24),)
-        self.tensors = [*self.stem, *self.block, *self.depthwise, *self.pointwise, *self.pool]
-        self.program = [*STEM, *BLOCK, *DEPTHWISE, *POINTWISE, *POOL]
+        bns, weights = [bn(c) for c in (16, 16, 40, 40, 24)], [weight(16, 1, 3, 3), weight(40, 16, 1, 1)]
+        block = kernels.pack(bns[1], *weights)
+        pointwise = weight(24, 40, 1, 1)
+        packed = kernels.pack(None, None, pointwise)
+        self.steps = [
+            ("dense_inference", (bns[0], Act.RELU, weight(16, 3, 3, 3), 2, 1)),
+            ("block_inference", (bns[1], Act.RELU, weights[0], 1, bns[2], Act.RELU, weights[1], block)),
+            ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, 0)),
+            ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, 0, packed)),
+            ("norm_act_forward", (bn(24), Act.RELU, True)),
+        ]
+        arguments = [argument for _, args in self.steps for argument in args]
+        self.ops = [name for name, _ in self.steps]
+        self.tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.settings = [int(argument) for argument in arguments if not isinstance(argument, Tensor)]
         self.expected = self.op_by_op()
 
     def op_by_op(self) -> Tensor:
-        y = kernels.dense_inference(self.x, *self.stem, 2, 1, True)
-        bn, weight, *rest = self.block
-        y = kernels.block_inference(y, bn, weight, 1, *rest)
-        y = kernels.depthwise_inference(y, *self.depthwise, 2, 0, True)
-        bn, weight, packed = self.pointwise
-        return kernels.norm_act_forward(kernels.pointwise_inference(y, bn, Act.RELU, weight, 1, 0, packed), *self.pool)
+        y = self.x
+        for name, args in self.steps:
+            y = getattr(kernels, name)(y, *args)
+        return y
 
     def plan(self) -> Tensor:
-        return kernels.make_plan(self.tensors, self.program)
+        return kernels.make_plan(self.ops, self.tensors, self.settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -203,7 +205,7 @@ def test_a_handle_lost_while_the_plan_runs() -> None:
 def test_handles_may_outlive_everything() -> None:
     code = (
         "import torch; from mobilenet_ext.backends.cpu import kernels;"
-        "keep = kernels.make_plan([torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [0, 2, 1, 1]);"
+        "keep = kernels.make_plan(['dense_inference'], [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1]);"
         "import builtins; builtins.keep = keep"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

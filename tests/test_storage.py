@@ -171,7 +171,7 @@ assert mx.freeze(model)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 def test_a_part_of_a_larger_storage_is_enough() -> None:
     """An offset counts, and what lies behind the tensor does not."""
     call = next(c for c in every_op.calls("cpu", (torch.float32,)) if c.op == "pointwise_inference")
-    x, bn, weight, relu = call.args
+    x, bn, act, weight, *geometry = call.args
 
     def inside(t: Tensor, behind: int) -> Tensor:
         storage = torch.empty(3 + t.numel() + behind)
@@ -181,10 +181,11 @@ def test_a_part_of_a_larger_storage_is_enough() -> None:
     with mx.backends.use("cpu"):
         for behind in (0, 5):
             moved = [inside(t, behind) for t in (x, bn, weight)]
-            assert torch.equal(ops.pointwise_inference(*moved, relu), expected)
+            args = (*moved[:2], act, moved[2], *geometry)
+            assert torch.equal(ops.pointwise_inference(*args), expected)
         moved[0].untyped_storage().resize_((2 + x.numel()) * 4)
         with pytest.raises(RuntimeError, match="input: expected a storage of at least"):
-            ops.pointwise_inference(*moved, relu)
+            ops.pointwise_inference(*args)
 
 
 def test_an_empty_tensor_needs_no_storage() -> None:

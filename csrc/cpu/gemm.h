@@ -1,4 +1,4 @@
-// The matrix product that the pointwise, stem and block kernels share: tiles of rows in cache times packed panels of
+// The matrix product that the pointwise, dense and block kernels share: tiles of rows in cache times packed panels of
 // columns, with the sums in registers from the first product to the caller's epilogue.
 //
 // One operand (the tile) is broadcast element by element, the other (the panel) is read a few vectors at a time. The

@@ -1,9 +1,9 @@
 """The reference backend: every kernel op in plain PyTorch, on any device, written to be read.
 
-It is the specification that the other backends are tested against. ``csrc/ops.h`` fixes the schemas and layouts, and has
-the alphabet; the mathematics is the project's: a normalised activation is never stored, each convolution reads the *raw*
-output ``u`` of the one before, and normalises and activates it on load. Sums are taken in the accumulation dtype (float64
-for float64 activations, otherwise float32); activations are rounded once, when they are stored.
+It is the specification that the other backends are tested against. ``csrc/ops.h`` fixes the schemas and layouts, and
+has the alphabet; the mathematics is the project's: a normalised activation is never stored, each convolution reads the
+*raw* output ``u`` of the one before, and normalises and activates it on load. Sums are taken in the accumulation dtype
+(float64 for float64 activations, otherwise float32); activations are rounded once, when they are stored.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``_forward``: ``dz_u``, that of the weight, and ``grad_bn_u`` of ``dz_u`` as stored.
 
-    dz, y ``[N, C_out, H_out, W_out]``; u, dz_u ``[N, C_in, H, W]``; grad_bn_u acc ``[6, C_in]``. What is not wanted, and
-    grad_bn_u without a bn_u, is empty.
+    dz, y ``[N, C_out, H_out, W_out]``; u, dz_u ``[N, C_in, H, W]``; grad_bn_u acc ``[6, C_in]``. What is not wanted,
+    and grad_bn_u without a bn_u, is empty.
     """
     dy = _conv_output_grad(dz, y, grad_bn_y)
     a = _norm_act(u, bn_u, act_u)

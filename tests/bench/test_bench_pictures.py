@@ -64,7 +64,7 @@ def kernels(scale: dict[str, float], layers: int = 12, passes: tuple[str, ...] =
     for dtype, factor in scale.items():
         for pass_ in passes:
             for i in range(layers):
-                kind = ("stem", "depthwise", "pointwise", "block", "pool")[min(i, 4) if i < 5 else 1 + i % 2]
+                kind = ("dense", "depthwise", "pointwise", "block", "pool")[min(i, 4) if i < 5 else 1 + i % 2]
                 moved, operations = 250_000_000 >> i, 0 if kind == "pool" else (250_000_000 >> i) * (1 + i * i)
                 work = {**WORK._replace(dtype=dtype)._asdict(), "pass": pass_, "layer": f"{kind} 32-32 8x8"}
                 seconds = factor * max(moved / 30e9, operations / 1e12) * (1 + i % 3)
