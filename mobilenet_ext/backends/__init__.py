@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from mobilenet_ext import storage
 from mobilenet_ext.backends import cpu, cuda, reference, triton
 
-__all__ = ["available", "current", "device_type", "empty_cache", "kernel", "set", "use"]
+__all__ = ["available", "chosen", "current", "device_type", "empty_cache", "kernel", "set", "use"]
 
 AUTO = "auto"
 
@@ -107,6 +107,11 @@ def current(device_type: str) -> str:
     if name is None:
         name = _auto[device_type] = _pick(device_type)
     return name
+
+
+def chosen() -> str:
+    """What was chosen with :func:`set` or :func:`use`: a backend's name, or ``"auto"``."""
+    return _chosen
 
 
 def device_type(name: str) -> str | None:
