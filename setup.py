@@ -4,7 +4,8 @@ mobilenet_ext/_cpu.abi3.so   schemas of all ops and the CPU kernels, on libtorch
                              with torch.ops.load_library, and one binary serves torch 2.11 and every newer one
 mobilenet_ext/_cuda.abi3.so  the CUDA kernels, a library of its own so that the CPU's loads everywhere; built where
                              torch has CUDA and a matching toolkit is found
-mobilenet_ext/_host.*.so     pybind11 module without torch: what was built, and what this machine's CPU can do
+mobilenet_ext/_host.*.so     pybind11 module without torch: what was built, what this machine's CPU can do, and
+                             whether Python objects are as they were
 
 `pip install .`, `pip install -e .` and, for work on the kernels, `python setup.py build_ext --inplace`.
 """

@@ -8,6 +8,7 @@ support, and nothing watches or changes them: no hooks (theirs or global), no pr
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import InferenceUnit, Kind, Unit
 from mobilenet_ext.contract import DTYPES, KERNEL_SIZE, PADDINGS, STRIDES, conv_output_size
 from mobilenet_ext.running_stats import why_unusable
-from mobilenet_ext.tracing import is_traced
+from mobilenet_ext.tracing import is_followed, is_traced
 
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 
@@ -247,8 +248,8 @@ def is_observed() -> bool:
     """Whether somebody follows the operations, who must not be shown a plan: it would keep today's weights for ever
     in a graph, and whoever counts the ops wants to see each."""
     return (
-        is_traced()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or is_followed()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
         or is_transformed()
     )
@@ -302,12 +303,13 @@ _LARGEST = sys.float_info.max  # integers go on
 _CONV_FORWARD = nn.Conv2d._conv_forward
 _CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
 _FORWARDS = {kind: kind.forward for kind in _CLASSES}
+_forward_of = operator.attrgetter("forward")
 
 
 def forwards_are_original() -> bool:
     """Whether the classes of a unit's modules have their own ``forward``."""
     return nn.Conv2d._conv_forward is _CONV_FORWARD and all(
-        kind.forward is forward for kind, forward in _FORWARDS.items()
+        map(operator.is_, map(_forward_of, _FORWARDS), _FORWARDS.values())
     )
 
 

@@ -7,7 +7,6 @@ to compute what they compute, and holds as long as they are the same modules wit
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain as concatenated
@@ -16,7 +15,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from mobilenet_ext import backends, chain, fusion
+from mobilenet_ext import _host, backends, chain, fusion
 from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, Act, acc_dtype
 from mobilenet_ext.fusion import UnitModules
 
@@ -77,32 +76,25 @@ class _Decision:
     def __init__(self, module: nn.Module, decide: Callable[[], list[Part]]) -> None:
         # Not the module itself, which would be in a circle with its plans: to get here it was called, hooks and all.
         modules = list(module.modules())[1:]
-        self._hooks = fusion.forward_hooks_around(modules)
+        hooks = fusion.forward_hooks_around(modules)
         # A `forward` of its own, `compile()` and the like are one attribute more.
-        self._attributes = [each.__dict__ for each in modules]
-        self._sizes = list(map(len, self._attributes))
+        attributes = [each.__dict__ for each in modules]
+        self._counted = (*hooks, *attributes)
+        self._counts = (*[0] * len(hooks), *map(len, attributes))  # nobody watches
         self._children = module._modules
         slots = [s for m in modules for s in (m._modules, m._parameters, m._buffers)]
-        self._slots = [self._children, *filter(None, slots)]
-        self._contents = self._present_contents()
+        self._slots = (self._children, *filter(None, slots))
+        self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
         self.parts = decide()  # last: what another thread changes meanwhile is then noticed at the next call
-
-    def _present_contents(self) -> list[object]:
-        return list(concatenated.from_iterable(map(dict.values, self._slots)))
 
     def chains(self) -> list[FoldedChain]:
         return [part for part in self.parts if isinstance(part, FoldedChain)]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all is as it was, and nobody watches: who does is asked at each call, as in a model not frozen."""
-        # A few microseconds each while the processor has the modules in its cache, which the weights push them out of.
-        contents = self._present_contents()
         return (
             self._children is module._modules  # the module is no replica of another
-            and not any(self._hooks)
-            and list(map(len, self._attributes)) == self._sizes
-            and len(contents) == len(self._contents)
-            and all(map(operator.is_, contents, self._contents))
+            and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and fusion.forwards_are_original()
         )
 
@@ -110,11 +102,17 @@ class _Decision:
 class _Prepared:
     """What was made for one state of a chain's tensors. A thread that is late adds to a state that has passed."""
 
-    def __init__(self, state: list[int]) -> None:
-        self.state = state
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process. Another address
+        # is: ``module.to()`` goes through ``.data``.
+        self._tensors = tensors
+        self._state = tuple(answer for t in tensors for answer in (t._version, t.data_ptr()))
         self.plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
-        # The last input's layout and settings: whether it is accepted, and whether the output is channels_last.
-        self.layout: tuple[object, bool, bool] = (None, False, False)
+        # The last input's layout and settings, and what runs an input like it.
+        self.last: tuple[object, Callable[[Tensor], Tensor] | None] = (None, None)
+
+    def holds(self) -> bool:
+        return _host.tensors_answer(self._tensors, Tensor._version, Tensor.data_ptr, self._state)
 
 
 class FoldedChain:
@@ -133,43 +131,45 @@ class FoldedChain:
         self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
         layers = [layer for _, conv, bn in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
-        self._tensors = [t for slot in slots for t in slot.values() if t is not None and t.is_floating_point()]
+        self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
-        self._last = _Prepared([])
+        self._prepared: _Prepared | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        # As few questions as there can be: after a run, whose weights push Python out of the cache, each takes ten
+        # times as long as it does in a loop.
         if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
-            return self._run_modules(x)
-        dtype = chain.compute_dtype(x)
-        prepared = self._prepared()
-        layout = (x.shape, x.stride(), x.dtype, x.device, dtype)
-        known, accepted, channels_last = prepared.layout
+            return fusion.run_modules(self.modules, x)
+        prepared = self._prepared
+        if prepared is None or not prepared.holds():
+            prepared = self._prepared = _Prepared(self._tensors)
+        autocast = torch._C._is_any_autocast_enabled() and chain.is_autocast(x)
+        cast_to = chain.compute_dtype(x) if autocast else None
+        layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen())
+        known, run = prepared.last
         if known != layout:
-            accepted = fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)
-            if accepted:
-                channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
-            prepared.layout = (layout, accepted, channels_last)
-        if not accepted:
-            return self._run_modules(x)
-        plan = self._plan(prepared, x.device, dtype)
-        out = plan(chain.as_input(x, dtype))
-        return out.flatten(1) if self._linear is not None else fusion.match_memory_format(out, channels_last)
+            run = self._runner(prepared, x, cast_to or x.dtype)
+            prepared.last = (layout, run)
+        return run(x)
 
     def is_same(self, other: FoldedChain) -> bool:
         """Whether both stand for the same modules with the same tensors."""
         return self.modules == other.modules and list(map(id, self._tensors)) == list(map(id, other._tensors))
 
-    def _run_modules(self, x: Tensor) -> Tensor:
-        return fusion.run_modules(self.modules, x)
+    def _runner(self, prepared: _Prepared, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What runs inputs that are laid out as ``x``; nothing in it refers to this chain, which keeps it."""
+        if not (fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)):
+            return partial(fusion.run_modules, self.modules)
+        plan = self._plan(prepared, x.device, dtype)
+        is_input = x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
+        flat = self._linear is not None
+        channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
 
-    def _prepared(self) -> _Prepared:
-        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process. Another address
-        # is: ``module.to()`` goes through ``.data``.
-        state = [*map(_version, self._tensors), *map(Tensor.data_ptr, self._tensors)]
-        prepared = self._last
-        if state != prepared.state:
-            prepared = self._last = _Prepared(state)
-        return prepared
+        def run(x: Tensor) -> Tensor:
+            out = plan(x if is_input else chain.as_input(x, dtype))
+            return out.flatten(1) if flat else fusion.match_memory_format(out, channels_last)
+
+        return run
 
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
@@ -194,9 +194,6 @@ class FoldedChain:
                     plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
             prepared.plans[dtype, packs] = plan
         return plan
-
-
-_version = operator.attrgetter("_version")
 
 
 def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:

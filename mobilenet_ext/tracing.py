@@ -20,5 +20,10 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling():
         # Not torch.compiler.is_exporting(): to Dynamo of torch 2.11 it is always true.
         return torch.compiler._is_exporting_flag
+    return is_followed()
+
+
+def is_followed() -> bool:
+    """:func:`is_traced` where nothing is compiled."""
     # torch.fx replaces the calls of all modules while it traces; whoever else does so wants to see them all too.
     return nn.Module.__call__ is not _CALL or torch.jit.is_tracing() or get_proxy_mode() is not None

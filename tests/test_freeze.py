@@ -452,6 +452,15 @@ def test_sizes_may_change_from_call_to_call(model, dtype):
         assert torch.equal(frozen(x), expected)
 
 
+def test_autocast_that_has_ended_is_noticed(model, x):
+    """The input has autocast's dtype by itself, and without autocast not that of the weights."""
+    frozen, x = mx.freeze(model.float()), x.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen(x)
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        frozen(x)
+
+
 def test_a_frozen_model_with_parts_in_two_dtypes_is_refused(model, x):
     frozen = mx.freeze(model)
     frozen.classifier.float()

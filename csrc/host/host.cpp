@@ -3,11 +3,13 @@
 
 #include "host/build_info.h"
 #include "host/cpu_features.h"
+#include "host/unchanged.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
-  m.doc() = "Build information and CPU features of mobilenet_ext.";
+  m.doc() =
+      "What mobilenet_ext asks outside of torch: its build, the CPU, and whether Python objects are as they were.";
 
   m.def(
       "build_info",
@@ -45,4 +47,12 @@ PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
       },
       "dict of bool: the instruction sets that both CPU and operating system let this process use. Asks the operating "
       "system for permission to use AMX where there is AMX.");
+
+  m.def("dicts_are", &mx::host::dicts_are, py::arg("counted"), py::arg("counts"), py::arg("held"), py::arg("values"),
+        "Whether each dict in `counted` has as many entries as `counts` says, and `values` are the objects that those "
+        "in `held` have as values, one dict after the other.");
+
+  m.def("tensors_answer", &mx::host::tensors_answer, py::arg("tensors"), py::arg("attribute"), py::arg("method"),
+        py::arg("answers"),
+        "Whether `answers` holds what `attribute` (a descriptor) and `method` of each tensor give now, in turn.");
 }

@@ -109,6 +109,11 @@ def current(device_type: str) -> str:
     return name
 
 
+def chosen() -> str:
+    """What was chosen with :func:`set` or :func:`use`: a backend's name, or ``"auto"``."""
+    return _chosen
+
+
 def device_type(name: str) -> str | None:
     """The type of device that a backend's tensors live on (``"cpu"``, ``"cuda"``); None if any will do."""
     return _BACKENDS[name].device_type
