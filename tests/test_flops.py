@@ -122,7 +122,7 @@ def test_every_op_that_convolves_counts(cpu_backend):
     seen = set()
     for call in calls("cpu", (torch.float32,)):
         counted = flops(call.run)
-        assert (counted > 0) == (not call.op.startswith("bn_")), call
+        assert (counted > 0) == (not call.op.startswith(("norm_", "bn_"))), call
         seen.add(call.op)
     assert {op for op in dir(torch.ops.mobilenet_ext) if op.endswith(("_forward", "_backward", "_inference"))} <= seen
 
