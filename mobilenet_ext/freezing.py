@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mobilenet_ext import fusion, storage
-from mobilenet_ext.models import MobileNetV1
-from mobilenet_ext.plans import FoldedChain, Part, Plans, container_parts
+from mobilenet_ext.plans import FoldedChain, Plans, parts_of
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -47,13 +45,10 @@ def freeze(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     folds = False
-    for module in list(frozen.modules()):
-        if isinstance(module, fusion.FusedSequential) and type(module).forward is fusion.FusedSequential.forward:
-            module.plans = Plans(container_parts)
-            folds = folds or any(isinstance(part, FoldedChain) for part in container_parts(module))
-        elif type(module) is MobileNetV1:
-            module.__class__ = FrozenMobileNetV1
-            module.plans = Plans(_network_parts)
+    for module in frozen.modules():
+        if fusion.calls_its_stages(module):
+            module.plans = Plans()
+            folds = folds or any(isinstance(part, FoldedChain) for part in parts_of(module))
         if not isinstance(module, torch.jit.ScriptModule):
             module.train = _StayInEval(module)  # on each: dropout in a parent must not come back either
     if not folds:
@@ -72,40 +67,3 @@ class _StayInEval:
 
     def __reduce__(self) -> tuple[object, ...]:
         return _StayInEval, (self._module(),)  # of a copied module: the copy
-
-
-class FrozenMobileNetV1(MobileNetV1):
-    """What :func:`freeze` makes of a :class:`MobileNetV1`: features and classifier run in one call where the backend
-    can, and nothing between them was swapped or has hooks. Dropout between them is for training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # as in FusedSequential
-            if not fusion.is_observed():
-                return self.plans.run(self, x)
-        return self.classifier(self.feature(x))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenMobileNetV1:
-        return self.plans.convert(self, super()._apply, fn)
-
-
-def _network_parts(model: nn.Module) -> list[Part]:
-    """Features and classifier of a frozen MobileNetV1 as one chain, where there is nothing else."""
-    feature, classifier = model.feature, model.classifier  # anybody's, where they were swapped
-    if _is_sequential(feature, fusion.FusedSequential) and _is_sequential(classifier, nn.Sequential):
-        parts, head = container_parts(feature), list(classifier)
-        if (
-            len(parts) == 1
-            and isinstance(parts[0], FoldedChain)
-            and parts[0].pool
-            and len(head) == 2
-            and fusion.is_exactly(head[0], nn.Flatten)
-            and (head[0].start_dim, head[0].end_dim) == (1, -1)
-            and fusion.is_exactly(head[1], nn.Linear)
-            and "weight" in head[1]._parameters
-        ):
-            return [FoldedChain([*parts[0].modules, *head], parts[0].units, True, head[1])]
-    return [feature, classifier]
-
-
-def _is_sequential(module: nn.Module, kind: type[nn.Sequential]) -> bool:
-    return isinstance(module, kind) and type(module).forward is kind.forward and fusion.is_untouched(module)

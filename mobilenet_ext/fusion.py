@@ -36,7 +36,27 @@ class UnitModules(NamedTuple):
     bn: nn.BatchNorm2d
 
 
-class FusedSequential(nn.Sequential):
+class Staged(nn.Module):
+    """A module whose forward calls its ``stages()`` one after the other, or runs ``plans`` made of them instead."""
+
+    plans = None  # of a frozen module: its Plans (TorchScript would look an annotation up)
+
+    def stages(self) -> Iterable[nn.Module]:
+        """The modules that ``forward`` calls in eval mode. Whoever overrides one of the two overrides both."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Staged:
+        """``.to()`` and the like."""
+        return super()._apply(fn, recurse) if self.plans is None else self.plans.convert(self, super()._apply, fn)
+
+
+def calls_its_stages(module: nn.Module) -> bool:
+    """Whether ``module`` is staged, and its forward is the one that its ``stages`` were written for."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return isinstance(module, Staged) and "stages" in vars(owner)
+
+
+class FusedSequential(Staged, nn.Sequential):
     """``nn.Sequential`` whose forward runs convolution, BatchNorm and ReLU units through the fused kernels.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
@@ -45,7 +65,8 @@ class FusedSequential(nn.Sequential):
     Shapes: input ``[N, C, H, W]`` for the first module; output as the last module gives it.
     """
 
-    plans = None  # of a frozen container: its Plans (TorchScript would look an annotation up)
+    def stages(self) -> Iterable[nn.Module]:
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # a condition of its own: TorchScript compiles nothing below it
@@ -64,10 +85,6 @@ class FusedSequential(nn.Sequential):
             part.training, part.plans = self.training, copy.copy(self.plans)
             return part
         return super().__getitem__(index)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedSequential:
-        """``.to()`` and the like."""
-        return super()._apply(fn, recurse) if self.plans is None else self.plans.convert(self, super()._apply, fn)
 
 
 def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a frozen container keeps between calls: which of its modules run as a chain, and the kernels' packed weights.
+"""What a frozen module keeps between calls: which of its modules run as a chain, and the kernels' packed weights.
 
 The modules themselves stay where they are, with their parameters, so everything that looks into a frozen model (a
 backbone that iterates and slices, a hook, ``state_dict``) finds what it found in the model. A plan is only a faster way
@@ -23,26 +23,19 @@ Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is 
 
 
 class Plans:
-    """Runs a frozen module as the parts that ``decide`` makes of it; copies and pickles of it start empty.
+    """Runs a frozen :class:`~mobilenet_ext.fusion.Staged` module as its parts; copies and pickles of it start empty."""
 
-    Args:
-        decide: a function of the module that gives the parts which, one after the other, compute what it computes.
-    """
-
-    def __init__(self, decide: Callable[[nn.Module], list[Part]]) -> None:
-        self._decide = decide
+    def __init__(self) -> None:
         self._decision: _Decision | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Plans, (self._decide,)  # another machine may want other plans, and a copy has modules of its own
+        return Plans, ()  # another machine may want other plans, and a copy has modules of its own
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         decision = self._decision
         if decision is None or not decision.holds(module):
             before = () if decision is None else decision.chains()
-            decision = self._decision = _Decision(
-                module, lambda: [_known(part, before) for part in self._decide(module)]
-            )
+            decision = self._decision = _Decision(module, lambda: [_known(part, before) for part in parts_of(module)])
         for part in decision.parts:
             x = part(x)
         return x
@@ -65,7 +58,10 @@ def exact_batch_norms(module: nn.Module, convert: Callable[[Tensor], Tensor]) ->
 
     def convert_exactly(t: Tensor) -> Tensor:
         converted = convert(t)
-        return t.to(converted.device, acc_dtype(converted.dtype)) if id(t) in vectors else converted
+        if id(t) not in vectors:
+            return converted
+        exact = converted if t.is_meta else t  # to_empty() makes tensors of those that have no values
+        return exact.to(converted.device, acc_dtype(converted.dtype))
 
     return convert_exactly
 
@@ -206,9 +202,9 @@ def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
     return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn, Act.LINEAR)
 
 
-def container_parts(container: nn.Sequential) -> list[Part]:
-    """The chains in a container in eval mode, and the modules between them."""
-    modules = list(fusion.flatten(container))
+def parts_of(module: fusion.Staged) -> list[Part]:
+    """The chains among the stages of a module in eval mode, and the modules between them."""
+    modules = list(fusion.flatten(module.stages()))
     parts: list[Part] = []
     while modules:
         units, pool = fusion.leading_chain(modules)
@@ -216,9 +212,20 @@ def container_parts(container: nn.Sequential) -> list[Part]:
         if foldable:
             pool = pool and len(foldable) == len(units)
             count = 3 * len(foldable) + pool
-            parts.append(FoldedChain(modules[:count], foldable, pool))
+            linear = _linear_after_pooling(modules[count : count + 2]) if pool else None
+            count += 2 if linear is not None else 0
+            parts.append(FoldedChain(modules[:count], foldable, pool, linear))
         else:
             count = 3 if units else 1  # a unit without running statistics
             parts.append(partial(fusion.run_modules, modules[:3]) if units else modules[0])
         del modules[:count]
     return parts
+
+
+def _linear_after_pooling(modules: list[nn.Module]) -> nn.Linear | None:
+    """The linear layer, if these are ``Flatten()`` and one that nothing changes."""
+    if len(modules) < 2 or not (fusion.is_exactly(modules[0], nn.Flatten) and fusion.is_exactly(modules[1], nn.Linear)):
+        return None
+    flatten, linear = modules
+    flattens = (flatten.start_dim, flatten.end_dim) == (1, -1)
+    return linear if flattens and "weight" in linear._parameters else None

@@ -496,3 +496,12 @@ def test_only_a_plan_is_taken_for_one():
     ):
         with pytest.raises(RuntimeError, match=message):
             kernels.make_plan(ops, tensors, settings)
+
+
+def test_from_meta_to_empty(model, x):
+    """``to_empty`` takes a frozen model back from the meta device; whoever loads its values has it as it was."""
+    frozen = mx.freeze(model)
+    expected, state = frozen(x), copy.deepcopy(frozen.state_dict())
+    frozen.to("meta").to_empty(device="cpu")
+    frozen.load_state_dict(state)
+    assert torch.equal(frozen(x), expected)

@@ -3,9 +3,13 @@ arXiv:1704.04861, table 1), on the fused kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mobilenet_ext.fusion import Staged, is_observed
 from mobilenet_ext.nn import DepthwiseConvBNReLU, FusedSequential, PointwiseConvBNReLU, StemConvBNReLU
 
 # (output channels, stride) of the 13 depthwise-separable blocks.
@@ -13,7 +17,7 @@ BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)]
 STEM_CHANNELS = 32
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Staged):
     """MobileNetV1 for image classification; a drop-in for the network of plain modules.
 
     The module tree is that of the plain network, so its checkpoints load with ``strict=True``, and the same seed gives
@@ -71,7 +75,13 @@ class MobileNetV1(nn.Module):
         self.feature = FusedSequential(*units, nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(channels, num_classes))
 
+    def stages(self) -> Iterable[nn.Module]:
+        return self.feature, self.classifier  # anybody's, where they were swapped
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # as in FusedSequential
+            if self.plans is not None and not is_observed():
+                return self.plans.run(self, x)
         x = self.feature(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
