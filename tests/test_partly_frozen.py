@@ -257,7 +257,7 @@ def test_float32_against_float64(backend, device, frozen: int):
     with torch.no_grad():
         front = expected.feature[:frozen](x.double())
     back = nn.Sequential(*expected.feature[frozen:], *expected.classifier)
-    impose(back, masks.masks)
+    impose(back, masks.masks, FORWARD)
     wanted = back(front)
     assert_close(out, wanted, FORWARD, "output")
     upstream = torch.randn(out.shape)
