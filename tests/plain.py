@@ -66,9 +66,8 @@ def assert_signs(z: Tensor, mask: Tensor, tolerance: float) -> None:
     if not count:
         return
     scale = z.square().mean((0, 2, 3), keepdim=True).sqrt()
-    distance = (
-        (z.abs() / scale)[flipped].max().item()
-    )  # NaN, which no tolerance takes, where the channel is zero or NaN
+    # NaN, which no tolerance takes, where a channel is zero or NaN.
+    distance = (z.abs() / scale)[flipped].max().item()
     assert distance <= tolerance, (
         f"ReLU: wrong side of the corner by {distance:.1e} of the channel's scale, rounding is {tolerance:.1e}; "
         f"{count} of {z.numel()} signs differ"
