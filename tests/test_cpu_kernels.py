@@ -10,24 +10,20 @@ import torch.nn.functional as F
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    cases,
     channels_last,
     check_conv_backward,
     in_float64,
     is_channels_last_dense,
     ops,
-    passes_with_isa,
     random_bn,
     random_grad_bn,
     relative_error,
-    run_with_isa,
     same_bits,
-    supports,
     with_threads,
 )
 from torch import Tensor
@@ -36,16 +32,19 @@ from mobilenet_ext.backends import reference
 
 # (n, c, h, w, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a vector, 1, 3
 # and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above several bands.
-SHAPES = [
-    (2, 32, 12, 12, 1, 1),
-    (2, 32, 12, 12, 2, 1),
+each_shape = cases(
+    [
+        (2, 32, 12, 12, 1, 1),
+        (2, 32, 12, 12, 2, 1),
+        (1, 24, 7, 9, 2, 1),
+        (2, 33, 9, 9, 2, 0),
+        (1, 20, 57, 113, 1, 1),
+    ],
+    (2, 16, 1, 1, 1, 1),
     (1, 8, 9, 7, 1, 1),
-    (1, 24, 7, 9, 2, 1),
     (2, 3, 8, 8, 1, 0),
-    (2, 33, 9, 9, 2, 0),
     (1, 40, 8, 9, 2, 0),
     (3, 1, 5, 6, 1, 1),
-    (2, 16, 1, 1, 1, 1),
     (2, 16, 1, 1, 2, 1),
     (1, 16, 2, 2, 2, 1),
     (1, 16, 2, 2, 1, 1),
@@ -53,13 +52,12 @@ SHAPES = [
     (1, 16, 4, 4, 2, 0),
     (1, 5, 1, 200, 1, 1),
     (1, 5, 200, 1, 2, 1),
-    (1, 20, 57, 113, 1, 1),
     (1, 20, 57, 114, 2, 1),
     (1, 20, 58, 115, 2, 0),
     (1, 1100, 4, 5, 1, 1),
     (0, 16, 8, 8, 1, 1),
-]
-SPATIAL = [(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4), (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7)]
+)
+each_image = cases([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
 
 
 def depthwise_inputs(
@@ -84,7 +82,7 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 @pytest.mark.parametrize("normalised", [True, False])
 def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
     u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
@@ -101,6 +99,7 @@ def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalise
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> None:
     u, bn_u, weight, *_ = depthwise_inputs((2, 24, 9, 9, 1, 1), dtype)
@@ -114,7 +113,7 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 @pytest.mark.parametrize(
     ("normalised", "with_grad_bn", "with_y", "batch_stats"),
     [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
@@ -134,7 +133,7 @@ def test_depthwise_backward(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 @pytest.mark.parametrize(("with_bn", "relu"), [(True, True), (True, False), (False, True), (False, False)])
 def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, relu: bool) -> None:
     u, bn, weight, *_ = depthwise_inputs(shape, dtype)
@@ -145,7 +144,7 @@ def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+@each_image
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("batch_stats", [True, False])
 def test_bn_relu(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, batch_stats: bool) -> None:
@@ -161,7 +160,7 @@ def test_bn_relu(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, batch_s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+@each_image
 def test_bn_relu_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape[:2], 1, 1, dtype=dtype)
     out = ops.bn_relu_pool_forward(y, bn)
@@ -173,6 +172,7 @@ def test_bn_relu_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bn_from_running(dtype: torch.dtype) -> None:
     mean, gamma, beta, bias = (torch.randn(19, dtype=torch.float64).to(dtype) for _ in range(4))
@@ -203,6 +203,7 @@ def test_outputs_too_large_for_the_cache(stride: int) -> None:
     assert_close(grad_bn, reference._make_grad_bn(h.double(), u.double(), bn_u.double(), True), 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 def test_statistics_survive_a_large_mean(mean: float) -> None:
     # A kernel whose only tap is its centre copies the input, so the statistics are those of the input.
@@ -231,6 +232,7 @@ def special_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return inputs
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int) -> None:
@@ -254,6 +256,7 @@ def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int
     assert torch.equal(torch.isfinite(ours[2]), torch.isfinite(theirs[2]))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bn_relu_keeps_nan(dtype: torch.dtype) -> None:
     y, bn = activation(1, 16, 3, 3, dtype=dtype), random_bn(16, dtype)
@@ -270,7 +273,7 @@ def test_bn_relu_keeps_nan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1), (1, 264, 7, 7, 1, 1)], ids=str)
+@cases([(1, 264, 7, 7, 1, 1)], (3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, bn_u, weight, h, y, grad_bn_y = depthwise_inputs(shape, dtype)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
@@ -285,27 +288,6 @@ def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch
         for threads in (1, 2, 5):
             again = with_threads(threads, op, args)
             assert all(same_bits(a, b) for a, b in zip(first, again, strict=True)), (op, threads)
-
-
-def test_the_instruction_set_can_be_read() -> None:
-    assert ISA in ISAS and supports(ISA)
-
-
-def test_an_impossible_instruction_set_is_refused() -> None:
-    code = (
-        "import torch; from mobilenet_ext.backends import reference; from pathlib import Path;"
-        "torch.ops.load_library(str(Path(reference.__file__).parent.parent / '_cpu.abi3.so'));"
-        "torch.ops.mobilenet_ext_cpu.bn_relu_forward("
-        "torch.zeros(1, 1, 1, 1).to(memory_format=torch.channels_last), torch.zeros(5, 1), True)"
-    )
-    result = run_with_isa("avx1024", "-c", code)
-    assert result.returncode != 0
-    assert "MOBILENET_EXT_CPU_ISA=avx1024" in result.stderr and "baseline" in result.stderr
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__, besides="too_large")
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:

@@ -9,19 +9,17 @@ import torch
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     as_double,
     assert_close,
     assert_same_specials,
+    cases,
     check_conv_backward,
     expected_backward,
     in_float64,
     is_channels_last_dense,
     ops,
-    passes_with_isa,
     random_bn,
     random_grad_bn,
     relative_error,
@@ -37,40 +35,32 @@ from mobilenet_ext.backends import reference
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
 # 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
 # pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
-POINTWISE = [
+each_pointwise = cases(
+    [(3, 33, 9, 11, 17), (1, 40, 7, 7, 72), (1, 24, 14, 14, 520)],
     (2, 1, 5, 7, 1),
-    (3, 33, 9, 11, 17),
-    (1, 40, 7, 7, 72),
     (2, 64, 48, 48, 32),
     (9, 3, 1, 1, 5),
     (1, 520, 7, 7, 300),
-    (1, 24, 14, 14, 520),
     (2, 330, 40, 41, 410),
     (0, 16, 7, 7, 24),
     (0, 400, 7, 7, 400),
-]
+)
 # (n, c_in, h, w, c_out, stride, padding)
-STEM = [
-    (2, 3, 33, 32, 32, 2, 1),
+each_stem = cases(
+    [(2, 3, 33, 32, 32, 2, 1), (3, 1, 9, 11, 5, 1, 0), (2, 4, 12, 9, 17, 2, 0), (1, 40, 13, 12, 33, 2, 1)],
     (2, 3, 32, 33, 8, 1, 1),
-    (3, 1, 9, 11, 5, 1, 0),
-    (2, 4, 12, 9, 17, 2, 0),
     (9, 3, 1, 1, 32, 2, 1),
-    (1, 40, 13, 12, 33, 2, 1),
     (1, 2, 3, 130, 6, 1, 1),
     (0, 3, 8, 8, 16, 2, 1),
-]
+)
 # (n, c, h, w, c_out, stride)
-BLOCKS = [
-    (2, 32, 28, 28, 64, 1),
-    (2, 32, 28, 28, 64, 2),
-    (3, 33, 9, 11, 17, 1),
-    (1, 3, 8, 7, 5, 2),
+each_block = cases(
+    [(2, 32, 28, 28, 64, 1), (2, 32, 28, 28, 64, 2), (3, 33, 9, 11, 17, 1), (1, 3, 8, 7, 5, 2)],
     (9, 16, 1, 1, 8, 2),
     (3, 16, 2, 3, 8, 1),
     (1, 520, 7, 7, 300, 1),
     (0, 16, 7, 7, 8, 1),
-]
+)
 
 
 def pointwise_inputs(
@@ -102,7 +92,7 @@ def assert_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_pointwise
 @pytest.mark.parametrize("normalised", [True, False])
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
@@ -121,7 +111,7 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalise
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_pointwise
 @pytest.mark.parametrize(
     ("normalised", "with_grad_bn", "with_y", "batch_stats"),
     [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
@@ -140,6 +130,7 @@ def test_pointwise_backward(
     check_conv_backward("pointwise_backward", output, source)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", range(1, 30))
 def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
@@ -152,7 +143,7 @@ def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_pointwise
 @pytest.mark.parametrize(("with_bn", "relu"), [(True, True), (True, False), (False, True), (False, False)])
 def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, relu: bool) -> None:
     x, _, weight, *_ = pointwise_inputs(shape, dtype)
@@ -163,7 +154,7 @@ def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", STEM, ids=str)
+@each_stem
 def test_stem(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, h, y_before, grad_bn_y = stem_inputs(shape, dtype)
     gamma, beta = grad_bn_y[0], grad_bn_y[1]
@@ -188,7 +179,7 @@ def test_stem(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", STEM, ids=str)
+@each_stem
 @pytest.mark.parametrize(("with_bn", "relu"), [(True, True), (True, False), (False, True), (False, False)])
 def test_stem_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, relu: bool) -> None:
     x, weight, *_ = stem_inputs(shape, dtype)
@@ -197,7 +188,7 @@ def test_stem_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: boo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@each_block
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, c, h, w, c_out, stride = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
@@ -214,6 +205,7 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 def test_statistics_survive_a_large_mean(mean: float) -> None:
     # The identity as weight copies the input, so the statistics are those of the input.
@@ -227,6 +219,7 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
     assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", ["u", "h", "y", "weight", "bn_u"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -243,6 +236,7 @@ def test_pointwise_nan_and_inf(dtype: torch.dtype, where: str, value: float) -> 
         assert_same_specials(actual, expected.double())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("where", ["x", "h", "weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_stem_nan_and_inf(where: str, value: float) -> None:
@@ -258,7 +252,7 @@ def test_stem_nan_and_inf(where: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 72), (1, 300, 7, 7, 520), (2, 330, 20, 41, 410)], ids=str)
+@cases([(1, 300, 7, 7, 520)], (3, 40, 57, 60, 72), (2, 330, 20, 41, 410))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, bn_u, weight, h, y, grad_bn_y = pointwise_inputs(shape, dtype)
     image, stem_weight, stem_h, stem_y, stem_grad_bn = stem_inputs((2, 3, 40, 40, 24, 2, 1), dtype)
@@ -287,11 +281,6 @@ def test_more_channels_than_fit_on_a_stack() -> None:
         ops.pointwise_backward(*args), in_float64(reference.pointwise_backward, args), strict=True
     ):
         assert_close(actual, expected, 1e-5)
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
