@@ -1,9 +1,8 @@
-"""The machine code of every kernel launch of the network, for three generations of GPUs (two of them ``slow``); no GPU
-is needed.
+"""The machine code of every kernel launch of the network, for three generations of GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
-and backward, eval with gradients (on one GPU), and frozen inference. Launches are recorded, so a new kernel or a new
-choice needs no entry here.
+and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
+tensor cores, in ``slow`` ones for all. Launches are recorded, so a new kernel or a new choice needs no entry here.
 """
 
 from __future__ import annotations
@@ -41,14 +40,18 @@ NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
 TENSOR_CORES = {80: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
 Kernels = list[tuple[Launch, CompiledLaunch]]
-# The one that all kinds of kernels are compiled for stands for the others, unless slow tests are asked for.
+# One GPU is compiled for in plain runs. All GPUs are in slow ones, this one for all kinds of kernels.
 FIRST = "sm_90"
+Case = tuple[Architecture, bool]
+CASES = [
+    *(pytest.param((a, False), id=f"{a.name}-some kinds") for a in ARCHITECTURES if a.name == FIRST),
+    *(pytest.param((a, a.name == FIRST), id=a.name, marks=pytest.mark.slow) for a in ARCHITECTURES),
+]
 
 
-def record(architecture: Architecture, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
+def record(architecture: Architecture, all_kinds: bool, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
     """The different launches of the network on a GPU of this architecture."""
     launches: dict[str, Launch] = {}
-    all_kinds = architecture.name == FIRST
     problems = list(product((*NUMBERS, IEEE) if all_kinds else NUMBERS, WIDTHS)) + [(FLOAT16, 1)] * all_kinds
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
@@ -78,23 +81,24 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExe
 
 
 @pytest.fixture(scope="module")
-def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Callable[[Architecture], Kernels]:
+def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Callable[[Case], Kernels]:
     """Compiles for an architecture when a test first asks for it."""
     # Two GPUs of one instruction set share what is compiled for it.
     futures: dict[tuple[int, str], Future[CompiledLaunch]] = {}
-    done: dict[Architecture, Kernels] = {}
+    done: dict[Case, Kernels] = {}
 
-    def compiled_for(architecture: Architecture) -> Kernels:
-        if architecture not in done:
-            start, before, launches = time.perf_counter(), len(futures), record(architecture)
+    def compiled_for(case: Case) -> Kernels:
+        architecture, _ = case
+        if case not in done:
+            start, before, launches = time.perf_counter(), len(futures), record(*case)
             keys = {key: (architecture.capability, key) for key in launches}
             for key, launch in launches.items():
                 if keys[key] not in futures:
                     futures[keys[key]] = workers.submit(machine_code.compile_launch, launch, architecture)
-            done[architecture] = [(launch, futures[keys[key]].result()) for key, launch in launches.items()]
+            done[case] = [(launch, futures[keys[key]].result()) for key, launch in launches.items()]
             compiled, seconds = len(futures) - before, time.perf_counter() - start
             capsys_disabled(f"\n{len(launches)} for {architecture.name}: {compiled} compiled in {seconds:.0f} s")
-        return done[architecture]
+        return done[case]
 
     return compiled_for
 
@@ -111,19 +115,19 @@ def capsys_disabled(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return show
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(architecture, id=architecture.name, marks=[pytest.mark.slow] * (architecture.name != FIRST))
-        for architecture in ARCHITECTURES
-    ]
-)
-def architecture(request: pytest.FixtureRequest) -> Architecture:
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
 @pytest.fixture
-def kernels(compiled: Callable[[Architecture], Kernels], architecture: Architecture) -> Kernels:
-    return compiled(architecture)
+def architecture(case: Case) -> Architecture:
+    return case[0]
+
+
+@pytest.fixture
+def kernels(compiled: Callable[[Case], Kernels], case: Case) -> Kernels:
+    return compiled(case)
 
 
 def no_tensor_cores(launch: Launch, code: CompiledLaunch, capability: int) -> str | None:
@@ -153,8 +157,8 @@ def test_nothing_is_kept_in_local_memory(kernels) -> None:
     check(kernels, lambda launch, code: spilled(code))
 
 
-def test_other_batches_choose_the_same_kernels(architecture: Architecture) -> None:
-    assert record(architecture, OTHER_BATCHES).keys() <= record(architecture).keys()
+def test_other_batches_choose_the_same_kernels(case: Case) -> None:
+    assert record(*case, OTHER_BATCHES).keys() <= record(*case).keys()
 
 
 def test_shared_memory_is_enough(kernels, architecture: Architecture) -> None:
@@ -192,10 +196,11 @@ def test_products_run_on_tensor_cores(kernels, architecture: Architecture) -> No
     check(kernels, lambda launch, code: no_tensor_cores(launch, code, architecture.capability))
 
 
-def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, architecture: Architecture) -> None:
+def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, case: Case) -> None:
     """Not only where the tile allows it: of each kind of kernel, for each dtype, some tile does."""
+    architecture, all_kinds = case
     wanted = TENSOR_CORES[architecture.capability]
-    kinds = ("bf16", "f16") if architecture.name == FIRST else ("bf16",)
+    kinds = ("bf16", "f16") if all_kinds else ("bf16",)
     for part, kind in product(("pointwise_forward", "pointwise_backward"), kinds):
         mine = [code for _, code in named(kernels, part) if any(dot[0] == kind for dot in code.dots)]
         assert any(code.matching(wanted) for code in mine), (part, kind)
