@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import one_thread
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
@@ -36,6 +37,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # inputs. 16-bit outputs are rounded once: half a unit in the last place is 2^-9 (bfloat16) or 2^-12 (float16).
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 ACC_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def cases(covered: list[tuple], *more: tuple) -> Any:
+    """Shapes as a parameter; every instruction set is tested with ``covered``, all others by default with the machine's
+    own alone."""
+    marked = [pytest.param(shape, marks=pytest.mark.cover) for shape in covered]
+    return pytest.mark.parametrize("shape", [*marked, *more], ids=str)
 
 
 def activation(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -65,7 +73,8 @@ def as_double(value: Any) -> Any:
 
 def in_float64(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The reference's outputs for the same inputs, in float64."""
-    outputs = op(*[as_double(a) for a in args])
+    with one_thread():
+        outputs = op(*[as_double(a) for a in args])
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -178,17 +187,8 @@ def run_with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     package = str(LIBRARY.parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
-
-
-def passes_with_isa(isa: str, file: str, besides: str = "") -> None:
-    """Runs the tests of a file on another instruction set, all but those that do so themselves and ``besides``."""
-    if not supports(isa):
-        pytest.skip(f"this machine has no {isa}")
-    chosen = "not instruction_set" + (f" and not {besides}" if besides else "")
-    result = run_with_isa(isa, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", file)
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def check_conv_backward(op: str, output: tuple, source: tuple) -> None:

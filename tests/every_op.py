@@ -22,6 +22,13 @@ SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, 
 FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
 
 
+def kernel_ops() -> set[str]:
+    """The ops of ``csrc/ops.h`` that every backend implements: those with a kernel of the CPU's, which has more."""
+    names = {name.partition("::")[::2] for name in torch._C._dispatch_get_all_op_names()}
+    public = {name for namespace, name in names if namespace == "mobilenet_ext"}
+    return public & {name for namespace, name in names if namespace == "mobilenet_ext_cpu"}
+
+
 class Call(NamedTuple):
     op: str
     args: tuple

@@ -1,7 +1,8 @@
 """The independent reference: the network and its units from ``nn.Conv2d``, ``nn.BatchNorm2d`` and ``nn.ReLU`` alone.
 
 Nothing here calls a kernel of the project, except to read off the ReLU masks of a run (``ReluMasks``): a network in
-training is chaotic at ReLU signs, so its float64 reference takes the signs of the run it is compared with.
+training is chaotic at ReLU signs, so its float64 reference takes the signs of the run it is compared with, and asserts
+that they are its own but for rounding (``assert_signs``).
 """
 
 from __future__ import annotations
@@ -39,14 +40,58 @@ class Shape(NamedTuple):
         return f"{self.kind}-{self.in_channels}-{self.out_channels}-s{self.stride}-{self.size}"
 
 
-class Relu(nn.Module):
-    """``nn.ReLU``, or with ``mask`` set, the same with the signs of another run."""
+# How often a sign may differ. 16 bits were measured at 4e-4 of a large tensor at most, float32 at 1e-6 and two elements
+# of a small one: in a small tensor a few are luck.
+FLIPPED_SHARE, FLIPPED_IN_ANY = 1e-3, 3
 
-    mask: Tensor | None = None
+
+def corner(dtype: torch.dtype) -> float:
+    """The ``tolerance`` of :func:`assert_signs` for a unit in this dtype.
+
+    float32 decides a sign from a value that it promises to ``FORWARD``. 16 bits decide it from a convolution output
+    that was rounded once, by up to half of eps, and that PyTorch's own path rounds again at the BatchNorm: eps.
+    Measured are a third of each: 3.4e-6 in float32, 0.33 eps in bfloat16, 0.27 eps in float16, of our kernels as of
+    PyTorch's.
+    """
+    return torch.finfo(dtype).eps if dtype.itemsize == 2 else FORWARD
+
+
+def assert_signs(z: Tensor, mask: Tensor, tolerance: float) -> None:
+    """That ``mask``, where another run lets its ReLU pass, is where ``z``, the ReLU's exact input, is positive: but for
+    few elements within rounding of the corner, by ``tolerance`` of their channel's root mean square.
+
+    Without that a reference which takes the mask would call every wrong zero right.
+    """
+    z = z.detach()
+    flipped = mask != (z > 0)
+    count = int(flipped.sum())
+    if not count:
+        return
+    scale = z.square().mean((0, 2, 3), keepdim=True).sqrt()
+    # NaN, which no tolerance takes, where a channel is zero or NaN.
+    distance = (z.abs() / scale)[flipped].max().item()
+    assert distance <= tolerance, (
+        f"ReLU: wrong side of the corner by {distance:.1e} of the channel's scale, rounding is {tolerance:.1e}; "
+        f"{count} of {z.numel()} signs differ"
+    )
+    assert count <= FLIPPED_IN_ANY + FLIPPED_SHARE * z.numel(), f"ReLU: {count} of {z.numel()} signs differ"
+
+
+class Relu(nn.Module):
+    """``nn.ReLU``, or with a ``mask``, the same with the signs of another run, which are checked to ``tolerance``.
+
+    A ``tolerance`` of None: whoever gives the mask checks it.
+    """
+
+    def __init__(self, mask: Tensor | None = None, tolerance: float | None = FORWARD) -> None:
+        super().__init__()
+        self.mask, self.tolerance = mask, tolerance
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None:
             return torch.relu(x)
+        if self.tolerance is not None:
+            assert_signs(x, self.mask, self.tolerance)
         return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype))
 
 
@@ -128,11 +173,11 @@ def batch_norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
 
 
-def impose(plain: nn.Module, masks: list[Tensor]) -> None:
-    """Make the ReLUs of a float64 reference take these masks, in order."""
+def impose(plain: nn.Module, masks: list[Tensor], tolerance: float) -> None:
+    """Make the ReLUs of a float64 reference take these masks, in order; ``tolerance`` is that of ``assert_signs``."""
     relus = [child for child in plain.modules() if isinstance(child, Relu)]
     for relu, mask in zip(relus, masks, strict=True):
-        relu.mask = mask
+        relu.mask, relu.tolerance = mask, tolerance
 
 
 class ReluMasks(TorchDispatchMode):

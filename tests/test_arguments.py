@@ -245,7 +245,7 @@ def test_one_value_per_channel(cpu_backend, function):
 
 @pytest.mark.parametrize("function", WITH_BATCH_NORM)
 def test_settings_are_keywords(function):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="positional argument"):
         getattr(mx.functional, function)(*CALLS[function]().values(), 1)
 
 

@@ -116,6 +116,8 @@ def test_unknown_names_are_refused(choose, name):
 @pytest.mark.parametrize("choose", [backends.set, lambda name: backends.use(name).__enter__()])
 def test_unusable_backends_are_refused_with_the_reason(choose):
     unusable = {name: why for name, why in backends.available().items() if why is not None}
+    if not unusable:
+        pytest.skip("every backend is usable here")
     before = backends.current("cpu")
     for name, why in unusable.items():
         with pytest.raises(RuntimeError) as error:
@@ -166,7 +168,7 @@ def test_environment_variable(name):
 @pytest.mark.parametrize("name", ["tensorflow", "triton"])
 def test_wrong_environment_variable(name):
     if backends.available().get(name, "unknown") is None:
-        return
+        pytest.skip(f"backend {name} is usable here")
     done = run_python(SHOW, MOBILENET_EXT_BACKEND=name)
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]

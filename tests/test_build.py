@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_op import kernel_ops
 
 import mobilenet_ext as mx
 from mobilenet_ext import _host
-from mobilenet_ext.backends import reference
 from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,10 +160,7 @@ def test_library_needs_only_the_stable_abi(backend: str) -> None:
 def test_cuda_library_loads_and_implements_every_op() -> None:
     """On machines without a GPU too."""
     torch.ops.load_library(str(mx.backends.cuda.LIBRARY))
-    public = {name for name in vars(reference) if not name.startswith("_")}
-    names = {name for name in public if hasattr(torch.ops.mobilenet_ext_cpu, name)}
-    assert len(names) == 15
-    for name in names:
+    for name in kernel_ops():
         qualified = f"mobilenet_ext_cuda::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"), name
         assert getattr(torch.ops.mobilenet_ext_cuda, name).default._schema.arguments[0].name

@@ -249,7 +249,7 @@ def run_under(mode: str, make):
 def test_frozen_in_inference_mode(model, x, make):
     """The plan is there, it notices changes, and the numbers are those of a model frozen outside."""
     if backends.current("cpu") != "cpu":
-        return
+        pytest.skip("only the cpu backend has plans")
     frozen, inside = run_under("no grad", lambda: make(model)), run_under("inference mode", lambda: make(model))
     dtype = next(frozen.parameters()).dtype
     x = x.to(dtype)

@@ -78,12 +78,12 @@ def fused_conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride
     return mx.functional.depthwise_conv2d(x, weight, bias, stride, padding)
 
 
-def bn_relu(kind, x, weight, bias, mean, var, gamma, beta, stride, training, relu=True, mask=None) -> Tensor:
-    """The plain unit, in the dtype of its arguments. ``mask``: the ReLU signs of another run."""
+def bn_relu(kind, x, weight, bias, mean, var, gamma, beta, stride, training, relu=True, signs=None) -> Tensor:
+    """The plain unit, in the dtype of its arguments. ``signs``: a ReLU with those of another run."""
     z = F.batch_norm(conv(kind, x, weight, bias, stride), mean, var, gamma, beta, training, 0.1, 1e-5)
     if not relu:
         return z
-    return torch.relu(z) if mask is None else torch.where(mask, z, torch.zeros_like(z))
+    return torch.relu(z) if signs is None else signs(z)
 
 
 def fused_bn_relu(kind, x, weight, bias, mean, var, gamma, beta, stride, training, relu=True) -> Tensor:
@@ -127,9 +127,10 @@ def check_bn_relu(
     out = fused_bn_relu(kind, *leaves[:3], *running, *leaves[3:], stride, training)
     upstream = torch.randn(out.shape)
     actual = gradients(out, leaves, upstream)
+    signs = plain.Relu(out.detach().cpu() > 0, FORWARD)
     with plain.one_thread():
         expected = bn_relu(
-            kind, *expected_leaves[:3], *expected_running, *expected_leaves[3:], stride, training, mask=out.cpu() > 0
+            kind, *expected_leaves[:3], *expected_running, *expected_leaves[3:], stride, training, signs=signs
         )
         wanted = gradients(expected, expected_leaves, upstream)
     if training and kind == "pointwise" and x.shape[1] == 1:
@@ -244,8 +245,9 @@ def compare_in_16_bits(
         if upstream is None:
             upstream = torch.randn(out.shape).to(out.dtype)
         grads = gradients(out, leaves, upstream)
+        signs = plain.Relu(out.detach().cpu() > 0, plain.corner(out.dtype))
         with plain.one_thread(), torch.autocast(device, enabled=False):
-            judge = own(*exact, mask=out.detach().cpu() > 0) if relu else expected
+            judge = own(*exact, signs=signs) if relu else expected
             wanted = gradients(judge, exact, upstream, keep=True)
         errors = [plain.relative_error(a, b) for a, b in zip((out, *grads), (expected, *wanted), strict=True)]
         results.append((errors, [t.dtype for t in (out, *grads)]))
@@ -279,9 +281,9 @@ def test_unit_in_16_bits(
     mean, var, gamma, beta = (t.to(vector_dtype) for t in random_vectors(shape.out_channels))
 
     def run(unit: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **mask: Tensor) -> Tensor:
+        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **signs: Any) -> Tensor:
             running = [t.clone().to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
-            return unit(shape.kind, x, weight, None, *running, gamma, beta, shape.stride, training, **mask)
+            return unit(shape.kind, x, weight, None, *running, gamma, beta, shape.stride, training, **signs)
 
         return call
 
@@ -298,9 +300,9 @@ def test_autocast(backend: str, device: str, kind: str, dtype: torch.dtype) -> N
     mean, var, gamma, beta = random_vectors(32)
 
     def run(unit: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **mask: Tensor) -> Tensor:
+        def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, **signs: Any) -> Tensor:
             running = [t.clone().to(device=x.device, dtype=gamma.dtype) for t in (mean, var)]
-            out = unit(kind, x, weight, None, *running, gamma, beta, 1, True, **mask)
+            out = unit(kind, x, weight, None, *running, gamma, beta, 1, True, **signs)
             assert not torch.equal(running[0], mean.to(running[0])), "the running statistics were not updated"
             return out
 

@@ -16,7 +16,7 @@ def memory_gib() -> float:
         return int(file.readline().split()[1]) / 2**20
 
 
-pytestmark = pytest.mark.skipif(memory_gib() < 16, reason="needs 12 GiB of memory")
+pytestmark = [pytest.mark.large, pytest.mark.skipif(memory_gib() < 16, reason="needs 12 GiB of memory")]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_op import kernel_ops
 from torch import Tensor
 
 import mobilenet_ext as mx
@@ -175,6 +176,7 @@ def defined_ops() -> set[str]:
 
 def test_every_op_is_tested() -> None:
     assert defined_ops() == {*KERNEL_CASES, *LAYER_CASES, "update_running_stats_"}
+    assert kernel_ops() == set(KERNEL_CASES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

@@ -22,12 +22,14 @@ def pair(width: float, device: str, bias: bool = True) -> tuple[nn.Module, nn.Mo
     return fused, plain.in_float64(fused, plain.Network(10, width, bias))
 
 
-def forward_with_masks(fused: nn.Module, expected: nn.Module, x: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """Both outputs; the reference takes the ReLU signs of the fused run."""
+def forward_with_masks(
+    fused: nn.Module, expected: nn.Module, x: Tensor, device: str, promise: float
+) -> tuple[Tensor, Tensor]:
+    """Both outputs; the reference takes the ReLU signs of the fused run, its own to within ``promise``."""
     masks = plain.ReluMasks()
     with masks:
         out = fused(x.to(device))
-    plain.impose(expected, masks.masks)
+    plain.impose(expected, masks.masks, promise)
     with plain.one_thread():
         return out, expected(x.double())
 
@@ -57,7 +59,7 @@ def check_running_statistics(fused: nn.Module, expected: nn.Module, tolerance: f
 @pytest.mark.parametrize("width", plain.WIDTHS)
 def test_training(backend: str, device: str, width: float) -> None:
     fused, expected = pair(width, device)
-    out, wanted = forward_with_masks(fused, expected, torch.randn(BATCH, 3, SIZE, SIZE), device)
+    out, wanted = forward_with_masks(fused, expected, torch.randn(BATCH, 3, SIZE, SIZE), device, TRAINING_FORWARD)
     plain.assert_close(out, wanted, TRAINING_FORWARD, "output")
     check_running_statistics(fused, expected)
     backward(out, wanted, torch.randn(out.shape))
@@ -73,7 +75,7 @@ def test_eval(backend: str, device: str, width: float) -> None:
         plain.assert_close(
             mx.freeze(fused)(x.to(device)), expected(x.double()), FORWARD, "output of the frozen network"
         )
-    out, wanted = forward_with_masks(fused, expected, x, device)
+    out, wanted = forward_with_masks(fused, expected, x, device, FORWARD)
     plain.assert_close(out, wanted, FORWARD, "output")
     backward(out, wanted, torch.randn(out.shape))
     check_gradients(fused, expected)
@@ -87,7 +89,7 @@ def test_full_size(backend: str, device: str) -> None:
     masks = plain.ReluMasks()
     with masks:
         out = fused(images)
-    plain.impose(expected, masks.masks)
+    plain.impose(expected, masks.masks, TRAINING_FORWARD)
     with plain.one_thread():
         wanted = expected(images64)
     backward(out, wanted, torch.randn(out.shape))
@@ -101,7 +103,7 @@ def test_some_batch_norms_in_eval(backend: str, device: str) -> None:
     fused, expected = pair(0.25, device)
     for i, (bn, twin) in enumerate(zip(plain.batch_norms(fused), plain.batch_norms(expected), strict=True)):
         bn.train(i % 3 != 1), twin.train(i % 3 != 1)
-    out, wanted = forward_with_masks(fused, expected, torch.randn(BATCH, 3, SIZE, SIZE), device)
+    out, wanted = forward_with_masks(fused, expected, torch.randn(BATCH, 3, SIZE, SIZE), device, TRAINING_FORWARD)
     plain.assert_close(out, wanted, TRAINING_FORWARD, "output")
     check_running_statistics(fused, expected)
     backward(out, wanted, torch.randn(out.shape))
@@ -130,7 +132,7 @@ def test_ten_training_steps(backend: str, device: str) -> None:
         optimiser.load_state_dict(copy.deepcopy(reference_optimiser.state_dict()))
 
         x, labels = torch.randn(2 * BATCH, 3, SIZE, SIZE), torch.randint(10, (2 * BATCH,))
-        out, wanted = forward_with_masks(fused, expected, x, device)
+        out, wanted = forward_with_masks(fused, expected, x, device, TRAINING_FORWARD)
         loss = nn.functional.cross_entropy(out, labels.to(device))
         reference_loss = nn.functional.cross_entropy(wanted, labels)
         plain.assert_close(loss, reference_loss, TRAINING_FORWARD, "loss")
@@ -160,7 +162,7 @@ def test_separable_block_alone(backend: str, device: str, training: bool, stride
     fused = plain.randomise_(mx.nn.DepthwiseSeparableConv(24, 40, stride=stride)).to(device).train(training)
     twin = nn.Sequential(plain.unit("depthwise", 24, 24, stride), plain.unit("pointwise", 24, 40))
     expected = plain.in_float64(fused, twin.train(training))
-    out, wanted = forward_with_masks(fused, expected, torch.randn(2, 24, 13, 14), device)
+    out, wanted = forward_with_masks(fused, expected, torch.randn(2, 24, 13, 14), device, FORWARD)
     plain.assert_close(out, wanted, FORWARD, "output")
     backward(out, wanted, torch.randn(out.shape))
     check_gradients(fused, expected)
@@ -174,7 +176,7 @@ def test_stem_of_every_width(backend: str, device: str, shape: plain.Shape, trai
     x = torch.randn(2, 3, 17, 20)
     given, given64 = plain.leaf(x.to(device)), plain.as_leaf64(x)
     out = fused(given)
-    plain.impose(expected, [out.detach().cpu() > 0])
+    plain.impose(expected, [out.detach().cpu() > 0], FORWARD)
     wanted = expected(given64)
     backward(out, wanted, torch.randn(out.shape))
     plain.assert_close(out, wanted, FORWARD, "output")
@@ -194,7 +196,7 @@ def test_stem_in_16_bits(backend: str, device: str, dtype: torch.dtype, training
         expected = plain.in_float64(fused, plain.unit("stem", 3, 16, 2).train(training))
         given, given64 = plain.leaf(x.to(device)), plain.as_leaf64(x)
         out = unit(given)
-        plain.impose(expected, [out.detach().cpu() > 0])
+        plain.impose(expected, [out.detach().cpu() > 0], plain.corner(dtype))
         wanted = expected(given64)
         upstream = torch.randn(out.shape).to(dtype) if upstream is None else upstream
         backward(out, wanted, upstream)

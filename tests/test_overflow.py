@@ -7,13 +7,10 @@ import pytest
 import torch
 from cpu_ops import (
     DTYPES,
-    ISA,
-    ISAS,
     OVERFLOWING,
     check_overflowed,
     copying_weight,
     overflowing,
-    passes_with_isa,
 )
 from cpu_ops import ops as cpu_ops
 from torch import Tensor, nn
@@ -22,6 +19,8 @@ import mobilenet_ext as mx
 from mobilenet_ext import contract, ops
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
+
+pytestmark = pytest.mark.cover  # on every instruction set
 
 UNITS = {
     "depthwise": lambda: mx.nn.DepthwiseConvBNReLU(8, bias=False),
@@ -86,11 +85,6 @@ def test_squares_that_underflow(kind: str, dtype: torch.dtype, size: float) -> N
     y, bn = forward(kind, x)
     expected = reference._batch_bn(y.double(), None, None, 1e-5)
     torch.testing.assert_close(bn.double(), expected, rtol=1e-5, atol=1e-45)
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from behaviour import KernelOps, Plain, assert_same_step
-from plain import FORWARD, GRADIENT, ReluMasks, assert_close, batch_norms, impose, in_float64, randomise_
+from plain import FORWARD, GRADIENT, ReluMasks, assert_close, batch_norms, impose, in_float64, one_thread, randomise_
 from plain import Network as PlainNetwork
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -254,15 +254,17 @@ def test_float32_against_float64(backend, device, frozen: int):
     out = model(x.to(device))
     with masks:  # those of the part that learns; the frozen one stores its activations
         model(x.to(device))
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         front = expected.feature[:frozen](x.double())
     back = nn.Sequential(*expected.feature[frozen:], *expected.classifier)
-    impose(back, masks.masks)
-    wanted = back(front)
+    impose(back, masks.masks, FORWARD)
+    with one_thread():
+        wanted = back(front)
     assert_close(out, wanted, FORWARD, "output")
     upstream = torch.randn(out.shape)
     out.backward(upstream.to(device))
-    wanted.backward(upstream.double())
+    with one_thread():
+        wanted.backward(upstream.double())
     reference = dict(expected.named_parameters())
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name

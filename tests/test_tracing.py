@@ -208,7 +208,7 @@ def test_kernels_run_again_afterwards(cpu_backend, tool):
     elif tool == "symbolic_trace":
         torch.fx.symbolic_trace(model)
     else:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="to have 3 channels, but got 2"):
             make_fx(model)(x[:, :2])
     with KernelOps() as ops:
         model(x)

@@ -20,7 +20,9 @@ TRAINING = INFERENCE._replace(task="training", resolution=64, batch=4)
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses, and one thread for the float64 references (see ``plain.one_thread``): no test looks at the times."""
+    torch.set_num_threads(1)
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
 
 
@@ -38,6 +40,7 @@ def test_ours_and_eager_are_timed(work: Workload, dtype: str) -> None:
     assert "eager NCHW" in text and "of limit" in text
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("name", [name for name in peers.NAMES if name not in (peers.OURS, "eager NCHW")])
 @pytest.mark.parametrize("task", ["inference", "training"])
 def test_every_peer_computes_the_network(name: str, task: str) -> None:
@@ -47,7 +50,7 @@ def test_every_peer_computes_the_network(name: str, task: str) -> None:
     reason = peer.missing(work)
     if reason is not None:
         assert ("not installed" in reason) == (peer.module is not None and not importlib.util.find_spec(peer.module))
-        return
+        pytest.skip(reason)
     outputs = checks.outputs_of(checks.start(peer, work), work)
     error, complaint = checks.judge(outputs, checks.expected_of(work))
     assert complaint is None and error > 0

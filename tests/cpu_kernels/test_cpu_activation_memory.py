@@ -6,7 +6,11 @@ import io
 import threading
 
 import torch
-from cpu_ops import activation, ops, random_bn
+from cpu_ops import (
+    activation,
+    ops,
+    random_bn,
+)
 
 from mobilenet_ext.contract import Act
 

@@ -6,17 +6,15 @@ import pytest
 import torch
 from cpu_ops import (
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     as_double,
     assert_close,
+    cases,
     check_threads,
     in_float64,
     is_channels_last_dense,
     ops,
-    passes_with_isa,
     random_bn,
     rounds_operands,
 )
@@ -25,20 +23,17 @@ from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
 # (n, c, h, w, c_out, stride)
-BLOCKS = [
-    (2, 32, 28, 28, 64, 1),
-    (2, 32, 28, 28, 64, 2),
-    (3, 33, 9, 11, 17, 1),
-    (1, 3, 8, 7, 5, 2),
+each_shape = cases(
+    [(2, 32, 28, 28, 64, 1), (2, 32, 28, 28, 64, 2), (3, 33, 9, 11, 17, 1), (1, 3, 8, 7, 5, 2)],
     (9, 16, 1, 1, 8, 2),
     (3, 16, 2, 3, 8, 1),
     (1, 520, 7, 7, 300, 1),
     (0, 16, 7, 7, 8, 1),
-]
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+@each_shape
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, c, h, w, c_out, stride = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
@@ -57,7 +52,7 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 72), (1, 300, 7, 7, 520)], ids=str)
+@cases([(1, 300, 7, 7, 520)], (3, 40, 57, 60, 72))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, c, h, w, c_out = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
@@ -66,8 +61,3 @@ def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch
         ops.block_inference,
         (x, depthwise_bn, Act.RELU, depthwise_weight, 1, pointwise_bn, Act.RELU, pointwise_weight),
     )
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__)

@@ -6,19 +6,17 @@ import pytest
 import torch
 from cpu_ops import (
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
     assert_statistics,
+    cases,
     check_threads,
     expected_backward,
     in_float64,
     is_channels_last_dense,
     ops,
-    passes_with_isa,
     random_bn,
     random_grad_bn,
     same_bits,
@@ -30,16 +28,13 @@ from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
 # (n, c_in, h, w, c_out, stride, padding)
-SHAPES = [
-    (2, 3, 33, 32, 32, 2, 1),
+each_shape = cases(
+    [(2, 3, 33, 32, 32, 2, 1), (3, 1, 9, 11, 5, 1, 0), (2, 4, 12, 9, 17, 2, 0), (1, 40, 13, 12, 33, 2, 1)],
     (2, 3, 32, 33, 8, 1, 1),
-    (3, 1, 9, 11, 5, 1, 0),
-    (2, 4, 12, 9, 17, 2, 0),
     (9, 3, 1, 1, 32, 2, 1),
-    (1, 40, 13, 12, 33, 2, 1),
     (1, 2, 3, 130, 6, 1, 1),
     (0, 3, 8, 8, 16, 2, 1),
-]
+)
 
 
 def dense_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +47,7 @@ def dense_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dz, y_before, grad_bn_y = dense_inputs(shape, dtype)
     gamma, beta = grad_bn_y[0], grad_bn_y[1]
@@ -77,7 +72,7 @@ def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_shape
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("act", Act)
 def test_dense_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
@@ -86,6 +81,7 @@ def test_dense_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bo
     assert_close(ops.dense_inference(*args), *in_float64(reference.dense_inference, args), TOLERANCE[dtype])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("where", ["x", "dz", "weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf(where: str, value: float) -> None:
@@ -101,7 +97,7 @@ def test_nan_and_inf(where: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 40, 40, 24, 2, 1)], ids=str)
+@cases([(2, 3, 40, 40, 24, 2, 1)])
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dz, y, grad_bn_y = dense_inputs(shape, dtype)
     check_threads(ops.dense_forward, (x, None, Act.LINEAR, weight, *shape[5:], None, None, 1e-5, True))
@@ -113,8 +109,3 @@ def test_a_normalised_input_is_refused() -> None:
     x, weight, *_ = dense_inputs((2, 3, 8, 8, 16, 1, 1), torch.float32)
     with pytest.raises(RuntimeError, match="bn_u: expected none of a dense convolution"):
         ops.dense_forward(x, random_bn(3, torch.float32), Act.RELU, weight, 1, 1, None, None, 1e-5, True)
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__)

@@ -9,17 +9,15 @@ import torch
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    cases,
     check_threads,
     in_float64,
     is_channels_last_dense,
     ops,
-    passes_with_isa,
     random_bn,
 )
 
@@ -27,7 +25,7 @@ from mobilenet_ext import contract
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
-SPATIAL = [(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4), (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7)]
+each_image = cases([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +34,7 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+@each_image
 @pytest.mark.parametrize("act", Act)
 @pytest.mark.parametrize("batch_stats", [True, False])
 def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_stats: bool) -> None:
@@ -52,7 +50,7 @@ def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_st
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SPATIAL, ids=str)
+@each_image
 @pytest.mark.parametrize("act", Act)
 def test_pooling(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape[:2], 1, 1, dtype=dtype)
@@ -65,6 +63,7 @@ def test_pooling(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
     assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bn_from_running(dtype: torch.dtype) -> None:
     mean, gamma, beta, bias = (torch.randn(19, dtype=torch.float64).to(dtype) for _ in range(4))
@@ -85,6 +84,7 @@ def test_outputs_too_large_for_the_cache() -> None:
     assert_close(grad_bn, reference._make_grad_bn(dz.double(), u.double(), bn_u.double(), True), 1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", Act)
 def test_nan_and_inf(dtype: torch.dtype, act: Act) -> None:
@@ -105,18 +105,13 @@ def test_nan_and_inf(dtype: torch.dtype, act: Act) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 57, 60), (1, 264, 7, 7)], ids=str)
+@cases([(1, 264, 7, 7)], (3, 40, 57, 60))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, bn = activation(*shape, dtype=dtype), random_bn(shape[1], dtype)
     pooled = ops.norm_act_forward(u, bn, Act.RELU, True)
     check_threads(ops.norm_act_forward, (u, bn, Act.RELU, True))
     check_threads(ops.norm_act_backward, (u, u, bn, Act.RELU, True, False))
     check_threads(ops.norm_act_backward, (pooled, u, bn, Act.RELU, True, True))
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__, besides="too_large")
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:

@@ -8,21 +8,19 @@ import pytest
 import torch
 from cpu_ops import (
     DTYPES,
-    ISA,
-    ISAS,
     TOLERANCE,
     activation,
     as_double,
     assert_close,
     assert_same_specials,
     assert_statistics,
+    cases,
     check_conv_backward,
     check_threads,
     in_float64,
     is_channels_last_dense,
     normalisation,
     ops,
-    passes_with_isa,
     random_bn,
     random_grad_bn,
     relative_error,
@@ -37,18 +35,16 @@ from mobilenet_ext.contract import Act
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
 # 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
 # pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
-POINTWISE = [
+each_shape = cases(
+    [(3, 33, 9, 11, 17), (1, 40, 7, 7, 72), (1, 24, 14, 14, 520)],
     (2, 1, 5, 7, 1),
-    (3, 33, 9, 11, 17),
-    (1, 40, 7, 7, 72),
     (2, 64, 48, 48, 32),
     (9, 3, 1, 1, 5),
     (1, 520, 7, 7, 300),
-    (1, 24, 14, 14, 520),
     (2, 330, 40, 41, 410),
     (0, 16, 7, 7, 24),
     (0, 400, 7, 7, 400),
-]
+)
 
 
 def pointwise_inputs(
@@ -63,7 +59,7 @@ def pointwise_inputs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_shape
 @pytest.mark.parametrize("normalised", [True, False])
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
@@ -82,7 +78,7 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalise
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_shape
 @pytest.mark.parametrize(
     ("normalised", "with_grad_bn", "with_y", "batch_stats"),
     [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
@@ -101,6 +97,7 @@ def test_pointwise_backward(
     check_conv_backward("pointwise_backward", output, source)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", range(1, 30))
 def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
@@ -113,7 +110,7 @@ def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", POINTWISE, ids=str)
+@each_shape
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("act", Act)
 def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
@@ -124,6 +121,7 @@ def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
     assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 def test_statistics_survive_a_large_mean(mean: float) -> None:
     # The identity as weight copies the input, so the statistics are those of the input.
@@ -137,6 +135,7 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
     assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", ["u", "dz", "y", "weight", "bn_u"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -185,7 +184,7 @@ def test_outputs_past_the_cache(dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 57, 60, 72), (1, 300, 7, 7, 520), (2, 330, 20, 41, 410)], ids=str)
+@cases([(1, 300, 7, 7, 520)], (3, 40, 57, 60, 72), (2, 330, 20, 41, 410))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
     check_threads(ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True))
@@ -207,8 +206,3 @@ def test_bad_tensors_are_refused(message: str) -> None:
     op, args = bad_calls()[message]
     with pytest.raises(RuntimeError, match=message):
         op(*args)
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != ISA])
-def test_other_instruction_sets(isa: str) -> None:
-    passes_with_isa(isa, __file__)

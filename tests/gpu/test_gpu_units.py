@@ -39,7 +39,7 @@ def test_float32(backend: str, device: str, shape: Shape, training: bool) -> Non
     x = images(shape)
     given, given64 = plain.leaf(x.to(device)), plain.as_leaf64(x)
     out = fused(given)
-    plain.impose(expected, [out.detach().cpu() > 0])
+    plain.impose(expected, [out.detach().cpu() > 0], FORWARD)
     with plain.one_thread():
         wanted = expected(given64)
     plain.assert_close(out, wanted, FORWARD, "output")
@@ -88,7 +88,7 @@ def test_16_bits(backend: str, device: str, shape: Shape, dtype: torch.dtype, tr
         given, given64 = plain.leaf(x.to(device)), plain.as_leaf64(x)
         out = unit(given)
         upstream = torch.randn(out.shape).to(dtype) if upstream is None else upstream
-        plain.impose(exact, [out.detach().cpu() > 0])
+        plain.impose(exact, [out.detach().cpu() > 0], plain.corner(dtype))
         exact.zero_grad()
         with plain.one_thread():
             wanted = exact(given64)

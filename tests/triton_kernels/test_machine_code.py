@@ -1,8 +1,8 @@
 """The machine code of every kernel launch of the network, for three generations of GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
-and backward, eval with gradients (on one GPU), and frozen inference. Launches are recorded, so a new kernel or a new
-choice needs no entry here.
+and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
+tensor cores, in ``slow`` ones for all. Launches are recorded, so a new kernel or a new choice needs no entry here.
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ OTHER_BATCHES = (1024, 128, 32)
 NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
 TENSOR_CORES = {80: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
-Compiled = dict[Architecture, list[tuple[Launch, CompiledLaunch]]]
+Kernels = list[tuple[Launch, CompiledLaunch]]
+# One GPU is compiled for in plain runs. All GPUs are in slow ones, this one for all kinds of kernels.
+FIRST = "sm_90"
+Case = tuple[Architecture, bool]
+CASES = [
+    *(pytest.param((a, False), id=f"{a.name}-some kinds") for a in ARCHITECTURES if a.name == FIRST),
+    *(pytest.param((a, a.name == FIRST), id=a.name, marks=pytest.mark.slow) for a in ARCHITECTURES),
+]
 
 
-def record(architecture: Architecture, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
+def record(architecture: Architecture, all_kinds: bool, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
     """The different launches of the network on a GPU of this architecture."""
     launches: dict[str, Launch] = {}
-    all_kinds = architecture.name == "sm_90"
     problems = list(product((*NUMBERS, IEEE) if all_kinds else NUMBERS, WIDTHS)) + [(FLOAT16, 1)] * all_kinds
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
@@ -75,24 +81,26 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExe
 
 
 @pytest.fixture(scope="module")
-def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Compiled:
-    start = time.perf_counter()
-    recorded = {architecture: record(architecture) for architecture in ARCHITECTURES}
+def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Callable[[Case], Kernels]:
+    """Compiles for an architecture when a test first asks for it."""
     # Two GPUs of one instruction set share what is compiled for it.
     futures: dict[tuple[int, str], Future[CompiledLaunch]] = {}
-    for architecture, launches in recorded.items():
-        for key, launch in launches.items():
-            if (architecture.capability, key) not in futures:
-                futures[architecture.capability, key] = workers.submit(
-                    machine_code.compile_launch, launch, architecture
-                )
-    results = {
-        architecture: [(launch, futures[architecture.capability, key].result()) for key, launch in launches.items()]
-        for architecture, launches in recorded.items()
-    }
-    counts = ", ".join(f"{len(launches)} for {a.name}" for a, launches in recorded.items())
-    capsys_disabled(f"\n{counts}: {len(futures)} kernels compiled in {time.perf_counter() - start:.0f} s")
-    return results
+    done: dict[Case, Kernels] = {}
+
+    def compiled_for(case: Case) -> Kernels:
+        architecture, _ = case
+        if case not in done:
+            start, before, launches = time.perf_counter(), len(futures), record(*case)
+            keys = {key: (architecture.capability, key) for key in launches}
+            for key, launch in launches.items():
+                if keys[key] not in futures:
+                    futures[keys[key]] = workers.submit(machine_code.compile_launch, launch, architecture)
+            done[case] = [(launch, futures[keys[key]].result()) for key, launch in launches.items()]
+            compiled, seconds = len(futures) - before, time.perf_counter() - start
+            capsys_disabled(f"\n{len(launches)} for {architecture.name}: {compiled} compiled in {seconds:.0f} s")
+        return done[case]
+
+    return compiled_for
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +115,19 @@ def capsys_disabled(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return show
 
 
-@pytest.fixture(params=ARCHITECTURES, ids=lambda architecture: architecture.name)
-def architecture(request: pytest.FixtureRequest) -> Architecture:
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
 @pytest.fixture
-def kernels(compiled: Compiled, architecture: Architecture) -> list[tuple[Launch, CompiledLaunch]]:
-    return compiled[architecture]
+def architecture(case: Case) -> Architecture:
+    return case[0]
+
+
+@pytest.fixture
+def kernels(compiled: Callable[[Case], Kernels], case: Case) -> Kernels:
+    return compiled(case)
 
 
 def no_tensor_cores(launch: Launch, code: CompiledLaunch, capability: int) -> str | None:
@@ -130,13 +143,13 @@ def no_tensor_cores(launch: Launch, code: CompiledLaunch, capability: int) -> st
     return None
 
 
-def check(kernels: list[tuple[Launch, CompiledLaunch]], find: Callable[[Launch, CompiledLaunch], str | None]) -> None:
+def check(kernels: Kernels, find: Callable[[Launch, CompiledLaunch], str | None]) -> None:
     assert kernels
     wrong = [f"{launch}: {what}" for launch, code in kernels if (what := find(launch, code))]
     assert not wrong, f"{len(wrong)} of {len(kernels)} kernels:\n" + "\n".join(wrong)
 
 
-def named(kernels: list[tuple[Launch, CompiledLaunch]], part: str) -> list[tuple[Launch, CompiledLaunch]]:
+def named(kernels: Kernels, part: str) -> Kernels:
     return [(launch, code) for launch, code in kernels if part in launch.module]
 
 
@@ -144,8 +157,8 @@ def test_nothing_is_kept_in_local_memory(kernels) -> None:
     check(kernels, lambda launch, code: spilled(code))
 
 
-def test_other_batches_choose_the_same_kernels(architecture: Architecture) -> None:
-    assert record(architecture, OTHER_BATCHES).keys() <= record(architecture).keys()
+def test_other_batches_choose_the_same_kernels(case: Case) -> None:
+    assert record(*case, OTHER_BATCHES).keys() <= record(*case).keys()
 
 
 def test_shared_memory_is_enough(kernels, architecture: Architecture) -> None:
@@ -183,10 +196,11 @@ def test_products_run_on_tensor_cores(kernels, architecture: Architecture) -> No
     check(kernels, lambda launch, code: no_tensor_cores(launch, code, architecture.capability))
 
 
-def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, architecture: Architecture) -> None:
+def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, case: Case) -> None:
     """Not only where the tile allows it: of each kind of kernel, for each dtype, some tile does."""
+    architecture, all_kinds = case
     wanted = TENSOR_CORES[architecture.capability]
-    kinds = ("bf16", "f16") if architecture.name == "sm_90" else ("bf16",)
+    kinds = ("bf16", "f16") if all_kinds else ("bf16",)
     for part, kind in product(("pointwise_forward", "pointwise_backward"), kinds):
         mine = [code for _, code in named(kernels, part) if any(dot[0] == kind for dot in code.dots)]
         assert any(code.matching(wanted) for code in mine), (part, kind)
