@@ -74,12 +74,6 @@ inline Act act_of(int64_t act, const char* name) {
   return Act(act);
 }
 
-// What the kernels of a block know.
-inline void check_block_activations(const BlockArgs& args) {
-  STD_TORCH_CHECK(args.depthwise.act == Act::relu, "depthwise_act: expected relu, got ", int(args.depthwise.act));
-  STD_TORCH_CHECK(args.pointwise.act == Act::relu, "pointwise_act: expected relu, got ", int(args.pointwise.act));
-}
-
 inline Geometry conv_geometry(Conv conv, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int stride,
                               int padding) {
   const int64_t kernel = kernel_size(conv);
@@ -180,12 +174,11 @@ struct Call {
     return {data(bn), act_of(act, act_name)};
   }
 
-  // What a convolution makes of its input on load. The kernels know an activation there after a normalisation only.
+  // What a convolution makes of its input on load: an activation there comes after a normalisation only.
   NormAct check_input(Conv conv, const OptionalTensor& bn_u, int64_t act_u, ScalarType type, int64_t c) const {
     STD_TORCH_CHECK(!bn_u || conv != Conv::dense, "bn_u: expected none of a dense convolution, whose input is plain");
     const NormAct input = check_norm_act(bn_u, "bn_u", act_u, "act_u", type, c);
-    STD_TORCH_CHECK(input.act == (bn_u ? Act::relu : Act::linear),
-                    "act_u: expected relu with bn_u and linear without, got ", act_u);
+    STD_TORCH_CHECK(bn_u || input.act == Act::linear, "act_u: expected linear without bn_u, got ", act_u);
     return input;
   }
 

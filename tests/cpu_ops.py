@@ -97,9 +97,13 @@ def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return da, grad_weight
 
 
-def normalisation(bn_u: Tensor, normalised: bool) -> tuple[Tensor | None, Act]:
-    """A convolution's ``bn_u`` and ``act_u``."""
-    return (bn_u, Act.RELU) if normalised else (None, Act.LINEAR)
+# How a convolution takes its input: as it is, or normalised and activated.
+INPUTS = [None, *Act]
+
+
+def norm_act_of(bn_u: Tensor, act: Act | None) -> tuple[Tensor | None, Act]:
+    """A convolution's ``bn_u`` and ``act_u``, for one of ``INPUTS``."""
+    return (None, Act.LINEAR) if act is None else (bn_u, act)
 
 
 def weight_tolerance(dtype: torch.dtype) -> float:

@@ -83,7 +83,7 @@ def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Cal
         yield Call("norm_act_backward", (image(n, c, 1, 1), u, bn_u, Act.RELU, True, True))
         for stride in (1, 2):
             out = [(side - 1) // stride + 1 for side in (h, w)]
-            depthwise, stem = filters(c, 1, 3, 3), filters(k, c, 3, 3)
+            depthwise, dense = filters(c, 1, 3, 3), filters(k, c, 3, 3)
             y, grad_bn = image(n, c, *out), random(6, c).to(device)
             yield Call("depthwise_forward", (u, bn_u, Act.RELU, depthwise, stride, 1, *affine(c), 1e-5, True))
             yield Call(
@@ -92,13 +92,13 @@ def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Cal
             )
             yield Call("depthwise_inference", (u, bn_u, Act.RELU, depthwise, stride, 1))
             yield Call("block_inference", (u, bn_u, Act.RELU, depthwise, stride, bn(k), Act.RELU, pointwise))
-            yield Call("dense_forward", (u, None, Act.LINEAR, stem, stride, 1, *affine(k), 1e-5, True))
+            yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *affine(k), 1e-5, True))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(
                 "dense_backward",
-                (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, stem, stride, 1, True, True),
+                (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, 1, True, True),
             )
-            yield Call("dense_inference", (u, bn(k), Act.RELU, stem, stride, 1))
+            yield Call("dense_inference", (u, bn(k), Act.RELU, dense, stride, 1))
     mean, var = random(24).to(device), random(24).abs().to(device)
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 

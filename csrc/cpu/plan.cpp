@@ -150,7 +150,6 @@ class PlanBuilder {
     call_.check_packed(packed, plan_->dtype, channels_, c_out, true);
     step.args.depthwise = call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", plan_->type, channels_);
     step.args.pointwise = norm_act(pointwise_bn, pointwise_act, c_out);
-    check_block_activations(step.args);
     step.args.packed = copy(packed);  // with all the rest
     end(step, c_out);
   }

@@ -34,18 +34,19 @@ each_shape = cases(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
-def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("acts", [(Act.RELU, Act.RELU), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
+def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act]) -> None:
     n, c, h, w, c_out, stride = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
     depthwise_weight = torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype)
     pointwise_weight = (torch.randn(c_out, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype)
-    args = (x, depthwise_bn, Act.RELU, depthwise_weight, stride, pointwise_bn, Act.RELU, pointwise_weight)
+    args = (x, depthwise_bn, acts[0], depthwise_weight, stride, pointwise_bn, acts[1], pointwise_weight)
     y = ops.block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     if rounds_operands(dtype):
-        depthwise = map(as_double, (x, depthwise_bn, Act.RELU, depthwise_weight, stride, 1))
+        depthwise = map(as_double, (x, depthwise_bn, acts[0], depthwise_weight, stride, 1))
         inside = reference.depthwise_inference(*depthwise)
-        exact = (inside.to(dtype), pointwise_bn, Act.RELU, pointwise_weight, 1, 0)
+        exact = (inside.to(dtype), pointwise_bn, acts[1], pointwise_weight, 1, 0)
         assert_close(y, *in_float64(reference.pointwise_inference, exact), TOLERANCE[dtype])
     else:
         assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
+    INPUTS,
     TOLERANCE,
     activation,
     assert_close,
@@ -20,7 +21,7 @@ from cpu_ops import (
     check_threads,
     in_float64,
     is_channels_last_dense,
-    normalisation,
+    norm_act_of,
     ops,
     random_bn,
     random_grad_bn,
@@ -84,11 +85,11 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
-@pytest.mark.parametrize("normalised", [True, False])
-def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
+@pytest.mark.parametrize("act_u", INPUTS)
+def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
     gamma, beta = bn_u[1], bn_u[2]
-    args = (u, *normalisation(bn_u, normalised), weight, *shape[4:], gamma, beta, 1e-5, True)
+    args = (u, *norm_act_of(bn_u, act_u), weight, *shape[4:], gamma, beta, 1e-5, True)
     y, bn_y = ops.depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     expected, _ = in_float64(reference.depthwise_forward, args)
@@ -116,20 +117,26 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
 @pytest.mark.parametrize(
-    ("normalised", "with_grad_bn", "with_y", "batch_stats"),
-    [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
+    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
+    [
+        (Act.RELU, True, True, True),
+        (Act.RELU, True, False, False),
+        (Act.LINEAR, True, True, True),
+        (Act.RELU, False, False, True),
+        (None, True, True, False),
+    ],
 )
 def test_depthwise_backward(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    normalised: bool,
+    act_u: Act | None,
     with_grad_bn: bool,
     with_y: bool,
     batch_stats: bool,
 ) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
-    source = (u, *normalisation(bn_u, normalised), batch_stats, weight, *shape[4:])
+    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, *shape[4:])
     check_conv_backward("depthwise_backward", output, source)
 
 
@@ -247,8 +254,7 @@ def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dz: expected shape": (backward, (dz[:1], y, grad_bn_y, *rest)),
         "y: expected scalar type": (backward, (dz, y.double(), grad_bn_y, *rest)),
         "grad_bn_y: expected shape": (backward, (dz, y, grad_bn_y[:5], *rest)),
-        "act_u: expected relu with bn_u": (forward, (u, bn_u, Act.LINEAR, weight, 1, 1, *tail)),
-        "act_u: expected relu with bn_u and linear without": (forward, (u, None, Act.RELU, weight, 1, 1, *tail)),
+        "act_u: expected linear without bn_u": (forward, (u, None, Act.RELU, weight, 1, 1, *tail)),
         "act_u: expected an Act": (forward, (u, bn_u, 17, weight, 1, 1, *tail)),
         "packed: expected for a pointwise": (
             ops.depthwise_inference, (u, bn_u, Act.RELU, weight, 1, 1, torch.zeros(8, dtype=torch.uint8))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cpu_ops import (
     DTYPES,
+    INPUTS,
     TOLERANCE,
     activation,
     as_double,
@@ -19,7 +20,7 @@ from cpu_ops import (
     check_threads,
     in_float64,
     is_channels_last_dense,
-    normalisation,
+    norm_act_of,
     ops,
     random_bn,
     random_grad_bn,
@@ -60,11 +61,11 @@ def pointwise_inputs(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
-@pytest.mark.parametrize("normalised", [True, False])
-def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
+@pytest.mark.parametrize("act_u", INPUTS)
+def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
-    gamma, beta = (grad_bn_y[0], grad_bn_y[1]) if normalised else (None, None)
-    args = (u, *normalisation(bn_u, normalised), weight, 1, 0, gamma, beta, 1e-5)
+    gamma, beta = (grad_bn_y[0], grad_bn_y[1]) if act_u is not None else (None, None)
+    args = (u, *norm_act_of(bn_u, act_u), weight, 1, 0, gamma, beta, 1e-5)
     y, bn_y = ops.pointwise_forward(*args, True)
     assert y.dtype == dtype and is_channels_last_dense(y)
     exact = (*args, True)
@@ -80,20 +81,26 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, normalise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
 @pytest.mark.parametrize(
-    ("normalised", "with_grad_bn", "with_y", "batch_stats"),
-    [(True, True, True, True), (True, True, False, False), (True, False, False, True), (False, True, True, False)],
+    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
+    [
+        (Act.RELU, True, True, True),
+        (Act.RELU, True, False, False),
+        (Act.LINEAR, True, True, True),
+        (Act.RELU, False, False, True),
+        (None, True, True, False),
+    ],
 )
 def test_pointwise_backward(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    normalised: bool,
+    act_u: Act | None,
     with_grad_bn: bool,
     with_y: bool,
     batch_stats: bool,
 ) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
-    source = (u, *normalisation(bn_u, normalised), batch_stats, weight, 1, 0)
+    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, 1, 0)
     check_conv_backward("pointwise_backward", output, source)
 
 
