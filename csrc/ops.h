@@ -62,8 +62,8 @@ enum class Act : int { linear, relu };
   X(block_inference, "block_inference(Tensor x, Tensor depthwise_bn, int depthwise_act, Tensor depthwise_weight, "     \
     "int stride, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, Tensor? packed=None) -> Tensor")
 
-// Ops that are written once, in Python, over the kernel ops (mobilenet_ext/layers.py): the differentiable layers, whose
-// autograd edges all carry the true derivative, and the one op that mutates.
+// Ops that are written once, in Python: the differentiable layers over the kernel ops (mobilenet_ext/layers.py), whose
+// autograd edges all carry the true derivative, and the one op that mutates (mobilenet_ext/running_stats.py).
 #define MX_LAYER_OPS(X)                                                                                                \
   X("depthwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, int stride, int padding) "         \
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \

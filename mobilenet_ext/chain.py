@@ -26,7 +26,7 @@ from mobilenet_ext.contract import (
     acc_dtype,
     conv_output_size,
 )
-from mobilenet_ext.layers import update_running_stats_
+from mobilenet_ext.running_stats import update_running_stats_
 
 Kind = Literal["dense", "depthwise", "pointwise"]
 Pack = Callable[[Tensor | None, Tensor | None, Tensor], Tensor]

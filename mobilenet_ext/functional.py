@@ -22,7 +22,8 @@ from mobilenet_ext import chain, layers
 from mobilenet_ext.arguments import check_batch_norm, check_conv, check_running_stats
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.contract import Act
-from mobilenet_ext.fusion import TENSORS, gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.fusion import TENSORS
+from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.tracing import is_traced
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]

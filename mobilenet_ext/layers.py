@@ -1,4 +1,4 @@
-"""The differentiable ops over the kernel ops, one convolution each, and the one op that mutates.
+"""The differentiable ops over the kernel ops, one convolution each.
 
 Every autograd edge carries the true derivative, so these ops compose freely with any other: statistics come out as
 differentiable outputs and a normalisation goes in as differentiable vectors. ``mx.functional`` is made of them; the
@@ -191,20 +191,6 @@ def _pointwise_conv2d_backward(ctx, saved, grad):
     return _conv2d_backward("pointwise", ctx, saved, 1, 0, grad)
 
 
-@torch.no_grad()
-def _update_running_stats(running_mean, running_var, mean, var, conv_bias, count, momentum):
-    """running = (1 - momentum)*running + momentum*batch, one entry a BatchNorm: with the unbiased variance of ``count``
-    values a channel, and the convolution's bias, which the kernels leave out, back in the mean."""
-    mean = [m if bias is None else m + bias for m, bias in zip(mean, conv_bias, strict=True)]
-    unbiased = torch._foreach_mul(var, [n / max(n - 1, 1) for n in count])
-    batch = torch._foreach_mul([*mean, *unbiased], momentum + momentum)
-    running = [*running_mean, *running_var]
-    # In the accumulation dtype and rounded once, also for buffers of 16 bits.
-    kept = [r.to(b.dtype) for r, b in zip(running, batch, strict=True)]
-    kept = torch._foreach_mul(kept, [1 - m for m in momentum + momentum])
-    torch._foreach_copy_(running, torch._foreach_add(kept, batch))
-
-
 def _autocast(op: str, casts: tuple[int, ...], device: str) -> None:
     """Under autocast cast the arguments at positions ``casts``: the activation and the convolution's own parameters.
 
@@ -275,7 +261,3 @@ pointwise_conv2d = _layer_op(
     _save_conv2d,
     casts=(0, 1, 2),
 )
-
-_library.impl("update_running_stats_", _update_running_stats, "CompositeExplicitAutograd")
-torch.library.register_fake("mobilenet_ext::update_running_stats_", lambda *args: None, lib=_library)
-update_running_stats_ = torch.ops.mobilenet_ext.update_running_stats_.default

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mobilenet_ext import _host, backends, chain, fusion
 from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, Act, acc_dtype
 from mobilenet_ext.fusion import UnitModules
+from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 
@@ -159,11 +160,11 @@ class FoldedChain:
         plan = self._plan(prepared, x.device, dtype)
         is_input = x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
         flat = self._linear is not None
-        channels_last = fusion.gives_channels_last(x, map(fusion.as_tensors, self.units))
+        channels_last = gives_channels_last(x, map(fusion.as_tensors, self.units))
 
         def run(x: Tensor) -> Tensor:
             out = plan(x if is_input else chain.as_input(x, dtype))
-            return out.flatten(1) if flat else fusion.match_memory_format(out, channels_last)
+            return out.flatten(1) if flat else match_memory_format(out, channels_last)
 
         return run
 

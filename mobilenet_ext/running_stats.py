@@ -1,9 +1,11 @@
-"""Running statistics: which tensors can be such, and whether they lie in memory that is somebody else's too."""
+"""Running statistics: their update, which tensors can be such, and whether they share memory with another tensor."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+import mobilenet_ext.backends  # noqa: F401  (loads the library that defines the op)
 
 
 def why_unusable(buffer: Tensor, updated: bool) -> str | None:
@@ -43,3 +45,23 @@ def _bytes_of(tensor: Tensor, storage: Tensor) -> Tensor:
     size = tensor.element_size()
     strides = [stride * size for stride in tensor.stride()]
     return storage.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size)
+
+
+@torch.no_grad()
+def _update_running_stats(running_mean, running_var, mean, var, conv_bias, count, momentum):
+    """running = (1 - momentum)*running + momentum*batch, one entry a BatchNorm: with the unbiased variance of ``count``
+    values a channel, and the convolution's bias, which the kernels leave out, back in the mean."""
+    mean = [m if bias is None else m + bias for m, bias in zip(mean, conv_bias, strict=True)]
+    unbiased = torch._foreach_mul(var, [n / max(n - 1, 1) for n in count])
+    batch = torch._foreach_mul([*mean, *unbiased], momentum + momentum)
+    running = [*running_mean, *running_var]
+    # In the accumulation dtype and rounded once, also for buffers of 16 bits.
+    kept = [r.to(b.dtype) for r, b in zip(running, batch, strict=True)]
+    kept = torch._foreach_mul(kept, [1 - m for m in momentum + momentum])
+    torch._foreach_copy_(running, torch._foreach_add(kept, batch))
+
+
+_library = torch.library.Library("mobilenet_ext", "FRAGMENT")
+_library.impl("update_running_stats_", _update_running_stats, "CompositeExplicitAutograd")
+torch.library.register_fake("mobilenet_ext::update_running_stats_", lambda *args: None, lib=_library)
+update_running_stats_ = torch.ops.mobilenet_ext.update_running_stats_.default
