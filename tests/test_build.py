@@ -67,7 +67,7 @@ def test_sdist_holds_every_source(sdist: dict[str, bytes], source: Path) -> None
     ]
     wanted = {str(path.relative_to(source)) for path in wanted if path.suffix in {".py", ".cpp", ".h", ".cu", ".sh"}}
     wanted |= {"setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE"}
-    assert {"csrc/ops.h", "csrc/cuda/finish.cu"} <= wanted
+    assert {"csrc/ops.h", "csrc/cuda/merge.cu"} <= wanted
     assert wanted - sdist.keys() == set()
     assert not [name for name in sdist if name.endswith((".so", ".pyc", ".o"))]
 

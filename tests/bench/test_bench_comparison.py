@@ -181,5 +181,5 @@ def test_kernels(pass_: str, dtype: str) -> None:
 
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "RUNNERS", {peers.OURS: lambda *_: (lambda: None, 0.5)})
-    with pytest.raises(ValueError, match="our forward of stem"):
+    with pytest.raises(ValueError, match="our forward of dense"):
         list(kernels.compare_layers(TRAINING, "forward", [], QUICK))
