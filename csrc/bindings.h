@@ -128,7 +128,6 @@ struct Bindings {
     args.x = data(x);
     args.depthwise = call.check_norm_act(depthwise_bn, "depthwise_bn", depthwise_act, "depthwise_act", s.type, c);
     args.pointwise = call.check_norm_act(pointwise_bn, "pointwise_bn", pointwise_act, "pointwise_act", s.type, c_out);
-    check_block_activations(args);
     args.depthwise_weight = data(depthwise_weight);
     args.pointwise_weight = data(pointwise_weight);
     if (packed) call.check_packed(*packed, s.dtype, s.g.c_in, s.g.c_out, true);

@@ -180,11 +180,10 @@ struct Call {
     return {data(bn), act_of(act, act_name)};
   }
 
-  // What a convolution makes of its input on load. The kernels know an activation there after a normalisation only.
+  // What a convolution makes of its input on load: an activation there comes after a normalisation only.
   NormAct check_input(const OptionalTensor& bn_u, int64_t act_u, ScalarType type, int64_t c) const {
     const NormAct input = check_norm_act(bn_u, "bn_u", act_u, "act_u", type, c);
-    STD_TORCH_CHECK(input.act == (bn_u ? Act::relu : Act::linear),
-                    "act_u: expected relu with bn_u and linear without, got ", act_u);
+    STD_TORCH_CHECK(bn_u || input.act == Act::linear, "act_u: expected linear without bn_u, got ", act_u);
     return input;
   }
 
