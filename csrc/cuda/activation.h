@@ -62,12 +62,11 @@ struct ChannelNorm {
     return norm;
   }
 
-  // Once in a kernel, whatever bn's alignment. The identity where bn is null, or where the channels are not `inside`.
-  static __device__ __forceinline__ ChannelNorm load_each(const float* bn, int c, int channels, bool inside) {
+  // Once in a kernel, whatever bn's alignment; the identity where not `given`.
+  static __device__ __forceinline__ ChannelNorm load_each(const float* bn, int c, int channels, bool given) {
     ChannelNorm norm;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const bool given = bn != nullptr && inside;
       norm.mean[i] = given ? bn[BN_MEAN * channels + c + i] : 0.0f;
       norm.scale[i] = given ? bn[BN_SCALE * channels + c + i] : 1.0f;
       norm.shift[i] = given ? bn[BN_SHIFT * channels + c + i] : 0.0f;

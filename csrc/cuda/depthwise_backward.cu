@@ -41,7 +41,7 @@ struct Channels {
   __device__ explicit Channels(const Problem& problem) : p(problem) {
     c = (blockIdx.x * p.grid.packs + threadIdx.x) * P;
     inside = c < p.channels;
-    norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, inside);
+    norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, p.norm_act.bn != nullptr && inside);
     gradient = ChannelGradient<P>::load_each(p.grad_bn_y, p.y != nullptr, c, p.channels, inside);
     for (int i = 0; i < P; ++i) {
       for (int tap = 0; tap < 9; ++tap) {
@@ -81,19 +81,20 @@ struct Channels {
   __device__ void store(int64_t offset, const float (&da)[P]) {
     if (p.dz_u == nullptr) return;
     Packed stored;
-    if (p.norm_act.bn != nullptr) {
-      const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
-      for (int i = 0; i < P; ++i) {
-        const float z = norm.z(to_float(u.v[i]), i);
-        stored.v[i] = rounded<T>(activate_backward(z, da[i], p.norm_act.act));
-        const float dz = to_float(stored.v[i]);
-        sum_dz[i] += dz;
-        sum_dz_centred[i] += dz * (to_float(u.v[i]) - norm.mean[i]);
-      }
-    } else {
+    if (p.norm_act.bn == nullptr) {
       for (int i = 0; i < P; ++i) stored.v[i] = rounded<T>(da[i]);
+      stored.store(static_cast<T*>(p.dz_u) + offset);
+      return;
     }
+    const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+    for (int i = 0; i < P; ++i)
+      stored.v[i] = rounded<T>(activate_backward(norm.z(to_float(u.v[i]), i), da[i], p.norm_act.act));
     stored.store(static_cast<T*>(p.dz_u) + offset);
+    for (int i = 0; i < P; ++i) {
+      const float dz = to_float(stored.v[i]);
+      sum_dz[i] += dz;
+      sum_dz_centred[i] += dz * (to_float(u.v[i]) - norm.mean[i]);
+    }
   }
 
   // Stores the program's partial results: its lanes added up.

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
   for (int i = 0; i < P; ++i)
     for (int tap = 0; tap < 9; ++tap)
       taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
-  const auto norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, channels, channel_inside);
+  const auto norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, channels, p.norm_act.bn != nullptr && channel_inside);
   const auto norm_act = [&](float x, int i) { return activate(norm.z(x, i), p.norm_act.act); };
   ThreadStatistics<P> statistics;
   if (kOnLoad) statistics.clear();
