@@ -1,11 +1,10 @@
-// A depthwise-separable block for inference in one kernel: y = relu(bn(weight a)), a = relu(bn(depthwise 3x3(x))).
+// A depthwise-separable block for inference in one kernel: y = act(norm(weight a)), a = act(norm(depthwise 3x3(x))).
 //
 // The depthwise result is never stored: a thread computes it, a pack of channels of a pixel at a time, straight into
 // shared memory as the left operand of the tiled product. Its nine inputs come from the L1 and L2, where the pixels
-// beside and below find them again. Programs for other columns of the same pixels compute it anew: blocks with many
+// beside and below find them again. Programs for other columns of the same pixels compute it again: blocks with many
 // outputs run as two kernels, and so do those whose taps would take too much shared memory.
-#include "kernels.h"
-#include "product.h"
+#include "convolution_product.h"
 
 namespace mx::cuda {
 namespace {
@@ -13,15 +12,14 @@ namespace {
 constexpr int kMaxChannels = 384;
 constexpr int kTaps = 9;
 
-template <class T>
+template <class S>
 struct Arguments {
+  using T = typename S::T;
   const T* x;
-  const float* depthwise_bn;
+  NormActParameters norm_act;  // of the depthwise convolution
   const T* depthwise_weight;
-  const float* pointwise_bn;
   const T* pointwise_weight;
-  T* y;
-  Tiling tiling;  // rows: output pixels, fewer than 2^31
+  typename NormActOutput<S, S::kAligned>::Arguments output;  // tiling.rows: output pixels, fewer than 2^31
   int channels;
   int height, width, out_height, out_width, stride;
 };
@@ -33,11 +31,11 @@ template <class S>
 struct Depthwise {
   using T = typename S::T;
   struct Raw {
-    int pixel;  // of the output; its inputs are loaded when they are needed, nine packs are too many to wait with
+    int pixel;  // of the output; its inputs are loaded when they are needed, nine packs would take too many registers
     static __device__ __forceinline__ Raw zero() { return {-1}; }
   };
   struct Vectors {};
-  const Arguments<T>& args;
+  const Arguments<S>& args;
 
   // Rows of inputs on their way at a time: wide blocks have a multiprocessor, and its registers, to themselves.
   static constexpr int kUnroll = S::kColumns > 64 ? 3 : 1;
@@ -58,7 +56,7 @@ struct Depthwise {
   __device__ __forceinline__ Raw load(int64_t row, int) const { return {int(row)}; }
   __device__ __forceinline__ Vectors vectors(int) const { return {}; }
 
-  __device__ __forceinline__ void finish(const Raw& raw, int k, const Vectors&, float (&a)[S::kWidth]) const {
+  __device__ __forceinline__ void convert(const Raw& raw, int k, const Vectors&, float (&a)[S::kWidth]) const {
     if (raw.pixel < 0) return;
     const unsigned pixel = unsigned(raw.pixel), line = pixel / unsigned(args.out_width);
     const int column = int(pixel - line * unsigned(args.out_width)) * args.stride - 1;
@@ -86,56 +84,21 @@ struct Depthwise {
     }
 #pragma unroll
     for (int i = 0; i < S::kWidth; i += 4) {
-      float mean[4], scale[4], shift[4];
-      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_MEAN) * args.channels, k + i, args.channels, mean);
-      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_SCALE) * args.channels, k + i, args.channels, scale);
-      load_vector<S::kAligned>(args.depthwise.bn + int64_t(BN_SHIFT) * args.channels, k + i, args.channels, shift);
+      const auto norm = ChannelNorm<4>::template load<S::kAligned>(args.norm_act.bn, k + i, args.channels);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) a[i + j] = relu(normalise(a[i + j], mean[j], scale[j], shift[j]));
+      for (int j = 0; j < 4; ++j) a[i + j] = activate(norm.z(a[i + j], j), args.norm_act.act);
     }
   }
 };
 
 template <class S>
-struct Output {
-  using T = typename S::T;
-  struct Extra {};
-  const Arguments<T>& args;
-  int column;
-  float mean[S::kWidth], scale[S::kWidth], shift[S::kWidth];
-
-  explicit __device__ __forceinline__ Output(const Arguments<T>& arguments)
-      : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {}
-
-  // Loaded for each tile: the product needs the registers.
-  __device__ __forceinline__ void begin_tile() {
-    if (column >= args.tiling.columns) return;
-    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns,
-                             mean);
-    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns,
-                             scale);
-    load_vector<S::kAligned>(args.pointwise.bn + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns,
-                             shift);
-  }
-  __device__ __forceinline__ void end_tile() {}
-  __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
-
-  __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
-    if (!inside) return;
-#pragma unroll
-    for (int i = 0; i < S::kWidth; ++i) d[i] = relu(normalise(d[i], mean[i], scale[i], shift[i]));
-    store_channels<S::kAligned>(args.y + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(d));
-  }
-};
-
-template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kColumns > 64 || !S::kAligned ? 1 : 2)
-    kernel(const Arguments<typename S::T> args) {
+    kernel(const Arguments<S> args) {
   if constexpr (S::kAvailable) {
     const Depthwise<S> depthwise{args};
     depthwise.load_taps();
-    Output<S> output(args);
-    product<S, false>(depthwise, args.pointwise_weight, args.tiling, output);
+    NormActOutput<S, S::kAligned> output(args.output);
+    product<S, false>(depthwise, args.pointwise_weight, args.output.tiling, output);
   }
 }
 
@@ -147,21 +110,22 @@ struct Start {
   cudaError_t run() const {
     using T = typename S::T;
     const Geometry& g = args.g;
-    const Arguments<T> arguments = {static_cast<const T*>(args.x),
-                                    static_cast<const float*>(args.depthwise.bn),
-                                    static_cast<const T*>(args.depthwise_weight),
-                                    static_cast<const float*>(args.pointwise.bn),
-                                    static_cast<const T*>(args.pointwise_weight),
-                                    static_cast<T*>(args.y),
-                                    tiling_of<S>(g.n * g.out_h * g.out_w, g.c_in, g.c_out, launch),
-                                    int(g.c_in),
-                                    int(g.h),
-                                    int(g.w),
-                                    int(g.out_h),
-                                    int(g.out_w),
-                                    g.stride};
+    const Arguments<S> arguments = {
+        static_cast<const T*>(args.x),
+        parameters_of(args.depthwise),
+        static_cast<const T*>(args.depthwise_weight),
+        static_cast<const T*>(args.pointwise_weight),
+        {static_cast<T*>(args.y), parameters_of(args.pointwise),
+         tiling_of<S>(g.n * g.out_h * g.out_w, g.c_in, g.c_out, launch)},
+        int(g.c_in),
+        int(g.h),
+        int(g.w),
+        int(g.out_h),
+        int(g.out_w),
+        g.stride,
+    };
     const size_t taps = size_t(padded_channels(arguments.channels)) * kTaps * sizeof(float);
-    return launch_product<S>(kernel<S>, arguments.tiling, int(S::kSharedBytes + taps), launch, arguments);
+    return launch_product<S>(kernel<S>, arguments.output.tiling, int(S::kSharedBytes + taps), launch, arguments);
   }
 };
 
@@ -174,8 +138,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   first.u = args.x;
   first.weight = args.depthwise_weight;
   first.y = launch.temporary<char>(size_t(rows) * size_t(g.c_in) * (args.dtype == Dtype::f32 ? 4 : 2));
-  first.epilogue_bn = args.depthwise.bn;
-  first.epilogue_relu = true;
+  first.output = args.depthwise;
   const cudaError_t error = depthwise_forward(first, launch);
   if (error != cudaSuccess) return error;
   ForwardArgs second = {};
@@ -184,8 +147,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   second.u = first.y;
   second.weight = args.pointwise_weight;
   second.y = args.y;
-  second.epilogue_bn = args.pointwise.bn;
-  second.epilogue_relu = true;
+  second.output = args.pointwise;
   return pointwise_forward(second, launch);
 }
 

@@ -1,56 +1,94 @@
 // A forward convolution as a tiled product (product.h) D = A weight^T: what becomes of D, and the launch.
 //
-// y is written once, and its statistics come from the values that a thread stores.
+// y is written once: as it is, with its statistics, or normalised and activated. Its channels are the product's
+// columns.
 #pragma once
+#include "activation.h"
 #include "merge.h"
 #include "product.h"
 
 namespace mx::cuda {
 
-template <class T>
-struct OutputArguments {
-  T* y;
-  float* partial;     // null: no statistics
-  const float* bn_y;  // null: no normalisation of y
-  bool relu;
-  Tiling tiling;
+// Stores act(norm(y)). kWide: rows of y are multiples of 16 bytes, and y and bn aligned.
+template <class S, bool kWide>
+struct NormActOutput {
+  using T = typename S::T;
+  struct Arguments {
+    T* y;
+    NormActParameters norm_act;
+    Tiling tiling;
+  };
+  struct Extra {};
+  static constexpr int kSharedBytes = S::kSharedBytes;
+  using Norm = ChannelNorm<S::kWidth>;
+  const Arguments& args;
+  int column;
+  Norm norm;
+
+  __device__ __forceinline__ explicit NormActOutput(const Arguments& arguments)
+      : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {}
+
+  // Loaded for each tile, and set in any case: the product needs the registers.
+  __device__ __forceinline__ void begin_tile() {
+    const bool given = args.norm_act.bn != nullptr && column < args.tiling.columns;
+    norm = given ? Norm::template load<kWide>(args.norm_act.bn, column, args.tiling.columns) : Norm::identity();
+  }
+  __device__ __forceinline__ void end_tile() {}
+  __device__ __forceinline__ void end() {}
+  __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
+
+  __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
+    if (!inside) return;
+    if (args.norm_act.bn != nullptr) {
+#pragma unroll
+      for (int i = 0; i < S::kWidth; ++i) d[i] = norm.z(d[i], i);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kWidth; ++i) d[i] = activate(d[i], args.norm_act.act);
+    store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(d));
+  }
 };
 
-// y, and its statistics if wanted: y's channels are the product's columns.
+// Stores y, and leaves the statistics of the values as stored. kWide: rows of y are multiples of 16 bytes, and y
+// aligned.
+//
+// The sums are of differences from an origin, which is the warp's first row, and after 1, 2, 4, 8, ... tiles the mean
+// of its rows so far: neither a large mean nor an outlier at the start cancels in M2.
 template <class S, bool kWide>
-struct ConvolutionOutput {
+struct StatisticsOutput {
   using T = typename S::T;
+  struct Arguments {
+    T* y;
+    float* partial;
+    Tiling tiling;
+  };
   struct Extra {};
-  const OutputArguments<T>& args;
+  const Arguments& args;
   int column;
-  // Statistics of the values as stored: sums of differences from an origin, which is the warp's first row, and after 1,
-  // 2, 4, 8, ... tiles the mean of its rows so far: neither a large mean nor an outlier in front cancels in M2. Or what
-  // normalises the columns.
   float total[S::kWidth] = {}, squares[S::kWidth] = {}, origin[S::kWidth] = {};
   int tiles = 0;  // done
 
-  using Vector = Parked<S, S::kWidth>;
+  using Vector = SharedSpill<S, S::kWidth>;
   static constexpr int kTotal = S::kSharedBytes, kSquares = kTotal + Vector::kBytes,
                        kOrigin = kSquares + Vector::kBytes;
   static constexpr int kSharedBytes = kOrigin + Vector::kBytes;
 
-  __device__ __forceinline__ explicit ConvolutionOutput(const OutputArguments<T>& arguments)
+  __device__ __forceinline__ explicit StatisticsOutput(const Arguments& arguments)
       : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {
-    if (args.statistics.bn != nullptr && column < args.tiling.columns) {
-      load_vector<kWide>(args.statistics.bn + int64_t(BN_MEAN) * args.tiling.columns, column, args.tiling.columns, total);
-      load_vector<kWide>(args.statistics.bn + int64_t(BN_SCALE) * args.tiling.columns, column, args.tiling.columns, squares);
-      load_vector<kWide>(args.statistics.bn + int64_t(BN_SHIFT) * args.tiling.columns, column, args.tiling.columns, origin);
-    }
     Vector::store(kOrigin, origin);
     store_sums();
   }
 
-  __device__ __forceinline__ void begin_tile() { load_vectors(); }
+  __device__ __forceinline__ void begin_tile() {
+    Vector::load(kTotal, total);
+    Vector::load(kSquares, squares);
+    Vector::load(kOrigin, origin);
+  }
   __device__ __forceinline__ void end_tile() {
     ++tiles;
     // Only the last of all tiles is not full, and no tile comes after it.
     const bool more = args.tiling.program() + int64_t(tiles) * args.tiling.programs < args.tiling.tiles;
-    if (args.partial != nullptr && more && (tiles & (tiles - 1)) == 0) recentre();
+    if (more && (tiles & (tiles - 1)) == 0) recentre();
     store_sums();
   }
   __device__ __forceinline__ void recentre() {
@@ -65,22 +103,15 @@ struct ConvolutionOutput {
     }
     Vector::store(kOrigin, origin);
   }
+  __device__ __forceinline__ void store_sums() {
+    Vector::store(kTotal, total);
+    Vector::store(kSquares, squares);
+  }
   __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
 
   __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
-    if (args.partial == nullptr) {
-      if (args.statistics.bn != nullptr) {
-#pragma unroll
-        for (int i = 0; i < S::kWidth; ++i) d[i] = normalise(d[i], total[i], squares[i], origin[i]);
-      }
-      if (args.relu) {
-#pragma unroll
-        for (int i = 0; i < S::kWidth; ++i) d[i] = relu(d[i]);
-      }
-    }
     const auto y = round_pack<T>(d);
     if (inside) store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, y);
-    if (args.partial == nullptr) return;
     to_floats(y, d);
     if (index == 0 && tiles == 0) {
 #pragma unroll
@@ -99,20 +130,10 @@ struct ConvolutionOutput {
     }
   }
 
-  __device__ __forceinline__ void load_vectors() {
-    Vector::load(kTotal, total);
-    Vector::load(kSquares, squares);
-    Vector::load(kOrigin, origin);
-  }
-  __device__ __forceinline__ void store_sums() {
-    Vector::store(kTotal, total);
-    Vector::store(kSquares, squares);
-  }
-
-  // The program's row of partial statistics: count, mean, mean_rest, M2. All threads of the block.
-  __device__ __forceinline__ void finish() {
+  // The program's row of partial statistics.
+  __device__ __forceinline__ void end() {
     constexpr int warps = S::kRows / S::kWarpRows;
-    const unsigned thread = thread_again();
+    const unsigned thread = reread_thread();
     const int warp_row = S::warp_row(thread);
     float* const shared = shared_memory<float>() + warp_row / S::kWarpRows * 4 * S::kColumns;
     const int program = args.tiling.program(), programs = args.tiling.programs, all = args.tiling.tiles;
@@ -121,7 +142,7 @@ struct ConvolutionOutput {
     const int my_tiles = (all - 1 - program) / programs + 1;
     const bool has_last = (all - 1 - program) % programs == 0;
     const float rows = float(my_tiles * S::kWarpRows - (has_last ? S::kWarpRows - mine_of_last : 0));
-    load_vectors();
+    begin_tile();
 #pragma unroll
     for (int i = 0; i < S::kWidth; ++i) {
       const float sum = S::add_lanes(total[i]), sum_squares = S::add_lanes(squares[i]);
@@ -159,30 +180,24 @@ struct ConvolutionOutput {
   }
 };
 
-// All of a block's work. kWide: rows of y are multiples of 16 bytes, and y and bn_y aligned.
-template <class S, bool kWide, class Source>
-__device__ __forceinline__ void convolve(const Source& source, const typename S::T* weight,
-                                         const OutputArguments<typename S::T>& args) {
-  ConvolutionOutput<S, kWide> output(args);
-  product<S, false>(source, weight, args.tiling, output);
-  if (args.partial != nullptr) output.finish();
-}
-
-// Launches kernel(source, weight, output arguments), and what finishes the statistics.
+// Launches one of two kernels (source, weight, Output::Arguments) that differ in their Output, and what merges the
+// statistics.
 template <class S, bool kWide, class Source, class T = typename S::T>
-cudaError_t start_convolution(void (*kernel)(Source, const T*, OutputArguments<T>), const Source& source, int depth,
-                              const ForwardArgs& f, const Launch& on) {
-  OutputArguments<T> args{};
-  args.y = static_cast<T*>(f.y);
-  args.statistics.bn = static_cast<const float*>(f.epilogue_bn);
-  args.relu = f.epilogue_relu;
-  args.tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
-  const int programs = args.tiling.programs, columns = args.tiling.columns;
-  if (f.bn_y != nullptr) args.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * columns);
-  const cudaError_t error = launch_product<S>(kernel, args.tiling, ConvolutionOutput<S, kWide>::kSharedBytes, on,
-                                              source, static_cast<const T*>(f.weight), args);
-  if (error != cudaSuccess || f.bn_y == nullptr) return error;
-  return finish_statistics(args.partial, programs, columns, f.gamma, f.beta, f.eps, f.bn_y, on);
+cudaError_t start_convolution(void (*with_statistics)(Source, const T*, typename StatisticsOutput<S, kWide>::Arguments),
+                              void (*with_norm_act)(Source, const T*, typename NormActOutput<S, kWide>::Arguments),
+                              const Source& source, int depth, const ForwardArgs& f, const Launch& on) {
+  const Tiling tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
+  const T* const weight = static_cast<const T*>(f.weight);
+  T* const y = static_cast<T*>(f.y);
+  if (!f.statistics.wanted())
+    return launch_product<S>(with_norm_act, tiling, NormActOutput<S, kWide>::kSharedBytes, on, source, weight,
+                             typename NormActOutput<S, kWide>::Arguments{y, parameters_of(f.output), tiling});
+  float* const partial = on.temporary<float>(size_t(tiling.programs) * STATISTICS_ROWS * tiling.columns);
+  const cudaError_t error =
+      launch_product<S>(with_statistics, tiling, StatisticsOutput<S, kWide>::kSharedBytes, on, source, weight,
+                        typename StatisticsOutput<S, kWide>::Arguments{y, partial, tiling});
+  if (error != cudaSuccess) return error;
+  return merge_statistics(partial, tiling.programs, tiling.columns, f.statistics, on);
 }
 
 }  // namespace mx::cuda

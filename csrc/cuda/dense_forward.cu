@@ -1,4 +1,4 @@
-// The stem, a dense 3x3 convolution, forward and inference: the tiled product of the patches that its filters see
+// Dense 3x3 convolution, forward and inference: the tiled product of the patches that its filters see
 // [output pixels, 9*C], gathered from the image (in the L1: neighbours share most of theirs), with the weight [N, 9*C].
 #include "convolution_product.h"
 #include "operands.h"
@@ -6,22 +6,27 @@
 namespace mx::cuda {
 namespace {
 
-// kWide is about y: a patch is never wide, and so neither is the weight.
-template <class S, bool kWide, class T = typename S::T>
+template <class S, class Output, class T = typename S::T>
 __global__ void __launch_bounds__(S::kThreads, 2)
-    kernel(const Patches<T> patches, const T* weight, const OutputArguments<T> args) {
-  if constexpr (S::kAvailable) convolve<S, kWide>(patches, weight, args);
+    kernel(const Patches<T> patches, const T* weight, const typename Output::Arguments args) {
+  if constexpr (S::kAvailable) {
+    Output output(args);
+    product<S, false>(patches, weight, args.tiling, output);
+  }
 }
 
+// kWide is about y: a patch is never wide, and so neither is the weight.
 template <class S, bool kWide>
 cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const auto patches = patches_of<typename S::T>(args.u, args.g);
-  return start_convolution<S, kWide>(kernel<S, kWide>, patches, 9 * patches.channels, args, on);
+  return start_convolution<S, kWide>(kernel<S, StatisticsOutput<S, kWide>>, kernel<S, NormActOutput<S, kWide>>, patches,
+                                     9 * patches.channels, args, on);
 }
 
 }  // namespace
 
 cudaError_t dense_forward(const ForwardArgs& args, const Launch& on) {
+  if (!is_identity(args.input)) return cudaErrorInvalidValue;  // patches are of a plain input
   return with_kind(args.dtype, on, [&](auto kind) {
     using T = typename decltype(kind)::T;
     using S = Shape<T, typename decltype(kind)::Math, false, 64>;

@@ -1,13 +1,16 @@
 // Depthwise 3x3 convolution, backward: the gradients of input and weight in one pass over the data.
 //
 // A thread owns input pixels and walks down the image. It rebuilds dy, the gradient of the outputs that see them, and
-// each dy meets each of its inputs once, in a product for either gradient. Nine taps, nine sums of the weight's
-// gradient and seven vectors a channel are in registers, so a thread has four channels: 64-bit accesses in 16 bits.
+// each dy is multiplied with each of its inputs once, in a product for either gradient. Per channel, nine taps, nine
+// sums of the weight's gradient and seven vectors are in registers, so a thread has four channels: 64-bit accesses in
+// 16 bits.
 //
 // Rows and columns are counted in the padded image where marked ': input row i' = i + padding is seen by the output
-// rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, meets nothing:
-// there a product with 0 would make a NaN of another's infinity.
+// rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, is multiplied with
+// nothing: there a product with 0 would make a NaN of another's infinity.
+#include "activation.h"
 #include "depthwise.h"
+#include "gradient.h"
 #include "lanes.h"
 
 namespace mx::cuda {
@@ -16,10 +19,11 @@ namespace {
 struct Problem {
   int height, width, channels, out_height, out_width, padding;
   DepthwiseGrid grid;
-  const void *h, *y, *u, *weight;
-  const float *grad_bn_y, *bn_u;
-  void* h_u;              // null: not wanted
-  float *sums, *partial;  // null: not wanted
+  const void *dz, *y, *u, *weight;
+  const float* grad_bn_y;
+  NormActParameters norm_act;  // of u; without a bn, u is a plain input
+  void* dz_u;                  // null: not wanted
+  float *sums, *partial;       // null: not wanted
 };
 
 // What a thread keeps of its channels, and what it adds up for them.
@@ -29,86 +33,74 @@ struct Channels {
   const Problem& p;
   int c;
   bool inside;
-  float taps[9][P], mean[P], scale[P], shift[P], gp[P], gq[P], gmean[P], go[P];
-  float grad_taps[9][P], sum_h[P], sum_h_centred[P];
+  float taps[9][P];
+  ChannelNorm<P> norm;
+  ChannelGradient<P> gradient;
+  float grad_taps[9][P], sum_dz[P], sum_dz_centred[P];
 
   __device__ explicit Channels(const Problem& problem) : p(problem) {
     c = (blockIdx.x * p.grid.packs + threadIdx.x) * P;
     inside = c < p.channels;
-    auto row = [&](const float* rows, int r, int i, float otherwise) {
-      return rows != nullptr && inside ? rows[r * p.channels + c + i] : otherwise;
-    };
-    const float* of_y = p.y ? p.grad_bn_y : nullptr;  // without statistics dy = P*h
+    norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, p.norm_act.bn != nullptr && inside);
+    gradient = ChannelGradient<P>::load_each(p.grad_bn_y, p.y != nullptr, c, p.channels, inside);
     for (int i = 0; i < P; ++i) {
       for (int tap = 0; tap < 9; ++tap) {
         taps[tap][i] = inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
         grad_taps[tap][i] = 0.0f;
       }
-      mean[i] = row(p.bn_u, BN_MEAN, i, 0.0f);
-      scale[i] = row(p.bn_u, BN_SCALE, i, 1.0f);
-      shift[i] = row(p.bn_u, BN_SHIFT, i, 0.0f);
-      gp[i] = row(p.grad_bn_y, GRAD_DZ_COEFFICIENT, i, 1.0f);
-      gq[i] = row(of_y, GRAD_Y_COEFFICIENT, i, 0.0f);
-      gmean[i] = row(of_y, GRAD_MEAN, i, 0.0f);
-      go[i] = row(of_y, GRAD_CONSTANT, i, 0.0f);
-      sum_h[i] = sum_h_centred[i] = 0.0f;
+      sum_dz[i] = sum_dz_centred[i] = 0.0f;
     }
   }
 
-  // dy at an offset of h and y.
+  // dy at an offset of dz and y.
   __device__ void load_gradient(float (&dy)[P], int64_t offset) const {
-    const Packed h = Packed::load(static_cast<const T*>(p.h) + offset);
+    const Packed dz = Packed::load(static_cast<const T*>(p.dz) + offset);
     if (p.y != nullptr) {
       const Packed y = Packed::load(static_cast<const T*>(p.y) + offset);
-      for (int i = 0; i < P; ++i)
-        dy[i] = output_gradient(to_float(h.v[i]), to_float(y.v[i]), gp[i], gq[i], gmean[i], go[i]);
+      for (int i = 0; i < P; ++i) dy[i] = gradient.dy(to_float(dz.v[i]), to_float(y.v[i]), i);
     } else {
-      for (int i = 0; i < P; ++i) dy[i] = gp[i] * to_float(h.v[i]);
+      for (int i = 0; i < P; ++i) dy[i] = gradient.dz_coefficient[i] * to_float(dz.v[i]);
     }
   }
 
   // The convolution's input at an offset of u.
   __device__ void load_activation(float (&a)[P], int64_t offset) const {
     const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
-    const float lower = p.bn_u ? 0.0f : -INFINITY;
-    for (int i = 0; i < P; ++i) a[i] = at_least(normalise(to_float(u.v[i]), mean[i], scale[i], shift[i]), lower);
+    for (int i = 0; i < P; ++i) a[i] = activate(norm.z(to_float(u.v[i]), i), p.norm_act.act);
   }
 
-  // An input that was multiplied by a tap, and the dy of its output.
-  __device__ void meet(int tap, const float (&a)[P], float (&da)[P], const float (&dy)[P]) {
+  // Adds the products of an input's tap: its input, and the dy of its output.
+  __device__ void accumulate_tap(int tap, const float (&a)[P], float (&da)[P], const float (&dy)[P]) {
     for (int i = 0; i < P; ++i) {
       grad_taps[tap][i] += a[i] * dy[i];
       da[i] += taps[tap][i] * dy[i];
     }
   }
 
-  // Stores h_u of an input whose gradient is complete.
-  __device__ void store(int64_t offset, const float (&a)[P], const float (&da)[P]) {
-    if (p.h_u == nullptr) return;
+  // Stores dz_u of an input whose da is complete.
+  __device__ void store(int64_t offset, const float (&da)[P]) {
+    if (p.dz_u == nullptr) return;
     Packed stored;
-    // h_u is 0 where the ReLU gave 0; a NaN is not 0 and passes the gradient, as PyTorch's ReLU lets it.
-    for (int i = 0; i < P; ++i) stored.v[i] = rounded<T>(p.bn_u != nullptr && a[i] == 0.0f ? 0.0f : da[i]);
-    stored.store(static_cast<T*>(p.h_u) + offset);
-    if (p.bn_u == nullptr) return;
+    if (p.norm_act.bn == nullptr) {
+      for (int i = 0; i < P; ++i) stored.v[i] = rounded<T>(da[i]);
+      stored.store(static_cast<T*>(p.dz_u) + offset);
+      return;
+    }
     const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+    for (int i = 0; i < P; ++i)
+      stored.v[i] = rounded<T>(activate_backward(norm.z(to_float(u.v[i]), i), da[i], p.norm_act.act));
+    stored.store(static_cast<T*>(p.dz_u) + offset);
     for (int i = 0; i < P; ++i) {
-      const float h = to_float(stored.v[i]);
-      sum_h[i] += h;
-      sum_h_centred[i] += h * (to_float(u.v[i]) - mean[i]);
+      const float dz = to_float(stored.v[i]);
+      sum_dz[i] += dz;
+      sum_dz_centred[i] += dz * (to_float(u.v[i]) - norm.mean[i]);
     }
   }
 
-  // The program's partial results: its lanes added up.
-  __device__ void finish() {
-    if (p.sums != nullptr) {
-      sum_lanes(sum_h);
-      sum_lanes(sum_h_centred);
-      float* sums = p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + c;
-      for (int i = 0; i < P && inside && threadIdx.y == 0; ++i) {
-        sums[SUM_H * p.channels + i] = sum_h[i];
-        sums[SUM_H_CENTRED * p.channels + i] = sum_h_centred[i];
-      }
-    }
+  // Stores the program's partial results: its lanes added up.
+  __device__ void store_partial() {
+    if (p.sums != nullptr)
+      store_sums(p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + c, p.channels, inside, sum_dz, sum_dz_centred);
     if (p.partial != nullptr) {
       float* partial = p.partial + (int64_t(blockIdx.y) * p.channels + c) * 9;
 #pragma unroll
@@ -154,7 +146,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
     int64_t in = ((image * p.height + first_row) * p.width + column) * p.channels + channels.c;
     const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
 
-    // [r]: the input rows row + r, which have met dy's rows up to row' - 1, where dy's row is row'.
+    // [r]: the input rows row + r, which were multiplied with dy's rows up to row' - 1, where dy's row is row'.
     float a[3][2][P], da[3][2][P];
     for (int r = 0; r < 3; ++r)
       for (int o = 0; o < 2; ++o) clear(a[r][o]), clear(da[r][o]);
@@ -172,14 +164,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
 #pragma unroll
           for (int r = 0; r < 3; ++r) {
             if (row + r < first_row || row + r >= row_end) continue;
-            if (q >= 1) channels.meet(3 * r + q - 1, a[r][0], da[r][0], dy);
-            if (q <= 2 && second) channels.meet(3 * r + q, a[r][1], da[r][1], dy);
+            if (q >= 1) channels.accumulate_tap(3 * r + q - 1, a[r][0], da[r][0], dy);
+            if (q <= 2 && second) channels.accumulate_tap(3 * r + q, a[r][1], da[r][1], dy);
           }
         }
       }
       if (row >= first_row) {
-        channels.store(in - 2 * in_stride, a[0][0], da[0][0]);
-        if (second) channels.store(in - 2 * in_stride + p.channels, a[0][1], da[0][1]);
+        channels.store(in - 2 * in_stride, da[0][0]);
+        if (second) channels.store(in - 2 * in_stride + p.channels, da[0][1]);
       }
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
@@ -192,7 +184,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
       in += in_stride;
     }
   }
-  channels.finish();
+  channels.store_partial();
 }
 
 // A thread owns the four inputs i' = 2r, 2r + 1, j' = 2s, 2s + 1, which the outputs r - 1, r and s - 1, s see.
@@ -243,16 +235,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
           for (int q = 0; q < 2 - o; ++q) {
             if (!seen[q]) continue;
             const int k = o == 0 ? 2 * q : 1;
-            if (here) channels.meet(3 * odd + k, a, da, dy[q]);
-            if (odd == 0 && before) channels.meet(6 + k, a, da, above[q]);
+            if (here) channels.accumulate_tap(3 * odd + k, a, da, dy[q]);
+            if (odd == 0 && before) channels.accumulate_tap(6 + k, a, da, above[q]);
           }
-          channels.store(offset, a, da);
+          channels.store(offset, da);
         }
       }
       for (int q = 0; q < 2; ++q) copy(above[q], dy[q]);
     }
   }
-  channels.finish();
+  channels.store_partial();
 }
 
 template <class T, int P>
@@ -269,13 +261,13 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
   p.out_height = int(g.out_h);
   p.out_width = int(g.out_w);
   p.padding = g.padding;
-  p.h = args.dz;
+  p.dz = args.dz;
   p.y = args.y;
   p.u = args.u;
   p.weight = args.weight;
   p.grad_bn_y = static_cast<const float*>(args.grad_bn_y);
-  p.bn_u = static_cast<const float*>(args.input.bn);
-  p.h_u = args.dz_u;
+  p.norm_act = parameters_of(args.input);
+  p.dz_u = args.dz_u;
   const int programs = g.n == 0 ? 0 : p.grid.programs;
   const int64_t elements = 9 * g.c_in;
   if (args.grad_bn_u) p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * g.c_in);
@@ -285,8 +277,9 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
                                      dim3(p.grid.packs, p.grid.lanes), lanes_bytes(kDepthwiseThreads, P), on.stream, p);
     if (error != cudaSuccess) return error;
   }
-  return finish_gradients(p.sums, programs, p.channels, args.input.bn, args.batch_stats_u, g.n * g.h * g.w, args.grad_bn_u,
-                          p.partial, programs, elements, args.grad_weight, on);
+  return merge_gradients(
+      {{p.sums, programs}, p.channels, args.input.bn, args.batch_stats_u, g.n * g.h * g.w, args.grad_bn_u},
+      {{p.partial, programs}, elements, args.grad_weight}, on);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// Depthwise 3x3 convolution, forward: for training (raw output and statistics) and for inference (finished output).
+// Depthwise 3x3 convolution, forward (raw output and statistics) and inference (normalised and activated output).
 //
-// Each input row is loaded and normalised once a thread and added to all output rows that see it, whose sums stay in
+// Each thread loads and normalises an input row once and adds it to all output rows that see it, whose sums stay in
 // registers. With stride 1 a thread owns two neighbouring output columns, which see four input columns instead of six;
 // with stride 2 one, because a pair would save one load of six and need more registers.
+#include "activation.h"
 #include "depthwise.h"
 #include "lanes.h"
 
@@ -13,37 +14,15 @@ struct Problem {
   int height, width, channels, out_height, out_width, padding;
   DepthwiseGrid grid;
   const void* u;
-  const float* bn_u;
+  NormActParameters norm_act;  // of u, or of y
   const void* weight;
   void* y;
-  float* partial;
-  const float* bn_y;
-  bool relu;
+  float* partial;  // null: no statistics
 };
 
-// Mean, scale and shift of a pack's channels, and the lower bound that stands for the ReLU.
-template <int P>
-struct Normalisation {
-  float mean[P], scale[P], shift[P], lower;
-
-  // Without bn the values stay as they are.
-  __device__ void load(const float* bn, int channels, int c, bool inside, bool relu) {
-    lower = relu ? 0.0f : -INFINITY;
-    for (int i = 0; i < P; ++i) {
-      const bool given = bn != nullptr && inside;
-      mean[i] = given ? bn[BN_MEAN * channels + c + i] : 0.0f;
-      scale[i] = given ? bn[BN_SCALE * channels + c + i] : 1.0f;
-      shift[i] = given ? bn[BN_SHIFT * channels + c + i] : 0.0f;
-    }
-  }
-
-  __device__ float operator()(float x, int i) const {
-    return at_least(normalise(x, mean[i], scale[i], shift[i]), lower);
-  }
-};
-
-// T: dtype; P: channels a thread; kStride; kTraining: normalise on load and keep statistics, else normalise the output.
-template <class T, int P, int kStride, bool kTraining>
+// T: dtype; P: channels per thread. kOnLoad: the normalisation and activation are those of u, and statistics of y may
+// be wanted; else they are those of y.
+template <class T, int P, int kStride, bool kOnLoad>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p) {
   constexpr int kColumns = kStride == 1 ? 2 : 1;  // of the output
   constexpr int kInputs = kStride == 1 ? 4 : 3;   // columns that they see
@@ -57,10 +36,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
   for (int i = 0; i < P; ++i)
     for (int tap = 0; tap < 9; ++tap)
       taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
-  Normalisation<P> norm;
-  norm.load(kTraining ? p.bn_u : p.bn_y, channels, c, channel_inside, kTraining ? p.bn_u != nullptr : p.relu);
-  Statistics<P> statistics;
-  if (kTraining) statistics.clear();
+  const auto norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, channels, p.norm_act.bn != nullptr && channel_inside);
+  const auto norm_act = [&](float x, int i) { return activate(norm.z(x, i), p.norm_act.act); };
+  ThreadStatistics<P> statistics;
+  if (kOnLoad) statistics.clear();
 
   const int chunks = (p.out_height + grid.rows - 1) / grid.rows;
   const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
@@ -89,7 +68,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
         if (row_inside && inside[j]) next[j] = Packed::load(in + j * channels);
     };
     // What is outside the image adds nothing: the branches part threads only at its border.
-    float sums[3][kColumns][P];  // of three output rows, the first of which is finished next
+    float sums[3][kColumns][P];  // of three output rows, the first of which is complete next
     auto add_row = [&](int first_tap_row, int rows) {
       const bool row_inside = in_row >= 0 && in_row < p.height;
 #pragma unroll
@@ -98,7 +77,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
 #pragma unroll
         for (int i = 0; i < P; ++i) {
           const float x = to_float(next[j].v[i]);
-          const float a = kTraining ? norm(x, i) : x;
+          const float a = kOnLoad ? norm_act(x, i) : x;
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
             const int k = j - o;
@@ -111,7 +90,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
           }
         }
       }
-      // Loaded in front of the products, it would need more registers than there are.
+      // Loaded before the products, it would need more registers than there are.
       ++in_row;
       in += in_stride;
       load();
@@ -121,7 +100,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
       for (int o = 0; o < kColumns; ++o)
         for (int i = 0; i < P; ++i) sums[r][o][i] = 0.0f;
     load();
-    // The rows in front that only the chunk's first output rows see.
+    // The rows before, which only the chunk's first output rows see.
     add_row(0, 1);
     if (kStride == 1) add_row(1, 2);
 
@@ -133,14 +112,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
         Packed stored;
         float value[P];
         for (int i = 0; i < P; ++i) {
-          stored.v[i] = rounded<T>(kTraining ? sums[0][o][i] : norm(sums[0][o][i], i));
+          stored.v[i] = rounded<T>(kOnLoad ? sums[0][o][i] : norm_act(sums[0][o][i], i));
           value[i] = to_float(stored.v[i]);
         }
         const int step = row - first_row;
-        if (kTraining && o == 0 && (step & (step - 1)) == 0) statistics.recentre(value);
+        if (kOnLoad && o == 0 && (step & (step - 1)) == 0) statistics.recentre(value);
         if (column + o < p.out_width) {
           stored.store(out + o * channels);
-          if (kTraining) statistics.add(value);
+          if (kOnLoad) statistics.add(value);
         }
         for (int i = 0; i < P; ++i) {
           sums[0][o][i] = sums[1][o][i];
@@ -151,7 +130,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
       out += out_stride;
     }
   }
-  if (kTraining && p.partial != nullptr)
+  if (kOnLoad && p.partial != nullptr)
     statistics.store(p.partial + int64_t(blockIdx.y) * STATISTICS_ROWS * channels + c, channels, channel_inside);
 }
 
@@ -160,9 +139,9 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
   const int packs = int(g.c_in / P);
   const int lanes = int(g.stride == 1 ? (g.out_w + 1) / 2 : g.out_w);
-  const bool training = args.output.bn == nullptr && !(args.output.act == Act::relu);
+  const bool on_load = is_identity(args.output);
   Problem p{};
-  p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.statistics.bn != nullptr, on);
+  p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.statistics.wanted(), on);
   p.height = int(g.h);
   p.width = int(g.w);
   p.channels = int(g.c_in);
@@ -170,23 +149,21 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   p.out_width = int(g.out_w);
   p.padding = g.padding;
   p.u = args.u;
-  p.bn_u = static_cast<const float*>(args.input.bn);
+  p.norm_act = parameters_of(on_load ? args.input : args.output);
   p.weight = args.weight;
   p.y = args.y;
-  p.bn_y = static_cast<const float*>(args.output.bn);
-  p.relu = (args.output.act == Act::relu);
   const int programs = g.n * g.out_h * g.out_w == 0 ? 0 : p.grid.programs;
-  if (args.statistics.bn) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
+  if (args.statistics.wanted()) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
   if (programs > 0) {
     const dim3 blocks(p.grid.channel_blocks, programs), threads(p.grid.packs, p.grid.lanes);
-    const size_t shared = args.statistics.bn ? lanes_bytes(kDepthwiseThreads, P) : 0;
+    const size_t shared = args.statistics.wanted() ? lanes_bytes(kDepthwiseThreads, P) : 0;
     auto run = [&](auto kernel) { return launch(kernel, blocks, threads, shared, on.stream, p); };
-    const cudaError_t error = training ? run(g.stride == 1 ? forward<T, P, 1, true> : forward<T, P, 2, true>)
-                                       : run(g.stride == 1 ? forward<T, P, 1, false> : forward<T, P, 2, false>);
+    const cudaError_t error = on_load ? run(g.stride == 1 ? forward<T, P, 1, true> : forward<T, P, 2, true>)
+                                      : run(g.stride == 1 ? forward<T, P, 1, false> : forward<T, P, 2, false>);
     if (error != cudaSuccess) return error;
   }
-  if (!args.statistics.bn) return cudaSuccess;
-  return finish_statistics(p.partial, programs, p.channels, args.statistics.gamma, args.statistics.beta, args.statistics.eps, args.statistics.bn, on);
+  if (!args.statistics.wanted()) return cudaSuccess;
+  return merge_statistics(p.partial, programs, p.channels, args.statistics, on);
 }
 
 template <class T>

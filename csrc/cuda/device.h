@@ -48,8 +48,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return cudaGetLastError();
 }
 
-// threadIdx.x, read anew: not kept in a register from before a loop.
-__device__ __forceinline__ unsigned thread_again() {
+// threadIdx.x, read again instead of kept in a register from before a loop.
+__device__ __forceinline__ unsigned reread_thread() {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
@@ -67,7 +67,6 @@ __device__ __forceinline__ float at_least(float x, float lower) {
 }
 
 // --- asynchronous copies from global to shared memory (plain copies before sm_80)
-// --------------------------------------
 
 // 16 bytes, both addresses aligned; zeros where not valid (`global` is then not read).
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
@@ -96,7 +95,6 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 // --- tensor cores
-// ------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l%8 of matrix l/8 (16-byte
 // aligned) and gets, of matrix i, elements (lane/4, 2*(lane%4)) and the one to its right in r[i], low half first.
@@ -189,8 +187,8 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// What is computed from x after this is computed anew, not kept in registers from before a loop.
-__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+// Hides from the compiler where x comes from: what is computed from x after this is not kept in registers from before.
+__device__ __forceinline__ void make_opaque(int& x) { asm volatile("" : "+r"(x)); }
 
 // Whether a launcher may ask this architecture for products of T by tensor cores of kind Math (float: by plain exact
 // products). Kernels that it never asks for are compiled empty.

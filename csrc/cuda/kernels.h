@@ -1,7 +1,8 @@
-// The CUDA backend's launchers: they take raw pointers (csrc/args.dz) and a stream, and include no torch header.
+// The CUDA backend's launchers: they take raw pointers (csrc/args.h) and a stream, and include no torch header.
 //
-// A launcher only queues work on the stream. It returns the first CUDA error, cudaErrorInvalidValue for a dtype that it
-// does not know (float64), and launches nothing where the output has no elements and nothing is to be written.
+// A launcher only queues work on the stream. It returns the first CUDA error, and cudaErrorInvalidValue for what it
+// does not know: float64, and a dense convolution of an input that is not plain. It launches nothing where the output
+// has no elements and nothing is to be written.
 #pragma once
 #include <cuda_runtime_api.h>
 

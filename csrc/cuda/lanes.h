@@ -3,7 +3,6 @@
 // Blocks are (packs of channels, lanes): threads with one threadIdx.x share kChannels channels.
 #pragma once
 #include "merge.h"
-#include "formulas.h"
 
 namespace mx::cuda {
 
@@ -12,7 +11,7 @@ constexpr size_t lanes_bytes(int threads, int channels) { return sizeof(float) *
 
 // value[i] of all lanes added up, in the lanes' order; every thread gets the sums.
 template <int kChannels>
-__device__ void sum_lanes(float (&value)[kChannels]) {
+__device__ __forceinline__ void sum_lanes(float (&value)[kChannels]) {
   float* shared = shared_memory<float>() + threadIdx.x * kChannels;
   const int stride = blockDim.x * kChannels;
   __syncthreads();
@@ -25,10 +24,10 @@ __device__ void sum_lanes(float (&value)[kChannels]) {
   }
 }
 
-// A thread's statistics: sums of differences from an offset, which is the first value, and from then on now and then
-// the mean of the values so far: neither a large mean nor an outlier in front cancels in M2.
+// A thread's statistics: sums of differences from an offset, which is the first value, and after that now and then the
+// mean of the values so far: neither a large mean nor an outlier at the start cancels in M2.
 template <int kChannels>
-struct Statistics {
+struct ThreadStatistics {
   float count, offset[kChannels], total[kChannels], squares[kChannels];
 
   __device__ void clear() {
@@ -86,5 +85,19 @@ struct Statistics {
       }
   }
 };
+
+// Merges the block's lanes of the sums of dz and of dz*(y - mean), and writes the program's row of partial sums.
+// `sums` is at the thread's first channel.
+template <int kChannels>
+__device__ __forceinline__ void store_sums(float* sums, int channels, bool inside, float (&sum_dz)[kChannels],
+                                           float (&sum_dz_centred)[kChannels]) {
+  sum_lanes(sum_dz);
+  sum_lanes(sum_dz_centred);
+  if (inside && threadIdx.y == 0)
+    for (int i = 0; i < kChannels; ++i) {
+      sums[SUM_DZ * channels + i] = sum_dz[i];
+      sums[SUM_DZ_CENTRED * channels + i] = sum_dz_centred[i];
+    }
+}
 
 }  // namespace mx::cuda

@@ -1,6 +1,6 @@
-// Merging of partial results (finish.h), and the normalisation that running statistics make.
+// Merging of partial results (merge.h), and the normalisation that running statistics make.
 #include "merge.h"
-#include "formulas.h"
+#include "packs.h"
 
 namespace mx::cuda {
 namespace {
@@ -88,19 +88,19 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   const int c = blockIdx.x * kColumns + threadIdx.x;
   const bool inside = c < channels;
   const int64_t stride = int64_t(SUM_ROWS) * channels;
-  const float sum_h = sum_rows(sums + int64_t(SUM_H) * channels + c, programs, stride, inside);
-  const float sum_h_centred = sum_rows(sums + int64_t(SUM_H_CENTRED) * channels + c, programs, stride, inside);
+  const float sum_dz = sum_rows(sums + int64_t(SUM_DZ) * channels + c, programs, stride, inside);
+  const float sum_dz_centred = sum_rows(sums + int64_t(SUM_DZ_CENTRED) * channels + c, programs, stride, inside);
   if (!inside || threadIdx.y != 0) return;
   const float scale = bn[BN_SCALE * channels + c], rstd = bn[BN_RSTD * channels + c];
-  const float grad_gamma = rstd * sum_h_centred;
+  const float grad_gamma = rstd * sum_dz_centred;
   // Without batch statistics both are 0 even where the sums are not finite.
   const bool batch_stats = inverse_count > 0.0f;
   grad_bn[GRAD_DZ_COEFFICIENT * channels + c] = scale;
   grad_bn[GRAD_Y_COEFFICIENT * channels + c] = batch_stats ? -scale * rstd * grad_gamma * inverse_count : 0.0f;
   grad_bn[GRAD_MEAN * channels + c] = bn[BN_MEAN * channels + c];
-  grad_bn[GRAD_CONSTANT * channels + c] = batch_stats ? -scale * sum_h * inverse_count : 0.0f;
+  grad_bn[GRAD_CONSTANT * channels + c] = batch_stats ? -scale * sum_dz * inverse_count : 0.0f;
   grad_bn[GRAD_GAMMA * channels + c] = grad_gamma;
-  grad_bn[GRAD_BETA * channels + c] = sum_h;
+  grad_bn[GRAD_BETA * channels + c] = sum_dz;
 }
 
 __device__ float element(const VectorArg& vector, int i, float otherwise) {
@@ -123,23 +123,22 @@ constexpr size_t kShared = kColumns * kLanes * sizeof(float);
 
 }  // namespace
 
-cudaError_t finish_statistics(const float* partial, int programs, int channels, const void* gamma, const void* beta,
-                              double eps, void* bn, const Launch& on) {
+cudaError_t merge_statistics(const float* partial, int programs, int channels, const Statistics& statistics,
+                             const Launch& on) {
   return launch(statistics_kernel, blocks_for(channels), dim3(kColumns, kLanes), kShared, on.stream, partial, programs,
-                channels, static_cast<const float*>(gamma), static_cast<const float*>(beta), float(eps),
-                static_cast<float*>(bn));
+                channels, static_cast<const float*>(statistics.gamma), static_cast<const float*>(statistics.beta),
+                float(statistics.eps), static_cast<float*>(statistics.bn));
 }
 
-cudaError_t finish_gradients(const float* sums, int programs, int channels, const void* bn, bool batch_stats,
-                             int64_t count, void* grad_bn, const float* weight_partial, int weight_programs,
-                             int64_t elements, void* grad_weight, const Launch& on) {
-  const int channel_blocks = grad_bn ? blocks_for(channels) : 0;
-  const int blocks = channel_blocks + (grad_weight ? blocks_for(elements) : 0);
+cudaError_t merge_gradients(const SumsToMerge& of_bn, const WeightToMerge& of_weight, const Launch& on) {
+  const int channel_blocks = of_bn.grad_bn ? blocks_for(of_bn.channels) : 0;
+  const int blocks = channel_blocks + (of_weight.grad_weight ? blocks_for(of_weight.elements) : 0);
   if (blocks == 0) return cudaSuccess;
-  const float inverse_count = batch_stats ? 1.0f / float(count > 0 ? count : 1) : 0.0f;
-  return launch(gradients_kernel, blocks, dim3(kColumns, kLanes), kShared, on.stream, sums, programs, channels,
-                static_cast<const float*>(bn), inverse_count, static_cast<float*>(grad_bn), weight_partial,
-                weight_programs, elements, static_cast<float*>(grad_weight), channel_blocks);
+  const float inverse_count = of_bn.batch_stats ? 1.0f / float(of_bn.count > 0 ? of_bn.count : 1) : 0.0f;
+  return launch(gradients_kernel, blocks, dim3(kColumns, kLanes), kShared, on.stream, of_bn.sums.data,
+                of_bn.sums.programs, of_bn.channels, static_cast<const float*>(of_bn.bn), inverse_count,
+                static_cast<float*>(of_bn.grad_bn), of_weight.sums.data, of_weight.sums.programs, of_weight.elements,
+                static_cast<float*>(of_weight.grad_weight), channel_blocks);
 }
 
 cudaError_t bn_from_running(const RunningArgs& args, const Launch& on) {

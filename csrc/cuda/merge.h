@@ -1,8 +1,10 @@
-// The small kernels behind the large ones: they merge partial results, in a fixed order, into per-channel vectors.
+// The small kernels after the large ones: they merge partial results, in a fixed order, into per-channel vectors.
 //
-// A large kernel leaves one row of partial results a program. Merging is a kernel of its own because programs of one
-// launch cannot wait for each other; the order of the rows, and so every bit of the result, is that of the programs.
+// Each program of a large kernel leaves one row of partial results. Merging is a kernel of its own because programs of
+// one launch cannot wait for each other; the order of the rows, and so every bit of the result, is that of the
+// programs.
 #pragma once
+#include "device.h"
 #include "kernels.h"
 
 namespace mx::cuda {
@@ -10,17 +12,44 @@ namespace mx::cuda {
 // Rows of a program's partial statistics, float32 [programs][STATISTICS_ROWS][channels]. The mean is MEAN + MEAN_REST:
 // in one float32 a large mean would round off what the variance needs.
 enum StatisticsRow { STATISTICS_COUNT, STATISTICS_MEAN, STATISTICS_MEAN_REST, STATISTICS_M2, STATISTICS_ROWS };
-// Rows of a program's partial sums, float32 [programs][SUM_ROWS][channels]: of h, and of h*(u - mean).
-enum SumRow { SUM_H, SUM_H_CENTRED, SUM_ROWS };
+// Rows of a program's partial sums, float32 [programs][SUM_ROWS][channels]: of dz, and of dz*(y - mean).
+enum SumRow { SUM_DZ, SUM_DZ_CENTRED, SUM_ROWS };
 
-// bn [BN_ROWS][channels] from partial statistics; no program: mean 0, variance 0. gamma null: 1; beta null: 0.
-cudaError_t finish_statistics(const float* partial, int programs, int channels, const void* gamma, const void* beta,
-                              double eps, void* bn, const Launch& launch);
+// Sums of squares about another point: squares + change, where they did not overflow. The change is as large as they
+// are: Inf - Inf would be a NaN, or with a fused multiply-add Inf.
+__device__ __forceinline__ float moved_squares(float squares, float change) {
+  return squares - squares == 0.0f ? squares + change : squares;
+}
 
-// grad_bn [GRAD_ROWS][channels] from partial sums of `count` values a channel, and grad_weight [elements] from its
-// partial sums [weight_programs][elements], in one launch; either may be null: not wanted.
-cudaError_t finish_gradients(const float* sums, int programs, int channels, const void* bn, bool batch_stats,
-                             int64_t count, void* grad_bn, const float* weight_partial, int weight_programs,
-                             int64_t elements, void* grad_weight, const Launch& launch);
+// The normalisation statistics.bn from the partial statistics of `programs` programs; of none: mean 0, variance 0.
+cudaError_t merge_statistics(const float* partial, int programs, int channels, const Statistics& statistics,
+                             const Launch& launch);
+
+// Partial results, a row per program.
+struct Partial {
+  float* data = nullptr;
+  int programs = 0;
+};
+
+// Partial sums of dz and dz*(y - mean), of `count` values per channel, and the grad_bn to be made of them; null: not
+// wanted.
+struct SumsToMerge {
+  Partial sums;
+  int channels = 0;
+  const void* bn = nullptr;
+  bool batch_stats = false;
+  int64_t count = 0;
+  void* grad_bn = nullptr;
+};
+
+// Partial sums [programs][elements] of a weight's gradient; grad_weight null: not wanted.
+struct WeightToMerge {
+  Partial sums;
+  int64_t elements = 0;
+  void* grad_weight = nullptr;
+};
+
+// Both in one launch.
+cudaError_t merge_gradients(const SumsToMerge& of_bn, const WeightToMerge& of_weight, const Launch& launch);
 
 }  // namespace mx::cuda

@@ -1,49 +1,47 @@
-// BatchNorm + ReLU, and its mean over each image (the network's end); and the gradients of both.
+// Normalisation and activation of a tensor, or the mean of that over each image (the network's end); and the gradients.
+#include "activation.h"
 #include "lanes.h"
 
 namespace mx::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsAtOnce = 4;  // loads under way a thread
+constexpr int kRowsAtOnce = 4;  // loads under way per thread
 
 struct Problem {
   int64_t rows;  // of y: images times pixels
   int pixels, channels;
-  bool relu;
   const void *y, *grad;
-  const float* bn;
-  void *out, *h;
+  NormActParameters norm_act;
+  void *out, *dz;
   float* sums;
 };
 
+// A thread's channels.
 template <class T, int P>
-struct Lane {
+struct Channels {
   int c;
   bool inside;
-  float mean[P], scale[P], shift[P], lower;
+  Activation act;
+  ChannelNorm<P> norm;
 
-  __device__ explicit Lane(const Problem& p) {
-    c = (blockIdx.x * blockDim.x + threadIdx.x) * P;
-    inside = c < p.channels;
-    lower = p.relu ? 0.0f : -INFINITY;
-    for (int i = 0; i < P; ++i) {
-      mean[i] = inside ? p.bn[BN_MEAN * p.channels + c + i] : 0.0f;
-      scale[i] = inside ? p.bn[BN_SCALE * p.channels + c + i] : 0.0f;
-      shift[i] = inside ? p.bn[BN_SHIFT * p.channels + c + i] : 0.0f;
-    }
-  }
+  __device__ explicit Channels(const Problem& p)
+      : c((blockIdx.x * blockDim.x + threadIdx.x) * P),
+        inside(c < p.channels),
+        act(p.norm_act.act),
+        norm(ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, inside)) {}
 
-  __device__ float normalised(T y, int i) const { return normalise(to_float(y), mean[i], scale[i], shift[i]); }
+  __device__ __forceinline__ float z(T y, int i) const { return norm.z(to_float(y), i); }
+  __device__ float a(T y, int i) const { return activate(z(y, i), act); }
 };
 
 // A program takes kRowsAtOnce*lanes rows at a time.
 template <class T, int P>
 __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
-  const Lane<T, P> lane(p);
-  if (!lane.inside) return;
-  const T* y = static_cast<const T*>(p.y) + lane.c;
-  T* out = static_cast<T*>(p.out) + lane.c;
+  const Channels<T, P> channels(p);
+  if (!channels.inside) return;
+  const T* y = static_cast<const T*>(p.y) + channels.c;
+  T* out = static_cast<T*>(p.out) + channels.c;
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
   for (int64_t first = blockIdx.y * step + threadIdx.y; first < p.rows; first += gridDim.y * step) {
     Pack<T, P> packs[kRowsAtOnce];
@@ -56,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
       if (row >= p.rows) continue;
-      for (int i = 0; i < P; ++i) packs[k].v[i] = rounded<T>(at_least(lane.normalised(packs[k].v[i], i), lane.lower));
+      for (int i = 0; i < P; ++i) packs[k].v[i] = rounded<T>(channels.a(packs[k].v[i], i));
       packs[k].store(out + row * p.channels);
     }
   }
@@ -65,34 +63,35 @@ __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
 // A block makes the means of an image.
 template <class T, int P>
 __global__ void __launch_bounds__(kThreads) pool_forward(const Problem p) {
-  const Lane<T, P> lane(p);
+  const Channels<T, P> channels(p);
   float sum[P] = {};
   for (int64_t image = blockIdx.y; image < p.rows / p.pixels; image += gridDim.y) {
     for (int i = 0; i < P; ++i) sum[i] = 0.0f;
-    const T* y = static_cast<const T*>(p.y) + image * p.pixels * p.channels + lane.c;
-    for (int pixel = threadIdx.y; lane.inside && pixel < p.pixels; pixel += blockDim.y) {
+    const T* y = static_cast<const T*>(p.y) + image * p.pixels * p.channels + channels.c;
+    for (int pixel = threadIdx.y; channels.inside && pixel < p.pixels; pixel += blockDim.y) {
       const Pack<T, P> pack = Pack<T, P>::load(y + int64_t(pixel) * p.channels);
-      for (int i = 0; i < P; ++i) sum[i] += relu(lane.normalised(pack.v[i], i));
+      for (int i = 0; i < P; ++i) sum[i] += channels.a(pack.v[i], i);
     }
     sum_lanes(sum);
-    if (lane.inside && threadIdx.y == 0) {
+    if (channels.inside && threadIdx.y == 0) {
       Pack<T, P> pack;
       for (int i = 0; i < P; ++i) pack.v[i] = rounded<T>(sum[i] / float(p.pixels));
-      pack.store(static_cast<T*>(p.out) + image * p.channels + lane.c);
+      pack.store(static_cast<T*>(p.out) + image * p.channels + channels.c);
     }
   }
 }
 
-// h, and the program's sums of h and h*(y - mean). Pooled: the gradient of an image's mean is that of all its pixels.
+// dz, and the program's sums of dz and dz*(y - mean). Pooled: the gradient of an image's mean is that of all its
+// pixels.
 template <class T, int P, bool kPool>
 __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
-  const Lane<T, P> lane(p);
-  const T* y = static_cast<const T*>(p.y) + lane.c;
-  const T* grad = static_cast<const T*>(p.grad) + lane.c;
-  T* h = static_cast<T*>(p.h) + lane.c;
-  float sum_h[P] = {}, sum_h_centred[P] = {};
+  const Channels<T, P> channels(p);
+  const T* y = static_cast<const T*>(p.y) + channels.c;
+  const T* grad = static_cast<const T*>(p.grad) + channels.c;
+  T* dz = static_cast<T*>(p.dz) + channels.c;
+  float sum_dz[P] = {}, sum_dz_centred[P] = {};
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
-  for (int64_t first = blockIdx.y * step + threadIdx.y; lane.inside && first < p.rows; first += gridDim.y * step) {
+  for (int64_t first = blockIdx.y * step + threadIdx.y; channels.inside && first < p.rows; first += gridDim.y * step) {
     Pack<T, P> ys[kRowsAtOnce], grads[kRowsAtOnce];
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
@@ -106,26 +105,18 @@ __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
       const int64_t row = first + k * blockDim.y;
       if (row >= p.rows) continue;
       for (int i = 0; i < P; ++i) {
-        const float g = kPool ? to_float(grads[k].v[i]) / float(p.pixels) : to_float(grads[k].v[i]);
-        // A NaN is not <= 0 and passes the gradient, as PyTorch's ReLU lets it.
-        const float masked = lane.normalised(ys[k].v[i], i) <= lane.lower && p.relu ? 0.0f : g;
-        grads[k].v[i] = rounded<T>(masked);
+        const float z = channels.z(ys[k].v[i], i);
+        const float da = kPool ? to_float(grads[k].v[i]) / float(p.pixels) : to_float(grads[k].v[i]);
+        grads[k].v[i] = rounded<T>(activate_backward(z, da, channels.act));
         const float stored = to_float(grads[k].v[i]);
-        sum_h[i] += stored;
-        sum_h_centred[i] += stored * (to_float(ys[k].v[i]) - lane.mean[i]);
+        sum_dz[i] += stored;
+        sum_dz_centred[i] += stored * (to_float(ys[k].v[i]) - channels.norm.mean[i]);
       }
-      grads[k].store(h + row * p.channels);
+      grads[k].store(dz + row * p.channels);
     }
   }
-  sum_lanes(sum_h);
-  sum_lanes(sum_h_centred);
-  if (lane.inside && threadIdx.y == 0) {
-    float* sums = p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + lane.c;
-    for (int i = 0; i < P; ++i) {
-      sums[SUM_H * p.channels + i] = sum_h[i];
-      sums[SUM_H_CENTRED * p.channels + i] = sum_h_centred[i];
-    }
-  }
+  store_sums(p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + channels.c, p.channels, channels.inside, sum_dz,
+             sum_dz_centred);
 }
 
 Problem problem_of(const NormActArgs& args) {
@@ -133,12 +124,11 @@ Problem problem_of(const NormActArgs& args) {
   p.rows = args.n * args.hw;
   p.pixels = int(args.hw);
   p.channels = int(args.c);
-  p.relu = (args.norm_act.act == Act::relu);
   p.y = args.y;
   p.grad = args.grad;
-  p.bn = static_cast<const float*>(args.norm_act.bn);
+  p.norm_act = parameters_of(args.norm_act);
   p.out = args.out;
-  p.h = args.dz;
+  p.dz = args.dz;
   return p;
 }
 
@@ -147,14 +137,14 @@ struct Grid {
   size_t shared;
 };
 
-// `rows_a_block` times the lanes is what a block takes at a time; at most `most` blocks for the same channels.
-Grid grid_of(int packs, int64_t rows, int rows_a_block, int64_t most, int channels_a_thread) {
+// `rows_per_block` times the lanes is what a block takes at a time; at most `most` blocks for the same channels.
+Grid grid_of(int packs, int64_t rows, int rows_per_block, int64_t most, int channels_per_thread) {
   int x = 1;
   while (x < 8 && x < packs) x *= 2;  // 8 packs of 16 bytes: a cache line
   const int lanes = kThreads / x;
-  const int64_t wanted = (rows + int64_t(rows_a_block) * lanes - 1) / (int64_t(rows_a_block) * lanes);
+  const int64_t wanted = (rows + int64_t(rows_per_block) * lanes - 1) / (int64_t(rows_per_block) * lanes);
   const int64_t y = wanted < most ? wanted : most;
-  return {dim3((packs + x - 1) / x, unsigned(y)), dim3(x, lanes), lanes_bytes(kThreads, channels_a_thread)};
+  return {dim3((packs + x - 1) / x, unsigned(y)), dim3(x, lanes), lanes_bytes(kThreads, channels_per_thread)};
 }
 
 template <class T, int P>
@@ -185,8 +175,8 @@ cudaError_t start_backward(const NormActArgs& args, const Launch& on) {
     const cudaError_t error = launch(kernel, grid.blocks, grid.threads, grid.shared, on.stream, p);
     if (error != cudaSuccess) return error;
   }
-  return finish_gradients(p.sums, programs, p.channels, args.norm_act.bn, args.batch_stats, p.rows, args.grad_bn_y, nullptr, 0,
-                          0, nullptr, on);
+  return merge_gradients({{p.sums, programs}, p.channels, args.norm_act.bn, args.batch_stats, p.rows, args.grad_bn_y},
+                         {}, on);
 }
 
 }  // namespace

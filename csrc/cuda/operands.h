@@ -3,92 +3,73 @@
 //
 // T: what is in memory. kWide: channel counts are multiples of kPack<T> and pointers 16-byte aligned.
 #pragma once
-#include "formulas.h"
+#include "activation.h"
+#include "gradient.h"
 
 namespace mx::cuda {
 
-// a [rows, channels]: relu(normalise(u)), or a plain input.
+// a [rows, channels]: act(norm(u)).
 template <class T, bool kWide>
-struct Activation {
+struct NormActInput {
   static constexpr int kWidth = kPack<T>;
   struct Raw {
-    Waiting<T> u;
-    static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero()}; }
+    PackedWords<T> u;
+    static __device__ __forceinline__ Raw zero() { return {PackedWords<T>::zero()}; }
   };
-  struct Vectors {
-    float mean[kWidth], scale[kWidth], shift[kWidth], lower;
-  };
+  using Vectors = ChannelNorm<kWidth>;
   const T* u;
-  const float* bn;  // null: u is a plain input
+  NormActParameters norm_act;
   int channels;
 
   __device__ __forceinline__ Raw load(int64_t row, int c) const {
-    return {Waiting<T>::of(load_channels<kWide, kWidth>(u + row * channels, c, channels))};
+    return {PackedWords<T>::of(load_channels<kWide, kWidth>(u + row * channels, c, channels))};
   }
   __device__ __forceinline__ Vectors vectors(int c) const {
-    Vectors v;
-    if (bn != nullptr) {
-      load_vector<kWide>(bn + int64_t(BN_MEAN) * channels, c, channels, v.mean);
-      load_vector<kWide>(bn + int64_t(BN_SCALE) * channels, c, channels, v.scale);
-      load_vector<kWide>(bn + int64_t(BN_SHIFT) * channels, c, channels, v.shift);
-      v.lower = 0.0f;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) v.mean[i] = v.shift[i] = 0.0f, v.scale[i] = 1.0f;
-      v.lower = -INFINITY;
-    }
-    return v;
+    if (norm_act.bn == nullptr) return Vectors::identity();
+    return Vectors::template load<kWide>(norm_act.bn, c, channels);
   }
-  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors& v, float (&a)[kWidth]) const {
+  __device__ __forceinline__ void convert(const Raw& raw, int, const Vectors& norm, float (&a)[kWidth]) const {
     to_floats(raw.u.pack(), a);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) a[i] = at_least(normalise(a[i], v.mean[i], v.scale[i], v.shift[i]), v.lower);
+    for (int i = 0; i < kWidth; ++i) a[i] = activate(norm.z(a[i], i), norm_act.act);
   }
 };
 
-// dy [rows, channels], of h and y.
+// dy [rows, channels], of dz and y.
 template <class T, bool kWide>
-struct Gradient {
+struct OutputGradient {
   static constexpr int kWidth = kPack<T>;
   struct Raw {
-    Waiting<T> h, y;
-    static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero(), Waiting<T>::zero()}; }
+    PackedWords<T> dz, y;
+    static __device__ __forceinline__ Raw zero() { return {PackedWords<T>::zero(), PackedWords<T>::zero()}; }
   };
-  struct Vectors {
-    float p[kWidth], q[kWidth], mean[kWidth], o[kWidth];
-  };
-  const T* h;
-  const T* y;            // null: dy = P*h; else there is a grad_bn
-  const float* grad_bn;  // null: dy = h
+  using Vectors = ChannelGradient<kWidth>;
+  const T* dz;
+  const T* y;            // null: dy = DZ_COEFFICIENT*dz; else there is a grad_bn
+  const float* grad_bn;  // null: dy = dz
   int channels;
 
   __device__ __forceinline__ Raw load(int64_t row, int c) const {
     Raw raw = Raw::zero();
-    raw.h = Waiting<T>::of(load_channels<kWide, kWidth>(h + row * channels, c, channels));
-    if (y != nullptr) raw.y = Waiting<T>::of(load_channels<kWide, kWidth>(y + row * channels, c, channels));
+    raw.dz = PackedWords<T>::of(load_channels<kWide, kWidth>(dz + row * channels, c, channels));
+    if (y != nullptr) raw.y = PackedWords<T>::of(load_channels<kWide, kWidth>(y + row * channels, c, channels));
     return raw;
   }
   __device__ __forceinline__ Vectors vectors(int c) const {
-    Vectors v;
-    if (y != nullptr) {
-      load_vector<kWide>(grad_bn + int64_t(GRAD_DZ_COEFFICIENT) * channels, c, channels, v.p);
-      load_vector<kWide>(grad_bn + int64_t(GRAD_Y_COEFFICIENT) * channels, c, channels, v.q);
-      load_vector<kWide>(grad_bn + int64_t(GRAD_MEAN) * channels, c, channels, v.mean);
-      load_vector<kWide>(grad_bn + int64_t(GRAD_CONSTANT) * channels, c, channels, v.o);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) v.p[i] = 1.0f, v.q[i] = v.mean[i] = v.o[i] = 0.0f;
-      if (grad_bn != nullptr) load_vector<kWide>(grad_bn + int64_t(GRAD_DZ_COEFFICIENT) * channels, c, channels, v.p);
-    }
-    return v;
+    return Vectors::template load<kWide>(grad_bn, y != nullptr, c, channels);
   }
-  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors& v, float (&dy)[kWidth]) const {
-    const auto of_h = raw.h.pack(), of_y = raw.y.pack();
+  __device__ __forceinline__ void convert(const Raw& raw, int, const Vectors& gradient, float (&dy)[kWidth]) const {
+    const auto of_dz = raw.dz.pack(), of_y = raw.y.pack();
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      dy[i] = output_gradient(to_float(of_h.v[i]), to_float(of_y.v[i]), v.p[i], v.q[i], v.mean[i], v.o[i]);
+    for (int i = 0; i < kWidth; ++i) dy[i] = gradient.dy(to_float(of_dz.v[i]), to_float(of_y.v[i]), i);
   }
 };
+
+template <class T, bool kWide>
+OutputGradient<T, kWide> output_gradient_of(const BackwardArgs& args) {
+  return {static_cast<const T*>(args.dz), static_cast<const T*>(args.y), static_cast<const float*>(args.grad_bn_y),
+          int(args.g.c_out)};
+}
 
 // [output pixels, 9*channels]: what a 3x3 filter sees of the image x, in the order of its weight: channel, filter row,
 // filter column. Zeros outside the image.
@@ -96,8 +77,8 @@ template <class T>
 struct Patches {
   static constexpr int kWidth = kPack<T>;
   struct Raw {
-    Waiting<T> x;
-    static __device__ __forceinline__ Raw zero() { return {Waiting<T>::zero()}; }
+    PackedWords<T> x;
+    static __device__ __forceinline__ Raw zero() { return {PackedWords<T>::zero()}; }
   };
   struct Vectors {};
   const T* x;
@@ -115,10 +96,10 @@ struct Patches {
       if (c < channels && unsigned(row + i) < unsigned(height) && unsigned(column + j) < unsigned(width))
         seen.v[e] = corner[int64_t(i * width + j) * channels + c];
     }
-    return {Waiting<T>::of(seen)};
+    return {PackedWords<T>::of(seen)};
   }
   __device__ __forceinline__ Vectors vectors(int) const { return {}; }
-  __device__ __forceinline__ void finish(const Raw& raw, int, const Vectors&, float (&a)[kWidth]) const {
+  __device__ __forceinline__ void convert(const Raw& raw, int, const Vectors&, float (&a)[kWidth]) const {
     to_floats(raw.x.pack(), a);
   }
 };

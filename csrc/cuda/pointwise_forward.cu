@@ -1,4 +1,4 @@
-// Pointwise convolution, forward and inference: y[rows, N] = act(u[rows, K]) weight[N, K]^T on the tiled product.
+// Pointwise convolution, forward and inference: y[rows, N] = act(norm(u))[rows, K] weight[N, K]^T on the tiled product.
 #include "convolution_product.h"
 #include "operands.h"
 
@@ -6,12 +6,15 @@ namespace mx::cuda {
 namespace {
 
 template <class S>
-using Input = Activation<typename S::T, S::kAligned>;
+using Input = NormActInput<typename S::T, S::kAligned>;
 
-template <class S, class T = typename S::T>
+template <class S, class Output, class T = typename S::T>
 __global__ void __launch_bounds__(S::kThreads, 2)
-    kernel(const Input<S> input, const T* weight, const OutputArguments<T> args) {
-  if constexpr (S::kAvailable) convolve<S, S::kAligned>(input, weight, args);
+    kernel(const Input<S> input, const T* weight, const typename Output::Arguments args) {
+  if constexpr (S::kAvailable) {
+    Output output(args);
+    product<S, false>(input, weight, args.tiling, output);
+  }
 }
 
 struct Start {
@@ -20,10 +23,10 @@ struct Start {
 
   template <class S>
   cudaError_t run() const {
-    using T = typename S::T;
     const int depth = int(args.g.c_in);
-    const Input<S> input{static_cast<const T*>(args.u), static_cast<const float*>(args.input.bn), depth};
-    return start_convolution<S, S::kAligned>(kernel<S>, input, depth, args, on);
+    const Input<S> input{static_cast<const typename S::T*>(args.u), parameters_of(args.input), depth};
+    return start_convolution<S, S::kAligned>(kernel<S, StatisticsOutput<S, S::kAligned>>,
+                                             kernel<S, NormActOutput<S, S::kAligned>>, input, depth, args, on);
   }
 };
 

@@ -1,7 +1,7 @@
 // The tiled matrix product of the pointwise kernels: D[rows, columns] = A[rows, depth] B, of a tall thin A.
 //
 // A block of 256 threads owns kColumns columns and walks over tiles of 128 rows. A is made on the way in: a Source
-// reads it from global memory into registers, one step of the depth ahead of the tensor cores, finishes it in float32
+// reads it from global memory into registers, one step of the depth ahead of the tensor cores, converts it in float32
 // (the normalisation of the layer before), and it goes, rounded to T, to shared memory. B, the weight, is copied to
 // shared memory asynchronously. D leaves through shared memory, so that an Epilogue gets whole packs of neighbouring
 // columns, and a thread the same columns in all tiles: it can keep their sums in registers.
@@ -10,9 +10,9 @@
 //   struct Source {
 //     struct Raw { ...; static Raw zero(); };  // a pack of kPack<T> channels of a row, as loaded
 //     Raw load(int64_t row, int k) const;      // row < rows, k < depth, a multiple of kPack<T>
-//     Vectors vectors(int k) const;            // what finish needs of the channels, for several rows
+//     Vectors vectors(int k) const;            // what convert needs to know of the channels, for several rows
 //     // a comes as zeros; zeros for channels past `depth`.
-//     void finish(const Raw&, int k, const Vectors&, float (&a)[kPack<T>]) const;
+//     void convert(const Raw&, int k, const Vectors&, float (&a)[kPack<T>]) const;
 //   };
 //   struct Epilogue {
 //     struct Extra { ... };                    // what it reads itself of the same place; may be empty
@@ -21,13 +21,14 @@
 //     // Columns Shape::thread_column().. of the block; index: 0 for the thread's first pack of a tile, 1 for the next.
 //     void store(int index, int64_t row, bool inside, float (&d)[kPack<T>], const Extra&);
 //     void end_tile();
+//     void end();                              // after the last tile
 //   };
 // clang-format on
-// All lanes of a warp call load and store together, rows ascending; `inside` says whether the row and the first column
-// exist: elsewhere d is rubbish.
+// All threads of a block call begin_tile, end_tile and end, all lanes of a warp call load and store together, rows
+// ascending; `inside` says whether the row and the first column exist: elsewhere d is rubbish.
 #pragma once
-#include "formulas.h"
 #include "kernels.h"
+#include "packs.h"
 
 namespace mx::cuda {
 
@@ -41,10 +42,10 @@ struct Shape {
   static constexpr bool kAvailable = kCompiled<T, Math> && (kColumns_ <= 64 || kLargeShared);
   static constexpr int kThreads = 256;
   static constexpr int kRows = 128, kColumns = kColumns_, kDepth = 64 / int(sizeof(T));
-  static constexpr int kWidth = kPack<T>;  // channels a pack
+  static constexpr int kWidth = kPack<T>;  // channels per pack
 
-  // Four warps down, two across; a warp's part is two by kTilesN of the tensor cores' 16x8.
-  static constexpr int kWarpRows = 32, kWarpColumns = kColumns / 2, kTilesN = kWarpColumns / 8;
+  // Four warps down, two across; a warp's part is two by kFragmentsN of the tensor cores' 16x8.
+  static constexpr int kWarpRows = 32, kWarpColumns = kColumns / 2, kFragmentsN = kWarpColumns / 8;
 
   // Rows of A and B are 64 bytes and 16 of padding, so that eight rows lie in different banks; rows of a transposed B
   // are padded by 8 elements (of float32, for the fragments of TF32: loaded one by one).
@@ -53,9 +54,9 @@ struct Shape {
   static constexpr int kStagesA = 2, kStagesB = 3;
   static constexpr int kElementsA = kRows * kStride, kElementsB = kColumns * kStride;
 
-  // D, eight rows a warp at a time, lies where A was.
+  // D, eight rows per warp at a time, lies where A was.
   static constexpr int kLanes = kWarpColumns / kWidth;  // lanes that share a row of D
-  static constexpr int kPasses = 8 * kLanes / 32;       // packs a lane of eight rows
+  static constexpr int kPasses = 8 * kLanes / 32;       // packs per lane of eight rows
   static constexpr int kStrideD = kWarpColumns + 8;
   static constexpr int kSharedBytes = (kStagesA * kElementsA + kStagesB * kElementsB) * int(sizeof(T));
   static_assert(8 * 8 * kStrideD * 4 <= kStagesA * kElementsA * int(sizeof(T)));
@@ -77,9 +78,9 @@ struct Shape {
   }
 };
 
-// A thread's values of its columns, in shared memory after `offset` bytes while the product needs the registers.
+// A thread's values of its columns, kept in shared memory after `offset` bytes while the product needs the registers.
 template <class S, int N>
-struct Parked {
+struct SharedSpill {
   static constexpr int kBytes = N * S::kThreads * int(sizeof(float));
   static_assert(N % 4 == 0);
 
@@ -105,13 +106,14 @@ struct Parked {
   }
 };
 
-// Where, among the float32 of a row of D in shared memory, group `four` of four columns lies: so that lanes of
+// Where, among the float32 of a row of D in shared memory, the quad `four` of columns lies: so that lanes of
 // different halves of a row, or of neighbouring rows, find theirs in different banks.
 MX_HOST_DEVICE int staged_column(int four, int row) { return 4 * (four ^ (four >> 3 & 1) ^ (row & 1)); }
 
 // d += A B of one step, by tensor cores. B in shared memory is [column][depth], or [depth][column] if transposed.
 template <class S, bool transposed>
-__device__ __forceinline__ void multiply(const typename S::T* a, const typename S::T* b, float (&d)[2][S::kTilesN][4]) {
+__device__ __forceinline__ void multiply(const typename S::T* a, const typename S::T* b,
+                                         float (&d)[2][S::kFragmentsN][4]) {
   using T = typename S::T;
   const int lane = int(threadIdx.x) % 32;
   if constexpr (!kSame<typename S::Math, float>) {
@@ -123,7 +125,7 @@ __device__ __forceinline__ void multiply(const typename S::T* a, const typename 
 #pragma unroll
       for (int m = 0; m < 2; ++m) load_matrices(left[m], a_rows + m * 16 * S::kStride + k);
 #pragma unroll
-      for (int n = 0; n < S::kTilesN; n += 2) {
+      for (int n = 0; n < S::kFragmentsN; n += 2) {
         uint32_t right[4];
         const int column = S::warp_column() + 8 * n;
         if constexpr (!transposed) {
@@ -161,7 +163,7 @@ __device__ __forceinline__ void multiply(const typename S::T* a, const typename 
 #pragma unroll
       for (int r = 0; r < 4; ++r) to_floats(Pack<T, 4>::load(a_rows + 8 * r * S::kStride + k), left[r]);
 #pragma unroll
-      for (int n = 0; n < S::kTilesN; ++n) {
+      for (int n = 0; n < S::kFragmentsN; ++n) {
         float right[2][4];
         if constexpr (!transposed) {
 #pragma unroll
@@ -198,7 +200,7 @@ __device__ __forceinline__ void copy_weight(typename S::T* shared, const typenam
 #pragma unroll
   for (int i = 0; i < rows * packs / S::kThreads; ++i) {
     int index = int(threadIdx.x) + i * S::kThreads;
-    forget(index);
+    make_opaque(index);
     const int row = index / packs, c = index % packs * S::kWidth;
     const bool inside = row0 + row < all_rows && start + c < all;
     typename S::T* to = shared + row * stride + c;
@@ -226,12 +228,12 @@ struct Tiling {
 };
 
 // All of a block's work. `weight` is B as [columns][depth], or [depth][columns] if transposed. Shared memory:
-// S::kSharedBytes. Ends with a barrier.
+// S::kSharedBytes, and what the epilogue has after them.
 template <class S, bool transposed, class Source, class Epilogue>
 __device__ __forceinline__ void product(const Source& source, const typename S::T* weight, const Tiling& tiling,
                                         Epilogue& epilogue) {
   using T = typename S::T;
-  constexpr int packs = S::kDepth / S::kWidth, rows_a_pass = S::kThreads / packs, passes = S::kRows / rows_a_pass;
+  constexpr int packs = S::kDepth / S::kWidth, rows_per_pass = S::kThreads / packs, passes = S::kRows / rows_per_pass;
   T* const a = shared_memory<T>();
   T* const b = a + S::kStagesA * S::kElementsA;
   int lane = int(threadIdx.x % 32);
@@ -246,7 +248,7 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
     const int left = k0 + my_k < depth ? int(rows - row0 < S::kRows ? rows - row0 : S::kRows) : 0;
 #pragma unroll
     for (int i = 0; i < passes; ++i) {
-      const int row = my_row + i * rows_a_pass;
+      const int row = my_row + i * rows_per_pass;
       raw[i] = row < left ? source.load(row0 + row, k0 + my_k) : Source::Raw::zero();
     }
   };
@@ -256,20 +258,20 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
   copy_async_commit();
 
   for (; tile < tiling.tiles; tile += tiling.programs) {
-    float d[2][S::kTilesN][4];
+    float d[2][S::kFragmentsN][4];
 #pragma unroll
-    for (int i = 0; i < 8 * S::kTilesN; ++i) d[i / 4 / S::kTilesN][i / 4 % S::kTilesN][i % 4] = 0.0f;
+    for (int i = 0; i < 8 * S::kFragmentsN; ++i) d[i / 4 / S::kFragmentsN][i / 4 % S::kFragmentsN][i % 4] = 0.0f;
 
 #pragma unroll 1
     for (int k0 = 0; k0 < depth; k0 += S::kDepth) {
-      // One barrier a step: what is written before it was last read two steps (A) or three (B) ago.
-      forget(my_row), forget(my_k);
+      // One barrier per step: what is written before it was last read two steps (A) or three (B) ago.
+      make_opaque(my_row), make_opaque(my_k);
       T* const to = a + stage_a * S::kElementsA + my_row * S::kStride + my_k;
       float v[passes][S::kWidth] = {};
       if (k0 + my_k < depth) {
         const auto vectors = source.vectors(k0 + my_k);
 #pragma unroll
-        for (int i = 0; i < passes; ++i) source.finish(raw[i], k0 + my_k, vectors, v[i]);
+        for (int i = 0; i < passes; ++i) source.convert(raw[i], k0 + my_k, vectors, v[i]);
       }
 #pragma unroll
       for (int i = 0; i < passes; ++i) {
@@ -277,7 +279,7 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
 #pragma unroll
           for (int j = 0; j < S::kWidth; ++j) v[i][j] = __uint_as_float(to_tf32(v[i][j]));
         }
-        round_pack<T>(v[i]).store(to + i * rows_a_pass * S::kStride);
+        round_pack<T>(v[i]).store(to + i * rows_per_pass * S::kStride);
       }
       const bool last = k0 + S::kDepth >= depth;
       const int next_tile = last ? tile + tiling.programs : tile, next_k = last ? 0 : k0 + S::kDepth;
@@ -295,7 +297,7 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
     }
 
     __syncthreads();
-    forget(lane);
+    make_opaque(lane);
     float* const staged = reinterpret_cast<float*>(a) + threadIdx.x / 32 * 8 * S::kStrideD;
     const int64_t row0 = int64_t(tile) * S::kRows + (S::warp_row() + lane / S::kLanes);
     const bool column_inside = column0 + S::thread_column() < columns;
@@ -315,7 +317,7 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
       if (part == 2 && tile + tiling.programs < tiling.tiles) fetch(tile + tiling.programs, 0);
       __syncwarp();
 #pragma unroll
-      for (int n = 0; n < S::kTilesN; ++n) {
+      for (int n = 0; n < S::kFragmentsN; ++n) {
         const float (&two)[4] = d[part / 2][n];
         Pack<float, 2> values;
         values.v[0] = two[part % 2 * 2], values.v[1] = two[part % 2 * 2 + 1];
@@ -342,10 +344,10 @@ __device__ __forceinline__ void product(const Source& source, const typename S::
     epilogue.end_tile();
     __syncthreads();
   }
+  epilogue.end();
 }
 
 // --- for the launchers
-// -------------------------------------------------------------------------------------------------
 
 template <class S>
 Tiling tiling_of(int64_t rows, int64_t depth, int64_t columns, const Launch& on) {
@@ -405,8 +407,8 @@ cudaError_t choose_shape(Dtype dtype, int64_t rows, int64_t depth, int64_t colum
     using T = typename decltype(kind)::T;
     using Math = typename decltype(kind)::Math;
     if (!all_packs<T>(depth, columns, pointers)) return start.template run<Shape<T, Math, false, 64>>();
-    // Few tiles: narrower ones keep more multiprocessors busy. Before sm_80 a block has 64 KiB of shared memory, all
-    // told.
+    // Few tiles: narrower ones keep more multiprocessors busy. Before sm_80 a block has 64 KiB of shared memory in
+    // all.
     const bool wide = launch.capability >= 80 && columns > 64 &&
                       (rows + 127) / 128 * ((columns + 127) / 128) >= launch.multiprocessors;
     return wide ? start.template run<Shape<T, Math, true, 128>>() : start.template run<Shape<T, Math, true, 64>>();

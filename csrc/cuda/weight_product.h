@@ -2,7 +2,7 @@
 //
 // A block of 256 threads owns a square of dW, which stays in the tensor cores' registers while the block walks over its
 // share of the rows; it leaves the sum over them as a partial result. Both operands are read by Sources (product.h)
-// into registers, one step ahead, finished in float32 and stored, rounded to T, in shared memory, rows of memory as
+// into registers, one step ahead, converted in float32 and stored, rounded to T, in shared memory, rows of memory as
 // rows: the products want both of them transposed.
 #pragma once
 #include "merge.h"
@@ -20,9 +20,9 @@ struct WeightShape {
   static constexpr int kSide = kSide_, kRows = (kSide > 64 ? 32 : 64) / int(sizeof(T));  // of a step
   static constexpr int kWidth = kPack<T>;
 
-  // Four warps down, two across; a warp's part is kTilesM by kTilesN of the tensor cores' 16x8.
+  // Four warps down, two across; a warp's part is kFragmentsM by kFragmentsN of the tensor cores' 16x8.
   static constexpr int kWarpRows = kSide / 4, kWarpColumns = kSide / 2;
-  static constexpr int kTilesM = kWarpRows / 16, kTilesN = kWarpColumns / 8;
+  static constexpr int kFragmentsM = kWarpRows / 16, kFragmentsN = kWarpColumns / 8;
 
   // Padded so that neither eight rows of 16 bytes nor four rows of eight float32 share a bank.
   static constexpr int kStride = kSide + 8;
@@ -37,7 +37,7 @@ struct WeightShape {
 // d += dy^T a of one step.
 template <class S>
 __device__ __forceinline__ void multiply_transposed(const typename S::T* dy, const typename S::T* a,
-                                                    float (&d)[S::kTilesM][S::kTilesN][4]) {
+                                                    float (&d)[S::kFragmentsM][S::kFragmentsN][4]) {
   using T = typename S::T;
   const int lane = int(threadIdx.x) % 32;
   dy += S::warp_row(threadIdx.x);
@@ -46,15 +46,15 @@ __device__ __forceinline__ void multiply_transposed(const typename S::T* dy, con
     // Exact products of float32, by the thread that tensor cores would leave the sum with.
 #pragma unroll 2
     for (int row = 0; row < S::kRows; ++row, dy += S::kStride, a += S::kStride) {
-      float left[2 * S::kTilesM];
+      float left[2 * S::kFragmentsM];
 #pragma unroll
-      for (int i = 0; i < 2 * S::kTilesM; ++i) left[i] = to_float(dy[8 * i + lane / 4]);
+      for (int i = 0; i < 2 * S::kFragmentsM; ++i) left[i] = to_float(dy[8 * i + lane / 4]);
 #pragma unroll
-      for (int n = 0; n < S::kTilesN; ++n) {
+      for (int n = 0; n < S::kFragmentsN; ++n) {
         float right[2];
         to_floats(Pack<T, 2>::load(a + 8 * n + lane % 4 * 2), right);
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m)
+        for (int m = 0; m < S::kFragmentsM; ++m)
 #pragma unroll
           for (int i = 0; i < 4; ++i) d[m][n][i] = fmaf(left[2 * m + i / 2], right[i % 2], d[m][n][i]);
       }
@@ -63,9 +63,9 @@ __device__ __forceinline__ void multiply_transposed(const typename S::T* dy, con
     constexpr int slice = 2 * S::kWidth;  // the rows of one instruction
 #pragma unroll
     for (int row = 0; row < S::kRows; row += slice, dy += slice * S::kStride, a += slice * S::kStride) {
-      uint32_t left[S::kTilesM][4];
+      uint32_t left[S::kFragmentsM][4];
 #pragma unroll
-      for (int m = 0; m < S::kTilesM; ++m) {
+      for (int m = 0; m < S::kFragmentsM; ++m) {
         if constexpr (sizeof(T) == 2) {
           load_matrices_transposed(left[m], dy + (lane % 8 + lane / 16 * 8) * S::kStride + 16 * m + lane / 8 % 2 * 8);
         } else {
@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_transposed(const typename S::T* dy, con
         }
       }
 #pragma unroll
-      for (int n = 0; n < S::kTilesN; n += 2) {
+      for (int n = 0; n < S::kFragmentsN; n += 2) {
         uint32_t right[4];
         if constexpr (sizeof(T) == 2) {
           load_matrices_transposed(right, a + lane % 16 * S::kStride + 8 * n + lane / 16 * 8);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply_transposed(const typename S::T* dy, con
         }
         const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
 #pragma unroll
-        for (int m = 0; m < S::kTilesM; ++m) {
+        for (int m = 0; m < S::kFragmentsM; ++m) {
           mma<typename S::Math>(d[m][n], left[m], first);
           mma<typename S::Math>(d[m][n + 1], left[m], second);
         }
@@ -108,7 +108,7 @@ template <class S, class SourceDy, class SourceA>
 __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const SourceA& source_a,
                                                const WeightTiling& tiling, float* partial) {
   using T = typename S::T;
-  constexpr int packs = S::kSide / S::kWidth, rows_a_pass = S::kThreads / packs, passes = S::kRows / rows_a_pass;
+  constexpr int packs = S::kSide / S::kWidth, rows_per_pass = S::kThreads / packs, passes = S::kRows / rows_per_pass;
   T* const shared = shared_memory<T>();
   int my_row = int(threadIdx.x / packs), my_column = int(threadIdx.x % packs * S::kWidth);
   const int outputs = tiling.outputs, depth = tiling.depth;
@@ -126,7 +126,7 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
     const int rows = rows_of(step);
 #pragma unroll
     for (int i = 0; i < passes; ++i) {
-      const int row = my_row + i * rows_a_pass;
+      const int row = my_row + i * rows_per_pass;
       raw_dy[i] = row < rows && output0 + my_column < outputs ? source_dy.load(row0 + row, output0 + my_column)
                                                               : SourceDy::Raw::zero();
       raw_a[i] = row < rows && column0 + my_column < depth ? source_a.load(row0 + row, column0 + my_column)
@@ -139,7 +139,7 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
       const auto vectors = source.vectors(column);
 #pragma unroll
       for (int i = 0; i < passes; ++i)
-        if (my_row + i * rows_a_pass < rows) source.finish(raw[i], column, vectors, v[i]);
+        if (my_row + i * rows_per_pass < rows) source.convert(raw[i], column, vectors, v[i]);
     }
 #pragma unroll
     for (int i = 0; i < passes; ++i) {
@@ -147,17 +147,17 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
 #pragma unroll
         for (int j = 0; j < S::kWidth; ++j) v[i][j] = __uint_as_float(to_tf32(v[i][j]));
       }
-      round_pack<T>(v[i]).store(to + (my_row + i * rows_a_pass) * S::kStride + my_column);
+      round_pack<T>(v[i]).store(to + (my_row + i * rows_per_pass) * S::kStride + my_column);
     }
   };
 
-  float d[S::kTilesM][S::kTilesN][4] = {};
+  float d[S::kFragmentsM][S::kFragmentsN][4] = {};
   fetch(program);
   int stage = 0;
 #pragma unroll 1
   for (int step = program; step < tiling.steps; step += tiling.programs) {
-    // One barrier a step: what is written before it was last read two steps ago.
-    forget(my_row), forget(my_column);
+    // One barrier per step: what is written before it was last read two steps ago.
+    make_opaque(my_row), make_opaque(my_column);
     T* const dy = shared + stage * 2 * S::kElements;
     T* const a = dy + S::kElements;
     const int rows = rows_of(step);
@@ -169,12 +169,12 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
     stage ^= 1;
   }
 
-  const unsigned thread = thread_again();
+  const unsigned thread = reread_thread();
   const int lane = int(thread % 32);
 #pragma unroll
-  for (int m = 0; m < S::kTilesM; ++m)
+  for (int m = 0; m < S::kFragmentsM; ++m)
 #pragma unroll
-    for (int n = 0; n < S::kTilesN; ++n)
+    for (int n = 0; n < S::kFragmentsN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int output = output0 + S::warp_row(thread) + 16 * m + i / 2 * 8 + lane / 4;
@@ -184,16 +184,10 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
       }
 }
 
-// What a launcher hands on to finish_gradients.
-struct WeightPartial {
-  float* data = nullptr;
-  int programs = 0;
-};
-
 // Launches kernel(dy, a, tiling, partial).
 template <class S, class SourceDy, class SourceA>
 cudaError_t start_weight_product(void (*kernel)(SourceDy, SourceA, WeightTiling, float*), const SourceDy& dy,
-                                 const SourceA& a, int64_t rows, int outputs, int depth, WeightPartial& partial,
+                                 const SourceA& a, int64_t rows, int outputs, int depth, Partial& partial,
                                  const Launch& on) {
   WeightTiling tiling{};
   tiling.rows = rows, tiling.outputs = outputs, tiling.depth = depth;

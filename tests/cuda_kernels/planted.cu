@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "cuda/device.h"
-#include "cuda/formulas.h"
+#include "cuda/packs.h"
 
 using namespace mx::cuda;
 

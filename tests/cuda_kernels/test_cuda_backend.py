@@ -13,9 +13,12 @@ from test_network import backward, check_gradients, check_running_statistics, fo
 
 import mobilenet_ext as mx
 from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
+OPS = {f"{conv}_{kind}" for conv in ops.FORWARD for kind in ("forward", "backward", "inference")}
+OPS |= {"norm_act_forward", "norm_act_backward", "bn_from_running", "block_inference"}
 # Both round operands and results once; the sum of a product's terms is what differs.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -36,7 +39,7 @@ def test_every_op(device: Callable[..., None], dtype: torch.dtype, capability: i
     assert seen == every_op.kernel_ops()
 
 
-@pytest.mark.parametrize("op", ["pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward"])
+@pytest.mark.parametrize("op", ["pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward"])
 def test_precision_is_read_at_each_call(op: str) -> None:
     """Whatever op was called before: the setting of the last one must not stick."""
     call = next(call for call in every_op.calls("cpu", (torch.float32,)) if call.op == op)
@@ -71,13 +74,13 @@ def test_eval_and_frozen_network() -> None:
 def test_float64_is_refused() -> None:
     x = torch.randn(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)
     with pytest.raises(TypeError, match="float64"):
-        ops.depthwise_inference(x, None, torch.randn(8, 1, 3, 3).double(), 1, 1, False)
+        ops.depthwise_inference(x, None, Act.LINEAR, torch.randn(8, 1, 3, 3).double(), 1, 1)
 
 
 def test_wrong_shapes_are_refused() -> None:
     """What Python checks before it comes here, and an op called by hand does not."""
     x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="weight: expected shape"):
-        ops.depthwise_inference(x, None, torch.randn(4, 1, 3, 3), 1, 1, False)
+        ops.depthwise_inference(x, None, Act.LINEAR, torch.randn(4, 1, 3, 3), 1, 1)
     with pytest.raises(RuntimeError, match="channels_last"):
-        ops.bn_relu_forward(torch.randn(2, 8, 4, 4), torch.randn(5, 8), True)
+        ops.norm_act_forward(torch.randn(2, 8, 4, 4), torch.randn(5, 8), Act.RELU, False)

@@ -1,29 +1,30 @@
-"""The fused depthwise-separable block in CUDA, on the emulated device, against the reference in float64."""
+"""Block inference in CUDA C++: depthwise and pointwise convolution in one kernel, against the reference in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
+from convolutions import DTYPES
 from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
     in_float64,
     is_channels_last_dense,
+    misaligned,
     random_bn,
     same_bits,
 )
-from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # (n, channels, filters, h, w, stride)
@@ -37,26 +38,29 @@ SHAPES = [
     (1, 16, 72, 2, 11, 1),
     (1, 72, 136, 4, 4, 1),
 ]
-# Several tiles a program, which end in the middle of an image and of a line.
+# Several tiles per program, which end in the middle of an image and of a line.
 TILED = [(3, 40, 72, 19, 15, 1), (3, 40, 40, 33, 39, 2), (3, 13, 70, 19, 15, 1)]
 # Too many outputs, or channels, for one kernel.
 TWO_KERNELS = [(1, 16, 264, 5, 5, 1), (1, 392, 8, 5, 4, 2)]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, depthwise_act=Act.RELU, pointwise_act=Act.RELU) -> tuple:
+    """x, depthwise_bn, depthwise_act, depthwise_weight, stride, pointwise_bn, pointwise_act, pointwise_weight."""
     n, c, filters, h, w, stride = shape
     return (
         activation(n, c, h, w, dtype=dtype),
         random_bn(c, dtype),
+        depthwise_act,
         torch.randn(c, 1, 3, 3, dtype=torch.float64).div(3).to(dtype),
         stride,
         random_bn(filters, dtype),
+        pointwise_act,
         (torch.randn(filters, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype),
     )
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float | None = None) -> None:
-    args = inputs(shape, dtype)
+def check(args: tuple, tolerance: float | None = None) -> None:
+    dtype = args[0].dtype
     y = ops.block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, *in_float64(reference.block_inference, args), tolerance or TOLERANCE[dtype])
@@ -65,29 +69,27 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float | None = 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *TILED, *TWO_KERNELS], ids=str)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(shape, dtype)
+    check(inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], TWO_KERNELS[0]], ids=str)
+def test_activations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for acts in product(Act, Act):
+        check(inputs(shape, dtype, *acts))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[7], TILED[0]], ids=str)
 def test_before_sm_80(device: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     device(capability=75)
-    check(shape, dtype)
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    """Products of float32 may round their operands."""
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = precision
+    check(inputs(shape, dtype))
 
 
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[7], TILED[0]], ids=str)
 def test_tf32(shape: tuple[int, ...]) -> None:
-    check(shape, torch.float32, 1e-3)
+    check(inputs(shape, torch.float32), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,13 +119,7 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned(dtype: torch.dtype) -> None:
     """Tensors that start one element into their storage."""
-    args = list(inputs((1, 16, 24, 9, 16, 1), dtype))
+    args = inputs((1, 16, 24, 9, 16, 1), dtype)
     expected = ops.block_inference(*args)
-
-    def shifted(x: Tensor) -> Tensor:
-        out = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride())
-        return out.copy_(x)
-
-    for i in (0, 1, 2, 4, 5):
-        got = ops.block_inference(*args[:i], shifted(args[i]), *args[i + 1 :])
-        assert same_bits(got, expected)
+    for i in (0, 1, 3, 5, 7):
+        assert same_bits(ops.block_inference(*args[:i], misaligned(args[i]), *args[i + 1 :]), expected)

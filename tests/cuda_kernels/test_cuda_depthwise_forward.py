@@ -7,16 +7,14 @@ from itertools import product
 
 import pytest
 import torch
+from convolutions import DTYPES, EPS, INPUTS, check_forward, check_inference, for_each_act, norm_act
 from cpu_ops import (
-    ACC_TOLERANCE,
-    TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
     check_overflowed,
     copying_weight,
     in_float64,
-    is_channels_last_dense,
     misaligned,
     overflowing,
     random_bn,
@@ -25,59 +23,42 @@ from cpu_ops import (
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (2, 13, 26))]  # channels, N, H and W
 GEOMETRIES = list(product([1, 2], [0, 1]))
-DEPTHWISE_ROWS = ["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]
+NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def fits(size: tuple[int, int, int], padding: int) -> bool:
-    return min(size[1:]) + 2 * padding >= 3
-
-
-def identity(channels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    weight = torch.zeros(channels, 1, 3, 3, dtype=dtype)
-    weight[:, :, 1, 1] = 1.0
-    return weight
-
-
-def check(dtype, channels, size, stride, padding, *, normalise=True, affine=True, place=lambda x: x) -> None:
+def check(dtype, channels, size, stride, padding, *, kind="relu", with_affine=True, place=lambda x: x) -> None:
     n, h, w = size
     u = place(activation(n, channels, h, w, dtype=dtype))
-    bn = random_bn(channels, dtype) if normalise else None
     weight = torch.randn(channels, 1, 3, 3).to(dtype)
-    gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
-    args = (u, bn, weight, stride, padding, gamma, beta, 1e-5, True)
-    y, bn_y = ops.depthwise_forward(*args)
-    assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.depthwise_forward, args)[0], TOLERANCE[dtype], "y")
-    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), 1e-5)
-    if y.numel() > channels:  # the statistics of single values are rounding errors
-        for row, name in enumerate(DEPTHWISE_ROWS):
-            assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
-    again, without = ops.depthwise_forward(*args[:-1], False)
-    assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
+    args = (u, *norm_act(kind, channels, dtype), weight, stride, padding)
+    check_forward("depthwise_forward", *args, with_affine=with_affine)
 
 
 @pytest.mark.parametrize(("stride", "padding"), GEOMETRIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(dtype: torch.dtype, stride: int, padding: int) -> None:
     for channels, size in CASES:
-        if fits(size, padding):
+        if min(size[1:]) + 2 * padding >= 3:
             check(dtype, channels, size, stride, padding)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_a_program(dtype: torch.dtype, stride: int) -> None:
+def test_several_tiles_per_program(dtype: torch.dtype, stride: int) -> None:
     check(dtype, 72, (9, 34, 31), stride, 1)
 
 
-def test_without_optional_arguments() -> None:
-    check(torch.float32, 8, (2, 5, 5), 1, 1, normalise=False, affine=False)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [8, 3])
+def test_inputs(channels: int, stride: int, kind: str) -> None:
+    check(torch.float32, channels, (2, 6, 5), stride, 1, kind=kind, with_affine=kind == "linear")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,13 +68,10 @@ def test_misaligned(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference(dtype: torch.dtype) -> None:
-    for channels, (stride, padding), relu, with_bn in product([3, 24], GEOMETRIES, [False, True], [False, True]):
+    for channels, (stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
         x = activation(2, channels, 5, 6, dtype=dtype)
         bn = random_bn(channels, dtype) if with_bn else None
-        args = (x, bn, torch.randn(channels, 1, 3, 3).to(dtype), stride, padding, relu)
-        out = ops.depthwise_inference(*args)
-        assert out.dtype == dtype and is_channels_last_dense(out)
-        assert_close(out, in_float64(reference.depthwise_inference, args)[0], TOLERANCE[dtype])
+        check_inference("depthwise_inference", x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), stride, padding)
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -104,27 +82,30 @@ def test_statistics_survive(outlier: bool) -> None:
         u[:, :, 0] = 1e4
     else:
         u += 1e4
-    y, bn = ops.depthwise_forward(u, None, identity(8), 1, 1, None, None, 1e-5, True)
+    weight = copying_weight("depthwise", 8, torch.float32)
+    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
     assert torch.equal(y, u)
-    assert_close(bn[reference.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5 if not outlier else 1e-6)
+    assert_close(bn[BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5 if not outlier else 1e-6)
 
 
 def test_a_column_outside_the_image_may_overflow() -> None:
     u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
-    weight = identity(8, torch.float16)
+    weight = copying_weight("depthwise", 8, torch.float16)
     weight[:, :, 1, 0] = 300.0
-    args = (u, None, weight, 1, 1, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert torch.equal(y.double(), in_float64(reference.depthwise_forward, args)[0])
-    assert not bn[reference.BN_VAR].any() and torch.equal(bn[reference.BN_MEAN], torch.full((8,), 300.0))
+    assert not bn[BN_VAR].any() and torch.equal(bn[BN_MEAN], torch.full((8,), 300.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: int) -> None:
+@for_each_act
+def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: int, act: Act) -> None:
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 0, 0] = float("nan"), float("inf"), -float("inf")
-    args = (u, random_bn(8, dtype), torch.rand(8, 1, 3, 3).to(dtype) + 0.5, stride, 1, None, None, 1e-5, True)
+    weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
+    args = (u, random_bn(8, dtype), act, weight, stride, 1, *NO_STATISTICS)
     y, _ = ops.depthwise_forward(*args)
     assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
     assert y.isnan().any() and y.isinf().any()
@@ -132,7 +113,7 @@ def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: 
 
 def test_an_empty_batch() -> None:
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
-    args = (u, None, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
     torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
@@ -140,7 +121,8 @@ def test_an_empty_batch() -> None:
 
 def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., None]) -> None:
     u = activation(3, 24, 17, 19, dtype=torch.bfloat16)
-    args = (u, random_bn(24, u.dtype), torch.randn(24, 1, 3, 3).bfloat16(), 1, 1, None, None, 1e-5, True)
+    weight = torch.randn(24, 1, 3, 3).bfloat16()
+    args = (u, random_bn(24, u.dtype), Act.RELU, weight, 1, 1, *STATISTICS)
     first = ops.depthwise_forward(*args)
     device(order=-1)
     assert all(map(same_bits, first, ops.depthwise_forward(*args)))
@@ -148,5 +130,5 @@ def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., N
 
 def test_squares_that_overflow() -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
-    y, bn = ops.depthwise_forward(u, None, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
     check_overflowed(bn, y)

@@ -58,7 +58,7 @@ def test_a_copy_arrives_when_it_is_waited_for(planted: Path) -> None:
     [
         ("divergent barrier", "threads wait for each other: 32 at __syncthreads, 0 at .*, 32 have returned, of 64"),
         ("different operations", "lanes of a warp are at __syncwarp and at __shfl_xor_sync"),
-        ("beyond shared memory", "written 0 bytes behind the shared memory of 256"),
+        ("beyond shared memory", "written 0 bytes past the shared memory of 256"),
         ("unaligned", "load_matrices: the address in shared memory is not a multiple of 16"),
         ("large block", r"a block of \(1056, 1, 1\) threads"),
         ("large grid", r"a grid of \(1, 65536, 1\) blocks"),

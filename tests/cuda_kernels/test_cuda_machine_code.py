@@ -21,8 +21,8 @@ REASON = "no CUDA toolkit is found" if TOOLKIT is None else None if TOOLS else "
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 ARCHITECTURES = (75, 80, 90)
-PRODUCTS = ("pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward", "block_inference")
-FILES = ("depthwise_forward", "depthwise_backward", "bn_relu", "finish", *PRODUCTS)
+PRODUCTS = ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference")
+FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", *PRODUCTS)
 
 Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
 
@@ -75,7 +75,7 @@ def test_no_maximum_loses_a_nan(kernels: Kernels) -> None:
         ("depthwise_forward", r"forward<float, 4, .*", 128),
         ("depthwise_backward", r"stride_[12]<float, 4>", 128),
         ("depthwise_backward", r"stride_[12]<(__half|__nv_bfloat16), 4>", 64),  # eight channels are too many registers
-        ("bn_relu", r"(forward|backward)<.*, [48](, \w+)?>", 128),
+        ("norm_act", r"(forward|backward)<.*, [48](, \w+)?>", 128),
     ],
 )
 def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int) -> None:

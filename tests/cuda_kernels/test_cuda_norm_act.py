@@ -1,11 +1,13 @@
-"""BatchNorm + ReLU, pooled or not, and running statistics in CUDA C++, against the reference in float64."""
+"""Normalisation and activation, pooled or not, in CUDA C++, against the reference in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
+from convolutions import DTYPES, for_each_act
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_MEAN, GRAD_ROWS, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The last one gives a program several tiles.
 SHAPES = [(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4), (2, 3, 9, 5), (1, 200, 1, 1), (3, 72, 40, 41)]
 
@@ -34,80 +36,87 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def check(shape, dtype, relu=True, batch_stats=True, mean=0.0, place: Callable[[Tensor], Tensor] = identity) -> None:
-    y, bn = activation(*shape, dtype=dtype, mean=mean), random_bn(shape[1], dtype)
-    y, grad = place(y), place(activation(*shape, dtype=dtype))
-    bn[0] += mean
-    out = ops.bn_relu_forward(y, bn, relu)
+def check(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    act: Act,
+    *,
+    pool: bool,
+    batch_stats: bool = True,
+    mean: float = 0.0,
+    place: Callable[[Tensor], Tensor] = identity,
+) -> None:
+    y, bn = place(activation(*shape, dtype=dtype, mean=mean)), random_bn(shape[1], dtype)
+    grad = place(activation(*shape[:2], *((1, 1) if pool else shape[2:]), dtype=dtype))
+    bn[BN_MEAN] += mean
+    args = (y, bn, act, pool)
+    out = ops.norm_act_forward(*args)
     assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(reference.bn_relu_forward, (y, bn, relu)), TOLERANCE[dtype])
-    h, grad_bn = ops.bn_relu_backward(grad, y, bn, batch_stats, relu)
-    expected_h, expected_bn = in_float64(reference.bn_relu_backward, (grad, y, bn, batch_stats, relu))
-    assert torch.equal(h.double(), expected_h) and is_channels_last_dense(h)
-    for row in range(6):
-        assert_close(grad_bn[row], expected_bn[row], ACC_TOLERANCE[dtype], str(row))
+    assert_close(out, *in_float64(reference.norm_act_forward, args), TOLERANCE[dtype])
 
-
-def check_pool(shape, dtype, batch_stats=True, place: Callable[[Tensor], Tensor] = identity) -> None:
-    y, bn = place(activation(*shape, dtype=dtype)), random_bn(shape[1], dtype)
-    grad = place(activation(*shape[:2], 1, 1, dtype=dtype))
-    out = ops.bn_relu_pool_forward(y, bn)
-    assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(reference.bn_relu_pool_forward, (y, bn)), TOLERANCE[dtype])
-    h, grad_bn = ops.bn_relu_pool_backward(grad, y, bn, batch_stats)
-    expected_h, _ = in_float64(reference.bn_relu_pool_backward, (grad, y, bn, batch_stats))
-    assert h.dtype == dtype and is_channels_last_dense(h)
-    assert_close(h, expected_h, TOLERANCE[dtype])
-    of_stored = reference._make_grad_bn(h.double(), y.double(), bn.double(), batch_stats)
-    for row in range(6):
+    args = (grad, y, bn, act, batch_stats, pool)
+    dz, grad_bn = ops.norm_act_backward(*args)
+    expected_dz, _ = in_float64(reference.norm_act_backward, args)
+    assert dz.dtype == dtype and is_channels_last_dense(dz)
+    if pool:
+        assert_close(dz, expected_dz, TOLERANCE[dtype])
+    else:
+        assert torch.equal(dz.double(), expected_dz)
+    of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), batch_stats)
+    for row in range(GRAD_ROWS):
         assert_close(grad_bn[row], of_stored[row], ACC_TOLERANCE[dtype], str(row))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@for_each_act
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bn_relu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for relu, batch_stats in [(True, True), (False, True), (True, False)]:
-        check(shape, dtype, relu, batch_stats)
+def test_norm_act(shape: tuple[int, ...], pool: bool, act: Act, dtype: torch.dtype) -> None:
+    check(shape, dtype, act, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_running_statistics(pool: bool) -> None:
+    for shape, dtype in product(SHAPES, DTYPES):
+        check(shape, dtype, Act.RELU, pool=pool, batch_stats=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for batch_stats in (True, False):
-        check_pool(shape, dtype, batch_stats)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_misaligned(dtype: torch.dtype) -> None:
-    check((2, 16, 5, 5), dtype, place=misaligned)
-    check_pool((2, 16, 5, 5), dtype, place=misaligned)
+@pytest.mark.parametrize("pool", [False, True])
+def test_misaligned(pool: bool, dtype: torch.dtype) -> None:
+    check((2, 16, 5, 5), dtype, Act.RELU, pool=pool, place=misaligned)
 
 
 def test_large_mean() -> None:
-    check((2, 24, 8, 8), torch.float32, mean=1e4)
+    check((2, 24, 8, 8), torch.float32, Act.RELU, pool=False, mean=1e4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_inf(dtype: torch.dtype) -> None:
-    y, bn, grad = activation(1, 16, 3, 3, dtype=dtype), random_bn(16, dtype), activation(1, 16, 3, 3, dtype=dtype)
+@for_each_act
+@pytest.mark.parametrize("pool", [False, True])
+def test_nan_and_inf(pool: bool, act: Act, dtype: torch.dtype) -> None:
+    """-Inf too: what is linear passes a gradient even there."""
+    y, bn = activation(1, 16, 3, 3, dtype=dtype), random_bn(16, dtype)
+    grad = activation(1, 16, *((1, 1) if pool else (3, 3)), dtype=dtype)
     y[0, 1, 0, 0], y[0, 2, 1, 1], y[0, 3, 2, 2] = float("nan"), float("inf"), -float("inf")
-    grad[0, 5, 0, 1] = float("inf")
-    assert_same_specials(ops.bn_relu_forward(y, bn, True), *in_float64(reference.bn_relu_forward, (y, bn, True)))
-    assert_same_specials(ops.bn_relu_pool_forward(y, bn), *in_float64(reference.bn_relu_pool_forward, (y, bn)))
-    pooled = activation(1, 16, 1, 1, dtype=dtype)
-    for op, args in [
-        ("bn_relu_backward", (grad, y, bn, True, True)),
-        ("bn_relu_pool_backward", (pooled, y, bn, True)),
-    ]:
-        for ours, theirs in zip(getattr(ops, op)(*args), in_float64(getattr(reference, op), args), strict=True):
-            assert_same_specials(ours, theirs)
+    grad[0, 5, 0, 0] = float("inf")
+    args = (y, bn, act, pool)
+    assert_same_specials(ops.norm_act_forward(*args), *in_float64(reference.norm_act_forward, args))
+    args = (grad, y, bn, act, True, pool)
+    ours, theirs = ops.norm_act_backward(*args), in_float64(reference.norm_act_backward, args)
+    assert_close(ours[0].nan_to_num(0, 0, 0), theirs[0].nan_to_num(0, 0, 0), TOLERANCE[dtype])
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert_same_specials(mine, expected)
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("pool", [False, True])
+def test_empty_batch(pool: bool) -> None:
     y, bn = activation(0, 8, 4, 4, dtype=torch.float32), random_bn(8, torch.float32)
-    assert ops.bn_relu_forward(y, bn, True).shape == y.shape
-    h, grad_bn = ops.bn_relu_backward(y, y, bn, True, True)
-    assert h.shape == y.shape and torch.equal(grad_bn, reference.bn_relu_backward(y, y, bn, True, True)[1])
+    grad = activation(0, 8, 1, 1, dtype=torch.float32) if pool else y
+    assert ops.norm_act_forward(y, bn, Act.RELU, pool).shape == grad.shape
+    args = (grad, y, bn, Act.RELU, True, pool)
+    dz, grad_bn = ops.norm_act_backward(*args)
+    assert dz.shape == y.shape and torch.equal(grad_bn, reference.norm_act_backward(*args)[1])
 
 
 def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., None]) -> None:
@@ -116,19 +125,6 @@ def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., N
     runs = []
     for order in (1, -1):
         device(order=order)
-        runs.append([*ops.bn_relu_backward(grad, y, bn, True, True), ops.bn_relu_pool_forward(y, bn)])
+        backward = ops.norm_act_backward(grad, y, bn, Act.RELU, True, False)
+        runs.append([*backward, ops.norm_act_forward(y, bn, Act.RELU, True)])
     assert all(map(same_bits, *runs))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("conv_bias", [False, True])
-@pytest.mark.parametrize("affine", [False, True])
-def test_bn_from_running(affine: bool, conv_bias: bool, dtype: torch.dtype) -> None:
-    vectors = [torch.randn(300), torch.rand(300) + 0.1]
-    vectors += [torch.randn(300), torch.randn(300)] if affine else [None, None]
-    vectors += [torch.randn(300)] if conv_bias else [None]
-    vectors = [v if v is None else v.to(dtype) for v in vectors]
-    bn = ops.bn_from_running(*vectors, 1e-3)
-    expected = reference.bn_from_running(*(v if v is None else v.double() for v in vectors), 1e-3)
-    assert bn.dtype == torch.float32
-    torch.testing.assert_close(bn.double(), expected, rtol=1e-6, atol=1e-6)

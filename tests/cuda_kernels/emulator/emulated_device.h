@@ -95,7 +95,7 @@ inline uint32_t __float_as_uint(float x) {
 
 namespace mx::cuda {
 
-inline unsigned thread_again() { return threadIdx.x; }
+inline unsigned reread_thread() { return threadIdx.x; }
 
 template <class T>
 T* shared_memory() {
@@ -119,7 +119,6 @@ void copy_async_wait() {
 }
 
 // --- tensor cores
-// ------------------------------------------------------------------------------------------------------
 
 struct MatrixRow {
   uint16_t v[8];

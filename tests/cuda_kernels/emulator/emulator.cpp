@@ -17,7 +17,7 @@ thread_local Thread* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kGuardBytes = 1024;  // behind the shared memory; written there, it is noticed
+constexpr size_t kGuardBytes = 1024;  // after the shared memory; written there, it is noticed
 constexpr size_t kMaxShared = 227 * 1024;
 constexpr unsigned char kGuard = 0xa5;
 
@@ -201,7 +201,7 @@ void run(dim3 grid, dim3 block, size_t shared_size, const std::function<void()>&
         run_block();
         for (size_t i = 0; i < kGuardBytes; ++i)
           if (shared[shared_size + i] != kGuard)
-            fail("written " + std::to_string(i) + " bytes behind the shared memory of " + std::to_string(shared_size));
+            fail("written " + std::to_string(i) + " bytes past the shared memory of " + std::to_string(shared_size));
       }
   device.running = false;
 }

@@ -1,31 +1,13 @@
-// The arithmetic of csrc/ops.h, and loads and stores of neighbouring channels.
+// Packs of neighbouring channels: their conversion to float32 and back, their loads and stores.
 #pragma once
 #include <string.h>
 
 #include "../args.h"
-#include "../ops.h"
 #include "device.h"
 
 #define MX_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace mx::cuda {
-
-// 0 where z <= 0, else z: NaN stays NaN.
-__device__ __forceinline__ float relu(float z) { return at_least(z, 0.0f); }
-
-// BatchNorm's output for its input u. Centred first: a large mean would cancel in u*scale + constant.
-MX_HOST_DEVICE float normalise(float u, float mean, float scale, float shift) { return (u - mean) * scale + shift; }
-
-// Sums of squares about another point: squares + change, where they did not overflow. The change is as large as they
-// are: Inf - Inf would be a NaN, or with a fused multiply-add Inf.
-MX_HOST_DEVICE float moved_squares(float squares, float change) {
-  return squares - squares == 0.0f ? squares + change : squares;
-}
-
-// dy, the gradient of a convolution's output, of the masked gradient at its BatchNorm's output.
-MX_HOST_DEVICE float output_gradient(float h, float y, float p, float q, float mean, float o) {
-  return p * h + (q * (y - mean) + o);
-}
 
 MX_HOST_DEVICE float to_float(float x) { return x; }
 MX_HOST_DEVICE float to_float(half x) { return __half2float(x); }
@@ -89,15 +71,15 @@ __device__ __forceinline__ void to_floats(const Pack<T, N>& p, float (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = to_float(p.v[i]);
 }
 
-// A pack of 16 bytes on its way from memory to where it is needed, as four words: of a Pack<half> that waits, a
-// compiler makes eight registers, at once.
+// A pack of 16 bytes between its load and its use, as four words: nvcc would take a Pack<half> apart into eight
+// registers as soon as it is loaded.
 template <class T>
-struct Waiting {
+struct PackedWords {
   uint32_t word[4];
 
-  static MX_HOST_DEVICE Waiting zero() { return {{0, 0, 0, 0}}; }
-  static MX_HOST_DEVICE Waiting of(const Pack<T, 16 / sizeof(T)>& p) {
-    Waiting w;
+  static MX_HOST_DEVICE PackedWords zero() { return {{0, 0, 0, 0}}; }
+  static MX_HOST_DEVICE PackedWords of(const Pack<T, 16 / sizeof(T)>& p) {
+    PackedWords w;
     memcpy(w.word, &p, 16);
     return w;
   }

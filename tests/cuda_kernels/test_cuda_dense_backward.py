@@ -1,0 +1,65 @@
+"""Dense 3x3 convolution in CUDA C++, backward, against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from convolutions import DTYPES, check_backward, output_inputs, output_size
+from cpu_ops import random_bn, same_bits
+from test_cuda_dense_forward import SHAPES, TILED
+from test_cuda_dense_forward import inputs as forward_inputs
+
+from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, output: str = "statistics") -> tuple:
+    """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
+    n, _, filters, *geometry = shape
+    u, bn_u, act_u, *rest = forward_inputs(shape, dtype)
+    return (*output_inputs(n, filters, *output_size(*geometry), dtype, output), u, bn_u, act_u, False, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, TILED], ids=str)
+def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_backward("dense_backward", *inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("output", ["running", "plain"])
+def test_without_batch_statistics(dtype: torch.dtype, output: str) -> None:
+    check_backward("dense_backward", *inputs((1, 3, 8, 9, 8, 2, 1), dtype, output))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_before_sm_80(device: Callable[..., None], dtype: torch.dtype) -> None:
+    device(capability=75)
+    check_backward("dense_backward", *inputs(SHAPES[0], dtype))
+
+
+def test_an_input_that_is_not_plain_is_refused() -> None:
+    args = list(inputs(SHAPES[0], torch.float32))
+    args[4:6] = random_bn(3, torch.float32), Act.RELU
+    with pytest.raises(RuntimeError):
+        ops.dense_backward(*args, True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype: torch.dtype) -> None:
+    args = inputs((0, 3, 8, 9, 9, 2, 1), dtype)
+    dz_u, grad_weight, _ = ops.dense_backward(*args, True, True)
+    assert dz_u.shape == (0, 3, 9, 9) and grad_weight.shape == (8, 3, 3, 3) and not grad_weight.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> None:
+    """Also when the threads of a block run in another order: none reads what another has not written yet."""
+    args = inputs(TILED, dtype)
+    first = ops.dense_backward(*args, True, True)
+    device(order=-1)
+    assert all(map(same_bits, first[:2], ops.dense_backward(*args, True, True)))
