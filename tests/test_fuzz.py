@@ -84,9 +84,9 @@ def without_bias(op: Callable[..., Any]) -> Callable[..., Any]:
 PLANTED = {
     "an output off by 1e-3": (ops, "norm_act_forward", scaled(1 + 1e-3), "chains"),
     "an output off by 3e-5": (ops, "norm_act_forward", scaled(1 + 3e-5), "modules"),
-    "a gradient off by 1e-3": (ops, "pointwise_backward", scaled(1 + 1e-3, 1), "modules"),
-    "a layer's gradient off by 1e-3": (ops, "depthwise_backward", scaled(1 + 1e-3, 0), "ops"),
-    "one element forgotten": (ops, "depthwise_inference", one_element, "ops"),
+    "a gradient off by 1e-3": (ops.BACKWARD, "pointwise", scaled(1 + 1e-3, 1), "modules"),
+    "a layer's gradient off by 1e-3": (ops.BACKWARD, "depthwise", scaled(1 + 1e-3, 0), "ops"),
+    "one element forgotten": (ops.INFERENCE, "depthwise", one_element, "ops"),
     "the biased variance as the running one": (
         chain,
         "update_running_stats_",
@@ -95,7 +95,7 @@ PLANTED = {
     ),
     "a running mean without the bias": (chain, "update_running_stats_", without_bias, "modules"),
     "bits that depend on the threads": (ops, "norm_act_forward", of_threads, "modules"),
-    "NaN lost": (ops, "pointwise_inference", without_nan, "ops"),
+    "NaN lost": (ops.INFERENCE, "pointwise", without_nan, "ops"),
     "statistics that are not differentiable": (
         layers,
         "_split_grad",
@@ -108,8 +108,11 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, name, plant, kind = PLANTED[fault]
-    monkeypatch.setattr(module, name, plant(getattr(module, name)))
+    place, name, plant, kind = PLANTED[fault]
+    if isinstance(place, dict):
+        monkeypatch.setitem(place, name, plant(place[name]))
+    else:
+        monkeypatch.setattr(place, name, plant(getattr(place, name)))
     assert next(complaints(kind), None)
 
 

@@ -43,7 +43,7 @@ weight, bn = nhwc(64, 1, 1, 1).contiguous(), torch.rand(5, 64)
 
 def output(megabytes):
     "An activation of this size, made from one of a 64th of it."
-    return ops.pointwise_inference(nhwc(1, 1, 64, megabytes * MB // (64 * 64 * 4)), bn, weight, True)
+    return ops.pointwise_inference(nhwc(1, 1, 64, megabytes * MB // (64 * 64 * 4)), bn, 1, weight, 1, 0)
 
 
 output(1)

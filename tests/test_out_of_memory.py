@@ -62,9 +62,9 @@ def attempt(name, f, more):
 def small():
     x, bn = channels_last(2, 8, 6, 6), torch.rand(5, 8)
     for call in (
-        lambda: ops.depthwise_forward(x, None, torch.randn(8, 1, 3, 3), 1, 1, None, None, 1e-5, True),
-        lambda: ops.pointwise_forward(x, None, torch.randn(8, 8, 1, 1), None, None, 1e-5, True),
-        lambda: ops.norm_act_forward(x, bn),
+        lambda: ops.depthwise_forward(x, None, 0, torch.randn(8, 1, 3, 3), 1, 1, None, None, 1e-5, True),
+        lambda: ops.pointwise_forward(x, None, 0, torch.randn(8, 8, 1, 1), 1, 0, None, None, 1e-5, True),
+        lambda: ops.norm_act_forward(x, bn, 1, True),
     ):
         call()
 

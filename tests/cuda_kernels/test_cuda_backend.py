@@ -17,8 +17,6 @@ from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-OPS = {f"{conv}_{kind}" for conv in ops.FORWARD for kind in ("forward", "backward", "inference")}
-OPS |= {"norm_act_forward", "norm_act_backward", "bn_from_running", "block_inference"}
 # Both round operands and results once; the sum of a product's terms is what differs.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
