@@ -15,15 +15,14 @@ from torch import Tensor
 
 from mobilenet_ext.triton import (
     block_inference,
-    bn_relu,
-    bn_relu_pool,
+    dense_backward,
+    dense_forward,
     depthwise_backward,
     depthwise_forward,
-    finish,
+    merge,
+    norm_act,
     pointwise_backward,
     pointwise_forward,
-    stem_backward,
-    stem_forward,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,14 +52,12 @@ ops: dict[str, Callable[..., Any]] = {
         pointwise_forward.pointwise_forward,
         pointwise_forward.pointwise_inference,
         pointwise_backward.pointwise_backward,
-        stem_forward.stem_forward,
-        stem_forward.stem_inference,
-        stem_backward.stem_backward,
-        bn_relu.bn_relu_forward,
-        bn_relu.bn_relu_backward,
-        bn_relu_pool.bn_relu_pool_forward,
-        bn_relu_pool.bn_relu_pool_backward,
+        dense_forward.dense_forward,
+        dense_forward.dense_inference,
+        dense_backward.dense_backward,
+        norm_act.norm_act_forward,
+        norm_act.norm_act_backward,
         block_inference.block_inference,
-        finish.bn_from_running,
+        merge.bn_from_running,
     )
 }

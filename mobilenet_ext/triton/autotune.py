@@ -1,8 +1,8 @@
 """Opt-in autotuning: with ``MOBILENET_EXT_AUTOTUNE=1``, a problem's first call times the candidates of
 ``heuristics.py`` and the fastest is kept on disk, for this process and later ones.
 
-Without it the first candidate runs, and nothing is timed or read. The choices are in one JSON file a GPU model, Triton
-version and version of this library, in ``MOBILENET_EXT_CACHE`` (default: ``$XDG_CACHE_HOME/mobilenet_ext`` or
+Without it the first candidate runs, and nothing is timed or read. The choices are in one JSON file per GPU model,
+Triton version and version of this library, in ``MOBILENET_EXT_CACHE`` (default: ``$XDG_CACHE_HOME/mobilenet_ext`` or
 ``~/.cache/mobilenet_ext``). Deleting it is safe. Which candidate wins decides the order of summation, so two machines
 with different choices may differ in the last bits; one machine with its file does not.
 """
@@ -80,7 +80,7 @@ def _choices(path: Path) -> dict[str, Config]:
     try:
         choices = json.loads(path.read_text())
         return choices if isinstance(choices, dict) else {}
-    except (OSError, ValueError):  # none yet, or damaged: tuned anew
+    except (OSError, ValueError):  # none yet, or damaged: tuned again
         return {}
 
 

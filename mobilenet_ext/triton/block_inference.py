@@ -1,7 +1,7 @@
 """A depthwise-separable block for inference in one kernel: its intermediate activation is never stored.
 
 Each program computes a rectangle of output pixels. It walks through the channels: the depthwise convolution of a block
-of them is computed in registers, normalised, rectified, and is an operand of the product that adds it to the outputs.
+of them is computed in registers, normalised, activated, and is an operand of the product that adds it to the outputs.
 Programs for other outputs of the same pixels compute it again, so blocks with many outputs run as two kernels.
 """
 
@@ -14,28 +14,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mobilenet_ext.contract import KERNEL_SIZE, conv_output_size
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics
+from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.depthwise_forward import depthwise_inference
-from mobilenet_ext.triton.formulas import load_normalisation, normalise, rounded
-from mobilenet_ext.triton.stem_forward import tile_origin
+from mobilenet_ext.triton.formulas import rounded
+from mobilenet_ext.triton.patches import tile_origin
+from mobilenet_ext.triton.pointwise_forward import pointwise_inference
 
 
 def block_inference(
-    x: Tensor, depthwise_bn: Tensor, depthwise_weight: Tensor, stride: int, pointwise_bn: Tensor,
-    pointwise_weight: Tensor, packed: Tensor | None = None,
+    x: Tensor, depthwise_bn: Tensor, depthwise_act: int, depthwise_weight: Tensor, stride: int, pointwise_bn: Tensor,
+    pointwise_act: int, pointwise_weight: Tensor, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """relu(bn(pointwise(relu(bn(depthwise(x)))))), with a padding of 1; the weight is taken as it is, not packed."""
+    """A depthwise (padding 1) and a pointwise ``_inference``; the weights are taken as they are, not packed."""
     n, channels, height, width = x.shape
     filters = pointwise_weight.shape[0]
-    out_h, out_w = (height - 1) // stride + 1, (width - 1) // stride + 1
+    out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, 1) for size in (height, width))
     problem = (n, out_h, out_w, channels, filters, stride, x.dtype.itemsize, *gpu.of(x))
 
     def launch(config: heuristics.Config) -> Tensor:
         if config == heuristics.TWO_KERNELS:
-            from mobilenet_ext.triton.pointwise_forward import pointwise_inference
-
-            a = depthwise_inference(x, depthwise_bn, depthwise_weight, stride, 1, True)
-            return pointwise_inference(a, pointwise_bn, pointwise_weight, True)
+            a = depthwise_inference(x, depthwise_bn, depthwise_act, depthwise_weight, stride, 1)
+            return pointwise_inference(a, pointwise_bn, pointwise_act, pointwise_weight, 1, 0)
         y = torch.empty((n, filters, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if y.numel() == 0:
             return y
@@ -44,7 +45,8 @@ def block_inference(
         _kernel[(triton.cdiv(filters, config["BLOCK_N"]) * tiles,)](
             x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y,
             height, width, out_h, out_w, channels // unit, filters // filter_unit,
-            UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, PRECISION=gpu.product_precision(x.dtype), **config,
+            UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, DEPTHWISE_ACT=depthwise_act, POINTWISE_ACT=pointwise_act,
+            PRECISION=gpu.product_precision(x.dtype), **config,
         )  # fmt: skip
         return y
 
@@ -55,7 +57,8 @@ def block_inference(
 def _kernel(
     x_ptr, depthwise_bn_ptr, depthwise_weight_ptr, pointwise_bn_ptr, pointwise_weight_ptr, y_ptr,
     height, width, out_height, out_width, C_units, N_units,
-    UNIT: tl.constexpr, N_UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, N_UNIT: tl.constexpr, STRIDE: tl.constexpr, DEPTHWISE_ACT: tl.constexpr,
+    POINTWISE_ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channels = C_units * UNIT
@@ -91,11 +94,11 @@ def _kernel(
                 x = tl.load(pixel + (x_offsets + c[None, :]), mask=mask, other=0.0)
                 tap = tl.load(depthwise_weight_ptr + c * 9 + (kernel_row * 3 + kernel_column), mask=c_inside, other=0.0)
                 a += x.to(tl.float32) * tap.to(tl.float32)[None, :]
-        mean, scale, shift = load_normalisation(depthwise_bn_ptr, channels, c, c_inside)
-        a = rounded(formulas.relu(normalise(a, mean, scale, shift)), x_ptr.dtype.element_ty)
+        norm = load_norm(depthwise_bn_ptr, channels, c, c_inside)
+        a = rounded(norm_act(a, norm, True, DEPTHWISE_ACT), x_ptr.dtype.element_ty)
         y = formulas.dot(weight, tl.trans(a), y, PRECISION)
-    mean, scale, shift = load_normalisation(pointwise_bn_ptr, filters, n, n_inside)
-    y = rounded(formulas.relu(normalise(tl.trans(y), mean, scale, shift)), y_ptr.dtype.element_ty)
+    norm = load_norm(pointwise_bn_ptr, filters, n, n_inside)
+    y = rounded(norm_act(tl.trans(y), norm, True, POINTWISE_ACT), y_ptr.dtype.element_ty)
     y_base = y_ptr + ((image * out_height + row) * out_width + column) * filters
     y_offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters + n[None, :]
     tl.store(y_base + y_offsets, y, mask=inside & n_inside[None, :])

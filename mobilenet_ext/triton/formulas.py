@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: the formulas of ``csrc/ops.h``, and statistics of tiles.
+"""Device functions that several kernels share: the gradient dy, numbers and products, tiles of a matrix.
 
 All arithmetic is in float32. Per-channel vectors come as ``[1, C]`` tiles, activations as ``[rows, C]`` tiles.
 """
@@ -9,90 +9,53 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Rows of `bn` and `grad_bn` (BnRow and GradBnRow in csrc/ops.h).
-BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR = (tl.constexpr(row) for row in range(5))
-GRAD_DZ_COEFFICIENT, GRAD_Y_COEFFICIENT, GRAD_MEAN, GRAD_CONSTANT, GRAD_GAMMA, GRAD_BETA = (
-    tl.constexpr(row) for row in range(6)
+from mobilenet_ext.triton.rows import (
+    GRAD_CONSTANT,
+    GRAD_DZ_COEFFICIENT,
+    GRAD_MEAN,
+    GRAD_Y_COEFFICIENT,
+    load_row,
 )
 
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def load_row(ptr, row, channels, offsets, mask):
-    """Row ``row`` of a float32 ``[rows, channels]`` array at the channels ``offsets``, as ``[1, len(offsets)]``."""
-    return tl.load(ptr + row * channels + offsets, mask=mask, other=0.0)[None, :]
+def load_gradient_coefficients(grad_bn_ptr, channels, offsets, mask, BATCH_STATS: tl.constexpr):
+    """What ``output_gradient`` takes of a ``grad_bn``: DZ_COEFFICIENT, Y_COEFFICIENT, MEAN and CONSTANT, each
+    ``[1, len(offsets)]``.
 
-
-@triton.jit
-def load_normalisation(bn_ptr, channels, offsets, mask):
-    """Mean, scale and shift of a ``bn`` at the channels ``offsets``, each ``[1, len(offsets)]``; 0 without ``bn``."""
-    if bn_ptr is None:
-        mean = tl.zeros([1, offsets.shape[0]], tl.float32)
-        return mean, mean, mean
-    else:
-        mean = load_row(bn_ptr, BN_MEAN, channels, offsets, mask)
-        scale = load_row(bn_ptr, BN_SCALE, channels, offsets, mask)
-        shift = load_row(bn_ptr, BN_SHIFT, channels, offsets, mask)
-        return mean, scale, shift
-
-
-@triton.jit
-def load_gradient_rows(grad_bn_ptr, channels, offsets, mask, BATCH_STATS: tl.constexpr):
-    """The rows P, Q, MEAN and O of a ``grad_bn``, each ``[1, len(offsets)]``, for ``output_gradient``.
-
-    Without ``BATCH_STATS`` only P is used; without ``grad_bn`` it is 1.
+    Without ``BATCH_STATS`` only the first is used; without ``grad_bn`` it is 1.
     """
-    p = tl.full([1, offsets.shape[0]], 1.0, tl.float32)
-    q = tl.zeros([1, offsets.shape[0]], tl.float32)
-    mean = q
-    o = q
+    dz_coefficient = tl.full([1, offsets.shape[0]], 1.0, tl.float32)
+    y_coefficient = tl.zeros([1, offsets.shape[0]], tl.float32)
+    mean = y_coefficient
+    constant = y_coefficient
     if grad_bn_ptr is not None:
-        p = load_row(grad_bn_ptr, GRAD_DZ_COEFFICIENT, channels, offsets, mask)
+        dz_coefficient = load_row(grad_bn_ptr, GRAD_DZ_COEFFICIENT, channels, offsets, mask)
     if BATCH_STATS:
-        q = load_row(grad_bn_ptr, GRAD_Y_COEFFICIENT, channels, offsets, mask)
+        y_coefficient = load_row(grad_bn_ptr, GRAD_Y_COEFFICIENT, channels, offsets, mask)
         mean = load_row(grad_bn_ptr, GRAD_MEAN, channels, offsets, mask)
-        o = load_row(grad_bn_ptr, GRAD_CONSTANT, channels, offsets, mask)
-    return p, q, mean, o
+        constant = load_row(grad_bn_ptr, GRAD_CONSTANT, channels, offsets, mask)
+    return dz_coefficient, y_coefficient, mean, constant
 
 
 @triton.jit
-def relu(z):
-    """0 where z <= 0, else z. NaN stays NaN: a plain maximum, and a select on z > 0, compile to one that loses it."""
-    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def output_gradient(dz, y, coefficients, mask, BATCH_STATS: tl.constexpr):
+    """dy, the gradient at a convolution's output, in float32; 0 outside the mask, where ``dz`` is 0."""
+    if BATCH_STATS:
+        dy = dz.to(tl.float32) * coefficients[0] + (
+            (y.to(tl.float32) - coefficients[2]) * coefficients[1] + coefficients[3]
+        )
+        return tl.where(mask, dy, 0.0)
+    else:
+        return dz.to(tl.float32) * coefficients[0]
 
 
 @triton.jit
 def as_int64(x):
     """A scalar in 64 bits. The interpreter's loop variables are Python integers, which have no ``to``."""
     return tl.full([], 0, tl.int64) + x
-
-
-@triton.jit
-def normalise(u, mean, scale, shift):
-    """BatchNorm's output for its input ``u``. Centred first: a large mean would cancel in u*scale + constant."""
-    return (u.to(tl.float32) - mean) * scale + shift
-
-
-@triton.jit
-def activation(u, mean, scale, shift, mask, NORMALISE: tl.constexpr):
-    """What a convolution sees of its stored input ``u``: normalised and rectified, 0 where ``mask`` is not set.
-
-    Without ``NORMALISE``, ``u`` as it is (loaded as 0 outside the mask).
-    """
-    if NORMALISE:
-        return tl.where(mask, relu(normalise(u, mean, scale, shift)), 0.0)
-    else:
-        return u.to(tl.float32)
-
-
-@triton.jit
-def output_gradient(h, y, p, q, mean, o, mask, BATCH_STATS: tl.constexpr):
-    """dy, the gradient of a convolution's output, from the masked gradient at its BatchNorm's output; 0 outside."""
-    if BATCH_STATS:
-        return tl.where(mask, h.to(tl.float32) * p + ((y.to(tl.float32) - mean) * q + o), 0.0)
-    else:
-        return h.to(tl.float32) * p
 
 
 @triton.jit
@@ -108,7 +71,7 @@ def where_also(mask, condition):
 def rounded(x, dtype: tl.constexpr):
     """``x`` in ``dtype``, rounded to nearest, as activations are stored.
 
-    In 16 bits two values an instruction, which Triton itself does not do for a result that is used twice.
+    In 16 bits two values per instruction, which Triton itself does not do for a result that is used twice.
     """
     if _INTERPRETED and dtype == tl.bfloat16:  # its own conversion truncates
         bits = x.to(tl.uint32, bitcast=True)
@@ -186,22 +149,3 @@ def move_squares(squares, change):
     The change is as large as they are: Inf - Inf would be a NaN, or with a fused multiply-add Inf.
     """
     return tl.where(squares < float("inf"), squares + change, squares)
-
-
-@triton.jit
-def store_statistics(ptr, channels, offsets, mask, count, mean, mean_rest, m2):
-    """One program's row ``[4, channels]`` of the partial statistics that ``finish.statistics`` merges.
-
-    The mean is ``mean + mean_rest``: in one float32 a large mean would round off what the variance needs.
-    """
-    tl.store(ptr + offsets, tl.zeros_like(m2) + count, mask=mask)
-    tl.store(ptr + channels + offsets, mean, mask=mask)
-    tl.store(ptr + 2 * channels + offsets, tl.zeros_like(m2) + mean_rest, mask=mask)
-    tl.store(ptr + 3 * channels + offsets, m2, mask=mask)
-
-
-@triton.jit
-def store_sums(ptr, channels, offsets, mask, sum_h, sum_h_centred):
-    """One program's row ``[2, channels]`` of the partial sums that ``finish.gradients`` merges."""
-    tl.store(ptr + offsets, sum_h, mask=mask)
-    tl.store(ptr + channels + offsets, sum_h_centred, mask=mask)

@@ -25,22 +25,22 @@ def _at_most(block: int, size: int) -> int:
 
 
 @cache
-def finish(columns: int, programs: int) -> Config:
-    """For merging ``programs`` rows of partial results of ``columns`` columns: few columns a program, so that there are
-    many programs, and many rows in flight at once. Two sizes, because a kernel is compiled for each."""
+def merge(columns: int, programs: int) -> Config:
+    """For merging ``programs`` rows of partial results of ``columns`` columns: few columns per program, so that many
+    programs run, and many rows in flight at once. Two sizes, because a kernel is compiled for each."""
     return config(num_warps=4, BLOCK_P=16, BLOCK_C=32) if programs <= 16 else config(8, BLOCK_P=128, BLOCK_C=32)
 
 
 def programs(tiles: int, columns: int, multiprocessors: int, waves: int) -> int:
-    """How many programs share ``tiles`` in each of ``columns`` columns of the grid: about ``waves`` a multiprocessor in
-    all, each with as many tiles as the others where that can be."""
+    """How many programs share ``tiles`` in each of ``columns`` columns of the grid: about ``waves`` per multiprocessor
+    in all, each with as many tiles as the others where that can be."""
     most = max(1, waves * multiprocessors // columns)
     return cdiv(tiles, cdiv(tiles, most)) if tiles else 0
 
 
 @cache
-def bn_relu(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tuple[Config, ...]:
-    """For BatchNorm + ReLU over a [rows, channels] matrix, forward and backward: 16 elements a thread."""
+def norm_act(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tuple[Config, ...]:
+    """For normalising and activating a [rows, channels] matrix, forward and backward: 16 elements per thread."""
     candidates = []
     for columns, elements in ((64, 4096), (64, 2048), (128, 4096)):
         block_c = min(columns, max(32, next_power_of_2(channels)))
@@ -52,7 +52,7 @@ def bn_relu(rows: int, channels: int, itemsize: int, multiprocessors: int) -> tu
 
 
 @cache
-def bn_relu_pool(
+def norm_act_pool(
     images: int, pixels: int, channels: int, itemsize: int, multiprocessors: int
 ) -> tuple[Config, ...]:  # fmt: skip
     """For the pooling's [images, pixels, channels]: up to 64 pixels of an image at once."""
@@ -68,13 +68,13 @@ def bn_relu_pool(
 
 @cache
 def depthwise_forward(channels: int, itemsize: int) -> tuple[Config, ...]:
-    """Tiles in which every thread has one 128-bit access a column; the second candidate has half of that, and needs
+    """Tiles in which every thread has one 128-bit access per column; the second candidate has half of that, and needs
     half as many registers."""
     return (_depthwise(channels, 16 // itemsize), _depthwise(channels, 8 // itemsize))
 
 
 def _depthwise(channels: int, elements: int, num_warps: int = 4) -> Config:
-    """A tile of ``elements`` a thread; its channels fill up to 128 bytes, without a rest where 16 divide them."""
+    """A tile of ``elements`` per thread; its channels fill up to 128 bytes, without a rest where 16 divide them."""
     block_c = min(64, max(16, next_power_of_2(channels)))
     while block_c > 16 and channels % block_c and channels % 16 == 0:
         block_c //= 2
@@ -111,17 +111,17 @@ def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
 
 
 @cache
-def stem(
+def dense_forward(
     images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
 ) -> tuple[Config, ...]:  # fmt: skip
-    """For the stem, forward: ``height`` x ``width`` output pixels, 9*``channels`` products for each of the filters.
+    """For a dense convolution, forward: ``height`` x ``width`` output pixels, 9*``channels`` products for each filter.
 
     float32 products take their operands from registers, where they need smaller blocks.
     """
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
     block_k = 16 if itemsize == 4 or 9 * channels <= 32 else 64
     candidates = []
-    # 168 registers a thread leave room for three programs of four warps on a multiprocessor; they do not suffice for
+    # 168 registers per thread leave room for three programs of four warps on a multiprocessor; they do not suffice for
     # all 27 products of an RGB image at once.
     for pixels, warps, registers in ((64, 4, 168), (32, 4, 128)) if itemsize == 2 else ((64, 4, 255), (64, 8, 255)):
         block_h, block_w = rectangle(pixels, height, width)
@@ -135,10 +135,10 @@ def stem(
 
 
 @cache
-def stem_weight_gradient(
+def dense_weight_gradient(
     images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
 ) -> tuple[Config, ...]:  # fmt: skip
-    """For the gradient of the stem's weight: as ``stem``, with the pixels as the products' inner dimension."""
+    """For the gradient of its weight: as ``dense_forward``, with the pixels as the products' inner dimension."""
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
     block_k = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(9 * channels)))
     candidates = []
@@ -152,8 +152,8 @@ def stem_weight_gradient(
 
 
 @cache
-def stem_input_gradient(height: int, width: int, channels: int, filters: int, itemsize: int) -> Config:
-    """For the gradient of the stem's input, of ``height`` x ``width`` pixels."""
+def dense_input_gradient(height: int, width: int, channels: int, filters: int, itemsize: int) -> Config:
+    """For the gradient of its input, of ``height`` x ``width`` pixels."""
     block_h, block_w = rectangle(64, height, width)
     block_c = max(16, min(32, next_power_of_2(channels)))
     block_n = max(16, min(64 if itemsize == 2 else 16, next_power_of_2(filters)))
@@ -171,7 +171,7 @@ def block_inference(
     """For a block of ``height`` x ``width`` output pixels in one kernel.
 
     That pays where one program computes all outputs of its pixels: each further one repeats the depthwise convolution.
-    With many channels the arithmetic of a kernel that does both is no longer hidden behind the memory's.
+    With many channels the arithmetic of a kernel that does both is no longer hidden by the memory's.
     """
     # rows and columns of pixels, outputs, channels; warps, registers. Nearly square: a tile shares its border of inputs
     # with others. Few sizes, because a kernel is compiled for each; widths below 1 leave a part of them unused.
@@ -197,7 +197,7 @@ def block_inference(
 
 @cache
 def depthwise_backward(channels: int, itemsize: int) -> tuple[Config, ...]:
-    """Tiles of four channels a thread: with eight the registers do not suffice."""
+    """Tiles of four channels per thread: with eight the registers do not suffice."""
     return (_depthwise(channels, 4), _depthwise(channels, 4, num_warps=8), _depthwise(channels, 2))
 
 
@@ -220,7 +220,7 @@ def pointwise_forward(
         shapes = [(64, 64, 64, 4 if channels <= 32 else 8, 1)]
     if len(shapes) > 1 and cdiv(rows, shapes[0][0]) * cdiv(outputs, shapes[0][1]) < multiprocessors:
         shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
-    # Without this ptxas would rather spill a few registers than have fewer programs a multiprocessor.
+    # Without this ptxas would rather spill a few registers than have fewer programs per multiprocessor.
     registers = {"maxnreg": 255} if ieee else {}
     candidates = []
     for block_m, block_n, block_k, warps, stages in shapes:

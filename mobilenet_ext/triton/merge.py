@@ -1,7 +1,8 @@
-"""The small kernels behind the large ones: they merge partial results, in a fixed order, into per-channel vectors.
+"""Partial results: the rows that the programs of a large kernel leave, and the small kernels that merge them, in a
+fixed order, into per-channel vectors.
 
-A large kernel leaves one row of partial results a program. Merging is a kernel of its own because programs of one
-launch cannot wait for each other; the order of the rows, and so every bit of the result, is that of the program ids.
+A program leaves one row. Merging is a kernel of its own because the programs of a launch cannot wait for each other;
+the order of the rows, and so every bit of the result, is that of the program ids.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mobilenet_ext.contract import BN_ROWS, GRAD_ROWS
 from mobilenet_ext.triton import heuristics
-from mobilenet_ext.triton.formulas import (
+from mobilenet_ext.triton.formulas import where_also
+from mobilenet_ext.triton.rows import (
     BN_MEAN,
     BN_RSTD,
     BN_SCALE,
@@ -24,21 +27,32 @@ from mobilenet_ext.triton.formulas import (
     GRAD_GAMMA,
     GRAD_MEAN,
     GRAD_Y_COEFFICIENT,
-    where_also,
 )
 
-BN_ROWS, GRAD_ROWS = 5, 6
+# Rows of a program's partial statistics. The mean is MEAN + MEAN_REST: in one float32 a large mean would round off what
+# the variance needs.
+STATISTICS_COUNT, STATISTICS_MEAN, STATISTICS_MEAN_REST, STATISTICS_M2 = (tl.constexpr(row) for row in range(4))
+STATISTICS_ROWS = tl.constexpr(4)
+# Rows of a program's partial sums: of dz, and of dz*(u - mean).
+SUM_DZ, SUM_DZ_CENTRED = tl.constexpr(0), tl.constexpr(1)
+SUM_ROWS = tl.constexpr(2)
+
+
+def empty_statistics(like: Tensor, programs: int, channels: int) -> Tensor:
+    """Where ``programs`` programs leave their statistics of ``channels`` channels, on the device of ``like``."""
+    return like.new_empty((programs, STATISTICS_ROWS.value, channels), dtype=torch.float32)
+
+
+def empty_sums(like: Tensor, programs: int, channels: int) -> Tensor:
+    """Where ``programs`` programs leave their sums of ``channels`` channels, on the device of ``like``."""
+    return like.new_empty((programs, SUM_ROWS.value, channels), dtype=torch.float32)
 
 
 def statistics(partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """``bn`` [5, C] from the programs' rows of ``store_statistics``; no program: mean 0, variance 0.
-
-    Args:
-        partial: float32 [programs, 4, C].
-    """
+    """``bn`` of the statistics that the programs left with ``store_statistics``; no program: mean 0, variance 0."""
     programs, _, channels = partial.shape
     bn = partial.new_empty(BN_ROWS, channels)
-    config = heuristics.finish(channels, programs)
+    config = heuristics.merge(channels, programs)
     _statistics[(triton.cdiv(channels, config["BLOCK_C"]),)](
         partial, gamma, beta, bn, programs, channels, eps, **config
     )  # fmt: skip
@@ -49,7 +63,7 @@ def bn_from_running(
     running_mean: Tensor, running_var: Tensor, gamma: Tensor | None, beta: Tensor | None, conv_bias: Tensor | None,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """``bn`` [5, C] from running statistics; the kernels leave the convolution's bias out, so it comes off the mean."""
+    """``bn`` from running statistics; the kernels leave the convolution's bias out, so it comes off the mean."""
     channels = running_mean.shape[0]
     bn = running_mean.new_empty((BN_ROWS, channels), dtype=torch.float32)
     _from_running[(triton.cdiv(channels, 256),)](
@@ -62,12 +76,13 @@ def gradients(
     sums: Tensor | None, bn: Tensor | None, batch_stats: bool, count: int, weight_partial: Tensor | None,
     grad_weight: Tensor,
 ) -> Tensor:  # fmt: skip
-    """``grad_bn`` [6, C] from the programs' sums, and the sum over the programs of ``grad_weight``, in one launch.
+    """``grad_bn`` of the sums that the programs left with ``store_sums``, and the sum over the programs of
+    ``grad_weight``, in one launch.
 
     Args:
-        sums: float32 [programs, 2, C], the sums of h and of h*(u - mean); None: no ``grad_bn`` is wanted.
+        sums: None: no ``grad_bn`` is wanted.
         bn: that BatchNorm's ``bn``, with ``sums``.
-        batch_stats: whether it normalised by the batch's statistics, over ``count`` values a channel.
+        batch_stats: whether it normalised by the batch's statistics, over ``count`` values per channel.
         weight_partial: float32 [programs, ...] of the elements of ``grad_weight`` in order; None: nothing to sum.
         grad_weight: float32, written.
 
@@ -77,7 +92,7 @@ def gradients(
     programs, channels = (sums.shape[0], sums.shape[2]) if sums is not None else (0, 0)
     grad_bn = grad_weight.new_empty((GRAD_ROWS, channels) if sums is not None else 0)
     weight_programs, elements = (weight_partial.shape[0], grad_weight.numel()) if weight_partial is not None else (0, 0)
-    config = heuristics.finish(max(channels, elements), max(programs, weight_programs))
+    config = heuristics.merge(max(channels, elements), max(programs, weight_programs))
     blocks = [triton.cdiv(size, config["BLOCK_C"]) for size in (channels, elements)]
     if sum(blocks):
         _gradients[(sum(blocks),)](
@@ -85,6 +100,24 @@ def gradients(
             weight_partial, grad_weight, weight_programs, elements, blocks[0], **config,
         )  # fmt: skip
     return grad_bn
+
+
+@triton.jit
+def store_statistics(ptr, program, channels, offsets, mask, count, mean, mean_rest, m2):
+    """Leaves a program's statistics of the channels ``offsets``."""
+    ptr += program * STATISTICS_ROWS * channels
+    tl.store(ptr + STATISTICS_COUNT * channels + offsets, tl.zeros_like(m2) + count, mask=mask)
+    tl.store(ptr + STATISTICS_MEAN * channels + offsets, mean, mask=mask)
+    tl.store(ptr + STATISTICS_MEAN_REST * channels + offsets, tl.zeros_like(m2) + mean_rest, mask=mask)
+    tl.store(ptr + STATISTICS_M2 * channels + offsets, m2, mask=mask)
+
+
+@triton.jit
+def store_sums(ptr, program, channels, offsets, mask, sum_dz, sum_dz_centred):
+    """Leaves a program's sums of the channels ``offsets``."""
+    ptr += program * SUM_ROWS * channels
+    tl.store(ptr + SUM_DZ * channels + offsets, sum_dz, mask=mask)
+    tl.store(ptr + SUM_DZ_CENTRED * channels + offsets, sum_dz_centred, mask=mask)
 
 
 @triton.jit
@@ -106,8 +139,8 @@ def _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps):
 @triton.jit
 def _mean_from(row_ptr, channels, origin, mask):
     """The programs' means, as differences from ``origin``."""
-    mean = tl.load(row_ptr + channels, mask=mask, other=0.0) - origin[None, :]
-    return mean + tl.load(row_ptr + 2 * channels, mask=mask, other=0.0)
+    mean = tl.load(row_ptr + STATISTICS_MEAN * channels, mask=mask, other=0.0) - origin[None, :]
+    return mean + tl.load(row_ptr + STATISTICS_MEAN_REST * channels, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["programs", "channels"])
@@ -117,14 +150,14 @@ def _statistics(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < channels
     # Means are added up as differences from the first one: a large mean costs no precision.
-    origin = tl.load(partial_ptr + channels + c, mask=where_also(mask, programs > 0), other=0.0)
+    origin = tl.load(partial_ptr + STATISTICS_MEAN * channels + c, mask=where_also(mask, programs > 0), other=0.0)
     count = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, programs, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)[:, None]
         inside = (rows < programs) & mask[None, :]
-        row_ptr = partial_ptr + rows * (4 * channels) + c[None, :]
-        n = tl.load(row_ptr, mask=inside, other=0.0)
+        row_ptr = partial_ptr + rows * (STATISTICS_ROWS * channels) + c[None, :]
+        n = tl.load(row_ptr + STATISTICS_COUNT * channels, mask=inside, other=0.0)
         count += n
         total += tl.where(inside, n * _mean_from(row_ptr, channels, origin, inside), 0.0)
     counts = tl.sum(count, 0)
@@ -134,10 +167,11 @@ def _statistics(
     for start in range(0, programs, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)[:, None]
         inside = (rows < programs) & mask[None, :]
-        row_ptr = partial_ptr + rows * (4 * channels) + c[None, :]
-        n = tl.load(row_ptr, mask=inside, other=0.0)
+        row_ptr = partial_ptr + rows * (STATISTICS_ROWS * channels) + c[None, :]
+        n = tl.load(row_ptr + STATISTICS_COUNT * channels, mask=inside, other=0.0)
         difference = _mean_from(row_ptr, channels, origin, inside) - offset[None, :]
-        m2 += tl.where(inside, tl.load(row_ptr + 3 * channels, mask=inside, other=0.0) + n * difference * difference, 0)
+        own_m2 = tl.load(row_ptr + STATISTICS_M2 * channels, mask=inside, other=0.0)
+        m2 += tl.where(inside, own_m2 + n * difference * difference, 0)
     var = tl.sum(m2, 0) / counts
     var = tl.where(var < 0, 0.0, var)  # by rounding, where all values are the same
     _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, origin + offset, var, eps)
@@ -179,16 +213,18 @@ def _gradients(
             mask = c < channels
             scale = tl.load(bn_ptr + BN_SCALE * channels + c, mask=mask, other=0.0)
             rstd = tl.load(bn_ptr + BN_RSTD * channels + c, mask=mask, other=0.0)
-            grad_beta = _sum_rows(sums_ptr, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
-            grad_gamma = rstd * _sum_rows(sums_ptr + channels, programs, 2 * channels, c, mask, BLOCK_P, BLOCK_C)
+            stride = SUM_ROWS * channels
+            grad_beta = _sum_rows(sums_ptr + SUM_DZ * channels, programs, stride, c, mask, BLOCK_P, BLOCK_C)
+            centred = _sum_rows(sums_ptr + SUM_DZ_CENTRED * channels, programs, stride, c, mask, BLOCK_P, BLOCK_C)
+            grad_gamma = rstd * centred
             tl.store(grad_bn_ptr + GRAD_DZ_COEFFICIENT * channels + c, scale, mask=mask)
             # Without batch statistics both are 0 even where the sums are not finite.
-            q = tl.where(inverse_count > 0, -scale * rstd * grad_gamma * inverse_count, 0.0)
-            o = tl.where(inverse_count > 0, -scale * grad_beta * inverse_count, 0.0)
-            tl.store(grad_bn_ptr + GRAD_Y_COEFFICIENT * channels + c, q, mask=mask)
+            y_coefficient = tl.where(inverse_count > 0, -scale * rstd * grad_gamma * inverse_count, 0.0)
+            constant = tl.where(inverse_count > 0, -scale * grad_beta * inverse_count, 0.0)
+            tl.store(grad_bn_ptr + GRAD_Y_COEFFICIENT * channels + c, y_coefficient, mask=mask)
             mean = tl.load(bn_ptr + BN_MEAN * channels + c, mask=mask, other=0.0)
             tl.store(grad_bn_ptr + GRAD_MEAN * channels + c, mean, mask=mask)
-            tl.store(grad_bn_ptr + GRAD_CONSTANT * channels + c, o, mask=mask)
+            tl.store(grad_bn_ptr + GRAD_CONSTANT * channels + c, constant, mask=mask)
             tl.store(grad_bn_ptr + GRAD_GAMMA * channels + c, grad_gamma, mask=mask)
             tl.store(grad_bn_ptr + GRAD_BETA * channels + c, grad_beta, mask=mask)
     else:

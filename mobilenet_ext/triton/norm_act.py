@@ -1,4 +1,4 @@
-"""BatchNorm + ReLU of a stored convolution output, on its own: for the end of a layer or block that stands alone."""
+"""The end of a chain: a stored convolution output normalised and activated, or pooled over each image as well."""
 
 from __future__ import annotations
 
@@ -9,57 +9,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.triton import autotune, finish, formulas, gpu, heuristics
-from mobilenet_ext.triton.formulas import (
-    as_int64,
-    load_normalisation,
+from mobilenet_ext.triton import autotune, gpu, heuristics, merge
+from mobilenet_ext.triton.activation import (
+    activate_backward,
+    centred,
+    load_norm,
+    norm_act,
+    norm_act_inside,
     normalise,
-    rounded,
-    store_sums,
-    tiles_of,
 )
+from mobilenet_ext.triton.formulas import as_int64, rounded, tiles_of
+from mobilenet_ext.triton.merge import store_sums
 
 
-def bn_relu_forward(y: Tensor, bn_y: Tensor, relu: bool) -> Tensor:
-    """``y`` normalised and, with ``relu``, rectified."""
-    n, channels, h, w = y.shape
-    out = torch.empty_like(y, memory_format=torch.channels_last)
-    if y.numel() == 0:
+def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
+    """act(norm(y)), or with ``pool`` its mean over each image."""
+    n, channels, height, width = y.shape
+    pixels, unit, multiprocessors = height * width, math.gcd(channels, 8), gpu.of(y).multiprocessors
+    size = (n, channels, 1, 1) if pool else y.shape
+    out = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
         return out
-    rows, unit = n * h * w, math.gcd(channels, 8)
-    problem = (rows, channels, y.dtype.itemsize, gpu.of(y).multiprocessors)
+    constants = {"UNIT": unit, "ACT": act}
 
     def launch(config: heuristics.Config) -> Tensor:
         kernel = config["kernel"]
-        grid = (triton.cdiv(rows, kernel["BLOCK_M"]), triton.cdiv(channels, kernel["BLOCK_C"]))
-        _forward[grid](y, bn_y, out, rows, channels // unit, UNIT=unit, RELU=relu, **kernel)
+        grid = (triton.cdiv(n * pixels, kernel["BLOCK_M"]), triton.cdiv(channels, kernel["BLOCK_C"]))
+        _forward[grid](y, bn_y, out, n * pixels, channels // unit, **constants, **kernel)
         return out
 
-    return autotune.run("bn_relu_forward", problem, heuristics.bn_relu(*problem), launch)
+    def launch_pool(config: heuristics.Config) -> Tensor:
+        kernel = config["kernel"]
+        grid = (n, triton.cdiv(channels, kernel["BLOCK_C"]))
+        _pool_forward[grid](y, bn_y, out, pixels, channels // unit, **constants, **kernel)
+        return out
+
+    if pool:
+        problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
+        return autotune.run("norm_act_pool_forward", problem, heuristics.norm_act_pool(*problem), launch_pool)
+    problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
+    return autotune.run("norm_act_forward", problem, heuristics.norm_act(*problem), launch)
 
 
-def bn_relu_backward(grad: Tensor, y: Tensor, bn_y: Tensor, batch_stats: bool, relu: bool) -> tuple[Tensor, Tensor]:
-    """h, the gradient at the normalisation's output, and what its backward needs, ``grad_bn`` [6, C]."""
+def norm_act_backward(
+    grad: Tensor, y: Tensor, bn_y: Tensor, act: int, batch_stats: bool, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """(dz, grad_bn_y) from the gradient of ``norm_act_forward``."""
     n, channels, height, width = y.shape
-    h = torch.empty_like(y, memory_format=torch.channels_last)
-    rows, unit = n * height * width, math.gcd(channels, 8)
-    problem = (rows, channels, y.dtype.itemsize, gpu.of(y).multiprocessors)
+    pixels, unit, multiprocessors = height * width, math.gcd(channels, 8), gpu.of(y).multiprocessors
+    dz = torch.empty_like(y, memory_format=torch.channels_last)
+    sizes = (n, pixels, channels // unit) if pool else (n * pixels, channels // unit)
+    backward = _pool_backward if pool else _backward
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
         kernel, programs = config["kernel"], config["PROGRAMS"] if y.numel() else 0
-        sums = y.new_empty((programs, 2, channels), dtype=torch.float32)
+        sums = merge.empty_sums(y, programs, channels)
         if programs:
             grid = (triton.cdiv(channels, kernel["BLOCK_C"]), programs)
-            _backward[grid](grad, y, bn_y, h, sums, rows, channels // unit, UNIT=unit, RELU=relu, **kernel)
-        return h, finish.gradients(sums, bn_y, batch_stats, rows, None, bn_y)
+            backward[grid](grad, y, bn_y, dz, sums, *sizes, UNIT=unit, ACT=act, **kernel)
+        return dz, merge.gradients(sums, bn_y, batch_stats, n * pixels, None, bn_y)
 
-    return autotune.run("bn_relu_backward", problem, heuristics.bn_relu(*problem), launch)
+    if pool:
+        problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
+        return autotune.run("norm_act_pool_backward", problem, heuristics.norm_act_pool(*problem), launch)
+    problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
+    return autotune.run("norm_act_backward", problem, heuristics.norm_act(*problem), launch)
 
 
 @triton.jit(do_not_specialize=["rows", "C_units"])
 def _forward(
     y_ptr, bn_ptr, out_ptr, rows, C_units,
-    UNIT: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channels = C_units * UNIT
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -70,37 +90,84 @@ def _forward(
     base = first_row * channels
     offsets = m * channels + c[None, :]
     y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
-    z = normalise(y, mean, scale, shift)
-    if RELU:
-        z = formulas.relu(z)
-    tl.store(out_ptr + base + offsets, rounded(z, out_ptr.dtype.element_ty), mask=mask)
+    out = norm_act(y, load_norm(bn_ptr, channels, c, channel_inside), True, ACT)
+    tl.store(out_ptr + base + offsets, rounded(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "C_units"])
 def _backward(
-    grad_ptr, y_ptr, bn_ptr, h_ptr, sums_ptr, rows, C_units,
-    UNIT: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, y_ptr, bn_ptr, dz_ptr, sums_ptr, rows, C_units,
+    UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    mean, scale, shift = load_normalisation(bn_ptr, channels, c, channel_inside)
+    norm = load_norm(bn_ptr, channels, c, channel_inside)
     m = tl.arange(0, BLOCK_M)[:, None]
     offsets = m * channels + c[None, :]
-    sum_h = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    sum_h_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_dz = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_dz_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(tl.program_id(1), tiles_of(rows, BLOCK_M), tl.num_programs(1)):
         first_row = as_int64(tile) * BLOCK_M
         mask = (m < rows - first_row) & channel_inside[None, :]
         base = first_row * channels
         grad = tl.load(grad_ptr + base + offsets, mask=mask, other=0.0)
         y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-        if RELU:
-            grad = tl.where(normalise(y, mean, scale, shift) <= 0, 0.0, grad)
-        tl.store(h_ptr + base + offsets, grad, mask=mask)
-        h = grad.to(tl.float32)  # 0 outside the mask
-        sum_h += h
-        sum_h_centred += h * (y.to(tl.float32) - mean)
-    row = sums_ptr + tl.program_id(1).to(tl.int64) * 2 * channels
-    store_sums(row, channels, c, channel_inside, tl.sum(sum_h, 0), tl.sum(sum_h_centred, 0))
+        dz = activate_backward(normalise(y, norm), grad, ACT)
+        tl.store(dz_ptr + base + offsets, dz, mask=mask)
+        dz = dz.to(tl.float32)  # 0 outside the mask
+        sum_dz += dz
+        sum_dz_centred += dz * centred(y, norm)
+    program = tl.program_id(1).to(tl.int64)
+    store_sums(sums_ptr, program, channels, c, channel_inside, tl.sum(sum_dz, 0), tl.sum(sum_dz_centred, 0))
+
+
+@triton.jit(do_not_specialize=["pixels", "C_units"])
+def _pool_forward(
+    y_ptr, bn_ptr, out_ptr, pixels, C_units,
+    UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channels = C_units * UNIT
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_inside = c < channels
+    norm = load_norm(bn_ptr, channels, c, channel_inside)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    offsets = m * channels + c[None, :]
+    image = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for first in range(0, pixels, BLOCK_M):
+        mask = (m < pixels - first) & channel_inside[None, :]
+        y = tl.load(y_ptr + (image * pixels + first) * channels + offsets, mask=mask, other=0.0)
+        total += norm_act_inside(y, norm, mask, True, ACT)
+    out = rounded(tl.sum(total, 0) / pixels, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + image * channels + c, out, mask=channel_inside)
+
+
+@triton.jit(do_not_specialize=["images", "pixels", "C_units"])
+def _pool_backward(
+    grad_ptr, y_ptr, bn_ptr, dz_ptr, sums_ptr, images, pixels, C_units,
+    UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channels = C_units * UNIT
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_inside = c < channels
+    norm = load_norm(bn_ptr, channels, c, channel_inside)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    offsets = m * channels + c[None, :]
+    sum_dz = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_dz_centred = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    chunks = tl.cdiv(pixels, BLOCK_M)
+    for tile in range(tl.program_id(1), images * chunks, tl.num_programs(1)):
+        image = as_int64(tile // chunks)
+        first = tile % chunks * BLOCK_M
+        mask = (m < pixels - first) & channel_inside[None, :]
+        base = (image * pixels + first) * channels
+        grad = tl.load(grad_ptr + image * channels + c, mask=channel_inside, other=0.0).to(tl.float32) / pixels
+        grad = rounded(grad, dz_ptr.dtype.element_ty).to(tl.float32)  # rounded before it is spread over the pixels
+        y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
+        dz = tl.where(mask, activate_backward(normalise(y, norm), grad[None, :], ACT), 0.0)
+        tl.store(dz_ptr + base + offsets, rounded(dz, dz_ptr.dtype.element_ty), mask=mask)
+        sum_dz += dz
+        sum_dz_centred += dz * centred(y, norm)
+    program = tl.program_id(1).to(tl.int64)
+    store_sums(sums_ptr, program, channels, c, channel_inside, tl.sum(sum_dz, 0), tl.sum(sum_dz_centred, 0))

@@ -1,9 +1,10 @@
-"""Pointwise convolution, forward and inference: a product of tall thin matrices, y[M, N] = act(u[M, K]) W[N, K]^T.
+"""Pointwise convolution, forward and inference: a product of tall thin matrices, y[M, N] = a[M, K] W[N, K]^T.
 
-``u`` is read raw and normalised between load and product, ``y`` is written once, and its statistics come from the tile
-in registers. A program owns a block of output channels and walks over tiles of rows, so that there are only a few rows
-of partial statistics a multiprocessor. Where one block holds all input channels the weight stays on chip for the whole
-walk; otherwise it is read, like ``u``, block by block: from the L2, as the programs side by side share both.
+``u`` is read raw, and normalised and activated between load and product; ``y`` is written once, and its statistics come
+from the tile in registers. A program owns a block of output channels and walks over tiles of rows, so that there are
+only a few rows of partial statistics per multiprocessor. Where one block holds all input channels the weight stays on
+chip for the whole walk; otherwise it is read, like ``u``, block by block: from the L2, as the programs side by side
+share both.
 """
 
 from __future__ import annotations
@@ -15,40 +16,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.triton import autotune, finish, gpu, heuristics
+from mobilenet_ext.contract import Act
+from mobilenet_ext.triton import autotune, gpu, heuristics, merge
+from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.checks import check_input, check_pointwise
 from mobilenet_ext.triton.formulas import (
     as_int64,
     dot,
     finite,
     fold_rows,
-    load_normalisation,
     load_tile,
     move_squares,
-    normalise,
-    relu,
     rounded,
-    store_statistics,
     store_tile,
     tiles_of,
 )
+from mobilenet_ext.triton.merge import store_statistics
 
 
 def pointwise_forward(
-    u: Tensor, bn_u: Tensor | None, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, stats: bool
-) -> tuple[Tensor, Tensor]:
-    y, partial = _run("pointwise_forward", u, bn_u, weight, None, False, stats)
-    return y, finish.statistics(partial, gamma, beta, eps) if stats else partial
+    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
+    check_input(bn_u, act_u)
+    check_pointwise(stride, padding)
+    y, partial = _run("pointwise_forward", u, bn_u, act_u, weight, None, Act.LINEAR, stats)
+    bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
+    return y, bn_y
 
 
 def pointwise_inference(
-    x: Tensor, bn_y: Tensor | None, weight: Tensor, relu: bool, packed: Tensor | None = None
+    x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
 ) -> Tensor:
-    return _run("pointwise_inference", x, None, weight, bn_y, relu, False)[0]
+    """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
+    check_pointwise(stride, padding)
+    return _run("pointwise_inference", x, None, Act.LINEAR, weight, bn_y, act_y, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, bn_u: Tensor | None, weight: Tensor, bn_y: Tensor | None, relu: bool, stats: bool
-) -> tuple[Tensor, Tensor]:
+    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bn_y: Tensor | None, act_y: int, stats: bool
+) -> tuple[Tensor, Tensor | None]:
     n, k, height, width = u.shape
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
@@ -57,15 +65,15 @@ def _run(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", processors, shared_memory
     )
 
-    def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
+    def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
-        partial = torch.empty((programs, 4, outputs) if stats else 0, dtype=torch.float32, device=u.device)
+        partial = merge.empty_statistics(u, programs, outputs) if stats else None
         if rows:
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
             _kernel[(programs * triton.cdiv(outputs, kernel["BLOCK_N"]),)](
-                u, bn_u, weight, bn_y, y, partial if stats else None, rows, k // unit, outputs // out_unit,
-                UNIT=unit, OUT_UNIT=out_unit, RELU=relu, PRECISION=precision, **kernel,
+                u, bn_u, weight, bn_y, y, partial, rows, k // unit, outputs // out_unit,
+                UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
             )  # fmt: skip
         return y, partial
 
@@ -76,10 +84,11 @@ def _run(
 @triton.jit(do_not_specialize=["rows", "units", "out_units"])
 def _kernel(
     u_ptr, bn_u_ptr, weight_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
-    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
+    STATS: tl.constexpr = partial_ptr is not None
     channels = units * UNIT
     outputs = out_units * OUT_UNIT
     blocks = tl.cdiv(outputs, BLOCK_N)
@@ -93,8 +102,8 @@ def _kernel(
     weight_ptrs = weight_ptr + n[None, :] * channels + k[:, None]
     if WHOLE_K:
         weight = tl.load(weight_ptrs, mask=(k < channels)[:, None] & column_inside[None, :], other=0.0)
-        mean, scale, shift = load_normalisation(bn_u_ptr, channels, k, k < channels)
-    mean_y, scale_y, shift_y = load_normalisation(bn_y_ptr, outputs, n, column_inside)
+        norm_u = load_norm(bn_u_ptr, channels, k, k < channels)
+    norm_y = load_norm(bn_y_ptr, outputs, n, column_inside)
     count = 0.0
     # Statistics are sums of differences from the mean of the program's first tile: a large mean costs no precision.
     # FOLD: a thread adds up its own rows of all tiles before it meets the others.
@@ -112,7 +121,7 @@ def _kernel(
             # The next tile is on its way while this one is worked on.
             next_u = load_tile(u_ptr, tile + programs, rows, channels, k, BLOCK_M)
             if bn_u_ptr is not None:
-                a = rounded(relu(normalise(a, mean, scale, shift)), a.dtype)
+                a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
             acc = dot(a, weight, acc, PRECISION)
         else:
             for k0 in range(0, channels, BLOCK_K):
@@ -120,17 +129,13 @@ def _kernel(
                 weight = tl.load(weight_ptrs + k0, mask=inside[:, None] & column_inside[None, :], other=0.0)
                 a = load_tile(u_ptr, tile, rows, channels, k0 + k, BLOCK_M)
                 if bn_u_ptr is not None:
-                    mean, scale, shift = load_normalisation(bn_u_ptr, channels, k0 + k, inside)
-                    a = rounded(relu(normalise(a, mean, scale, shift)), a.dtype)
+                    norm_u = load_norm(bn_u_ptr, channels, k0 + k, inside)
+                    a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
                 acc = dot(a, weight, acc, PRECISION)
 
-        if bn_y_ptr is not None:
-            acc = normalise(acc, mean_y, scale_y, shift_y)
-        if RELU:
-            acc = relu(acc)
-        y = rounded(acc, y_ptr.dtype.element_ty)
+        y = rounded(norm_act(acc, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
         store_tile(y_ptr, tile, rows, outputs, n, y, BLOCK_M)
-        if partial_ptr is not None:
+        if STATS:
             left = tl.minimum(rows - as_int64(tile) * BLOCK_M, BLOCK_M).to(tl.int32)
             row_inside = (tl.arange(0, BLOCK_M) < left)[:, None]
             count += left.to(tl.float32)
@@ -140,7 +145,7 @@ def _kernel(
             difference = tl.where(row_inside, stored - origin[None, :], 0.0)
             total += fold_rows(difference, FOLD)
             squares += fold_rows(difference * difference, FOLD)
-    if partial_ptr is not None:
+    if STATS:
         offset = tl.sum(tl.sum(total, 0), 0) / count
         m2 = move_squares(tl.sum(tl.sum(squares, 0), 0), -offset * offset * count)
-        store_statistics(partial_ptr + program * 4 * outputs, outputs, n, column_inside, count, origin, offset, m2)
+        store_statistics(partial_ptr, program, outputs, n, column_inside, count, origin, offset, m2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_RSTD, BN_SCALE, BN_VAR, GRAD_GAMMA, Act
 
 # One image of more than 2^31 elements, and a batch of small ones.
 SHAPES = {"image": (1, 8, 16_400, 16_400), "batch": (170_000, 64, 14, 15)}
@@ -37,8 +38,8 @@ def tail(x: Tensor, rows: int = TAIL) -> Tensor:
 
 def zero_keeping_bn(channels: int, device: str) -> Tensor:
     """A normalisation that leaves zero where it is."""
-    bn = torch.zeros(5, channels)
-    bn[[1, 3, 4]] = torch.rand(3, channels) + 0.5
+    bn = torch.zeros(BN_ROWS, channels)
+    bn[[BN_SCALE, BN_RSTD, BN_VAR]] = torch.rand(3, channels) + 0.5
     return bn.to(device)
 
 
@@ -52,58 +53,61 @@ def test_depthwise(shape: tuple[int, ...], device: str, stride: int) -> None:
     assert x.numel() > 2**31
     weight = torch.randn(channels, 1, 3, 3).to(device, torch.bfloat16)
     bn = zero_keeping_bn(channels, device)
-    y, bn_y = ops.depthwise_forward(x, bn, weight, stride, 1, None, None, 1e-5, True)
+    y, bn_y = ops.depthwise_forward(x, bn, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
     part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
-    expected, _ = reference.depthwise_forward(part, bn64, weight64, stride, 1, None, None, 1e-5, False)
+    expected, _ = reference.depthwise_forward(part, bn64, Act.RELU, weight64, stride, 1, None, None, 1e-5, False)
     check(tail(y, TAIL // stride), expected, "y")
     assert not y[:-1].any() and not y[-1, :, : -TAIL // stride - 1].any()
-    check(bn_y[0], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
+    check(bn_y[BN_MEAN], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
 
-    h = with_tail(tuple(y.shape), device)
-    h[-1, :, : -TAIL // stride] = 0  # with stride 2 the same rows of the input
-    h_u, grad_weight, grad_bn = ops.depthwise_backward(h, None, None, x, bn, True, weight, stride, 1, True, True)
-    expected, wanted_weight, wanted_bn = reference.depthwise_backward(
-        tail(h, TAIL // stride), None, None, part, bn64, True, weight64, stride, 1, True, True
+    dz = with_tail(tuple(y.shape), device)
+    dz[-1, :, : -TAIL // stride] = 0  # with stride 2 the same rows of the input
+    dz_u, grad_weight, grad_bn = ops.depthwise_backward(
+        dz, None, None, x, bn, Act.RELU, True, weight, stride, 1, True, True
     )
-    check(tail(h_u), expected, "h_u")
+    expected, wanted_weight, wanted_bn = reference.depthwise_backward(
+        tail(dz, TAIL // stride), None, None, part, bn64, Act.RELU, True, weight64, stride, 1, True, True
+    )
+    check(tail(dz_u), expected, "dz_u")
     check(grad_weight, wanted_weight, "grad_weight")
-    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
-    del h, y
-    assert not h_u[:-1].any()
+    check(grad_bn[GRAD_GAMMA:], wanted_bn[GRAD_GAMMA:], "grad_bn")
+    del dz, y
+    assert not dz_u[:-1].any()
 
 
 def test_pointwise(shape: tuple[int, ...], device: str) -> None:
     x, channels = with_tail(shape, device), shape[1]
     weight = torch.randn(channels, channels, 1, 1).to(device, torch.bfloat16)
     bn = zero_keeping_bn(channels, device)
-    y, bn_y = ops.pointwise_forward(x, bn, weight, None, None, 1e-5, True)
+    y, bn_y = ops.pointwise_forward(x, bn, Act.RELU, weight, 1, 0, None, None, 1e-5, True)
     part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
-    expected, _ = reference.pointwise_forward(part, bn64, weight64, None, None, 1e-5, False)
+    expected, _ = reference.pointwise_forward(part, bn64, Act.RELU, weight64, 1, 0, None, None, 1e-5, False)
     check(tail(y), expected, "y")
     assert not y[:-1].any() and not y[-1, :, :-TAIL].any()
-    check(bn_y[0], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
+    check(bn_y[BN_MEAN], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
     del y
 
-    h = with_tail(shape, device)
-    h_u, grad_weight, grad_bn = ops.pointwise_backward(h, None, None, x, bn, True, weight, True, True)
+    dz = with_tail(shape, device)
+    dz_u, grad_weight, grad_bn = ops.pointwise_backward(dz, None, None, x, bn, Act.RELU, True, weight, 1, 0, True, True)
     expected, wanted_weight, wanted_bn = reference.pointwise_backward(
-        tail(h), None, None, part, bn64, True, weight64, True, True
+        tail(dz), None, None, part, bn64, Act.RELU, True, weight64, 1, 0, True, True
     )
-    check(tail(h_u), expected, "h_u")
+    check(tail(dz_u), expected, "dz_u")
     check(grad_weight, wanted_weight, "grad_weight")
-    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
+    check(grad_bn[GRAD_GAMMA:], wanted_bn[GRAD_GAMMA:], "grad_bn")
 
 
-def test_bn_relu(shape: tuple[int, ...], device: str) -> None:
+def test_norm_act(shape: tuple[int, ...], device: str) -> None:
     x = with_tail(shape, device)
     bn = zero_keeping_bn(shape[1], device)
     part, bn64 = tail(x), bn.cpu().double()
-    check(tail(ops.bn_relu_forward(x, bn, True)), reference.bn_relu_forward(part, bn64, True), "output")
+    expected = reference.norm_act_forward(part, bn64, Act.RELU, False)
+    check(tail(ops.norm_act_forward(x, bn, Act.RELU, False)), expected, "output")
     grad = with_tail(shape, device)
-    h, grad_bn = ops.bn_relu_backward(grad, x, bn, True, True)
-    expected, wanted_bn = reference.bn_relu_backward(tail(grad), part, bn64, True, True)
-    check(tail(h), expected, "h")
-    check(grad_bn[4:], wanted_bn[4:], "grad_bn")
+    dz, grad_bn = ops.norm_act_backward(grad, x, bn, Act.RELU, True, False)
+    expected, wanted_bn = reference.norm_act_backward(tail(grad), part, bn64, Act.RELU, True, False)
+    check(tail(dz), expected, "dz")
+    check(grad_bn[GRAD_GAMMA:], wanted_bn[GRAD_GAMMA:], "grad_bn")
 
 
 def test_inference(shape: tuple[int, ...], device: str) -> None:
@@ -113,22 +117,25 @@ def test_inference(shape: tuple[int, ...], device: str) -> None:
     )
     bn = zero_keeping_bn(channels, device)
     part = tail(x)
-    others = [t.cpu().double() for t in (bn, depthwise, bn, pointwise)]
-    expected = reference.block_inference(part, others[0], others[1], 2, *others[2:])
-    check(tail(ops.block_inference(x, bn, depthwise, 2, bn, pointwise), TAIL // 2), expected, "block")
-    expected = reference.pointwise_inference(part, others[0], others[3], True)
-    check(tail(ops.pointwise_inference(x, bn, pointwise, True)), expected, "pointwise")
+    bn64, depthwise64, pointwise64 = (t.cpu().double() for t in (bn, depthwise, pointwise))
+    expected = reference.block_inference(part, bn64, Act.RELU, depthwise64, 2, bn64, Act.RELU, pointwise64)
+    y = ops.block_inference(x, bn, Act.RELU, depthwise, 2, bn, Act.RELU, pointwise)
+    check(tail(y, TAIL // 2), expected, "block")
+    expected = reference.pointwise_inference(part, bn64, Act.RELU, pointwise64, 1, 0)
+    check(tail(ops.pointwise_inference(x, bn, Act.RELU, pointwise, 1, 0)), expected, "pointwise")
 
 
-def test_stem(shape: tuple[int, ...], device: str) -> None:
+def test_dense(shape: tuple[int, ...], device: str) -> None:
     x, channels = with_tail(shape, device), shape[1]
     weight = torch.randn(16, channels, 3, 3).to(device, torch.bfloat16)
-    y, _ = ops.stem_forward(x, weight, 2, 1, None, None, 1e-5, True)
+    y, _ = ops.dense_forward(x, None, Act.LINEAR, weight, 2, 1, None, None, 1e-5, True)
     weight64 = weight.cpu().double()
-    expected, _ = reference.stem_forward(tail(x), weight64, 2, 1, None, None, 1e-5, False)
+    expected, _ = reference.dense_forward(tail(x), None, Act.LINEAR, weight64, 2, 1, None, None, 1e-5, False)
     check(tail(y, TAIL // 2), expected, "y")
-    h = with_tail(tuple(y.shape), device)
-    h[-1, :, : -TAIL // 2] = 0
-    _, grad_weight = ops.stem_backward(h, None, None, x, weight, 2, 1, False, True)
-    _, expected = reference.stem_backward(tail(h, TAIL // 2), None, None, tail(x), weight64, 2, 1, False, True)
+    dz = with_tail(tuple(y.shape), device)
+    dz[-1, :, : -TAIL // 2] = 0
+    source = (None, Act.LINEAR, False)
+    _, grad_weight, _ = ops.dense_backward(dz, None, None, x, *source, weight, 2, 1, False, True)
+    part = tail(dz, TAIL // 2)
+    _, expected, _ = reference.dense_backward(part, None, None, tail(x), *source, weight64, 2, 1, False, True)
     check(grad_weight, expected, "grad_weight")

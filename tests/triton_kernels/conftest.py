@@ -2,8 +2,8 @@
 
 A process either interprets kernels or compiles them: Triton reads TRITON_INTERPRET where a kernel is defined. In an
 ordinary process a test file of this folder is therefore one test, which runs it in an interpreting process of its own;
-``TRITON_INTERPRET=1 pytest tests/triton_kernels/test_pointwise.py -k ...`` runs its tests one by one.
-``test_machine_code.py`` is the other way round: it compiles.
+``TRITON_INTERPRET=1 pytest tests/triton_kernels/test_triton_pointwise_forward.py -k ...`` runs its tests one by one.
+``test_triton_machine_code.py`` is the other way round: it compiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 from mobilenet_ext.backends.triton import interpreted
 
-COMPILING = ("test_machine_code.py",)
+COMPILING = ("test_triton_machine_code.py",)
 NO_TRITON = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 

@@ -81,7 +81,7 @@ def test_choices_of_other_processes_are_kept(file, timed):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"op (1, \'torch.float32\')": {"BLOCK": 99}}'])
-def test_a_damaged_or_outdated_file_is_tuned_anew(file, timed, content):
+def test_a_damaged_or_outdated_file_is_tuned_again(file, timed, content):
     file.parent.mkdir()
     file.write_text(content)
     assert run() == CANDIDATES[1]

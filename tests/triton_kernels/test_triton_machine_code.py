@@ -191,7 +191,7 @@ def halves(launch: Launch, part: str) -> bool:
 
 
 def test_products_run_on_tensor_cores(kernels, architecture: Architecture) -> None:
-    for part in ("pointwise_forward", "pointwise_backward", "stem_forward", "stem_backward", "block_inference"):
+    for part in ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference"):
         assert any(code.dots for _, code in named(kernels, part)), f"no product in {part}"
     check(kernels, lambda launch, code: no_tensor_cores(launch, code, architecture.capability))
 

@@ -15,6 +15,7 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.block_inference import block_inference
 
@@ -35,14 +36,18 @@ SHAPES = [
 TILED = (2, 40, 40, 3, 11, 1)
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | int, ...]:
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU)
+) -> tuple[Tensor | int, ...]:
     n, c, filters, h, w, stride = shape
     return (
         activation(n, c, h, w, dtype=dtype),
         random_bn(c, dtype),
+        acts[0],
         torch.randn(c, 1, 3, 3, dtype=torch.float64).div(3).to(dtype),
         stride,
         random_bn(filters, dtype),
+        acts[1],
         (torch.randn(filters, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype),
     )
 
@@ -51,8 +56,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, *candidates: heuristics.Config) -> N
     monkeypatch.setattr(heuristics, "block_inference", lambda *_: candidates)
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    args = inputs(shape, dtype)
+def check(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU)) -> None:
+    args = inputs(shape, dtype, acts)
     y = block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
@@ -69,6 +74,15 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_several_tiles(dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16))
     check((*TILED[:5], stride), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("acts", [(Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR), (Act.LINEAR, Act.LINEAR)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_linear(fused: bool, acts: tuple[Act, Act], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16)
+    choose(monkeypatch, config if fused else heuristics.TWO_KERNELS)
+    check(TILED, dtype, acts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,8 @@ import torch
 from cpu_ops import assert_close, random_bn
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.triton import finish
+from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_RSTD, BN_SCALE
+from mobilenet_ext.triton import merge
 
 
 @pytest.mark.parametrize("programs, channels", [(1, 1), (3, 24), (200, 40), (5000, 3)])
@@ -23,13 +24,13 @@ def test_statistics(programs, channels, mean):
     gamma, beta = torch.rand(channels) + 0.5, torch.randn(channels)
     values = torch.cat(rows).T.reshape(1, channels, -1, 1)
     expected = reference._batch_bn(values, gamma.double(), beta.double(), 1e-5)
-    bn = finish.statistics(partial, gamma, beta, 1e-5)
-    assert bn.shape == (5, channels)
+    bn = merge.statistics(partial, gamma, beta, 1e-5)
+    assert bn.shape == (BN_ROWS, channels)
     torch.testing.assert_close(bn.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_nothing():
-    bn = finish.statistics(torch.empty(0, 4, 5), None, None, 0.25)
+    bn = merge.statistics(merge.empty_statistics(torch.empty(0), 0, 5), None, None, 0.25)
     expected = torch.tensor([0.0, 2.0, 0.0, 2.0, 0.0])[:, None].expand(5, 5)
     torch.testing.assert_close(bn, expected)
 
@@ -41,7 +42,7 @@ def test_bn_from_running(affine, conv_bias):
     vectors = [torch.randn(channels), torch.rand(channels) + 0.1]
     vectors += [torch.randn(channels), torch.randn(channels)] if affine else [None, None]
     vectors += [torch.randn(channels)] if conv_bias else [None]
-    bn = finish.bn_from_running(*vectors, 1e-3)
+    bn = merge.bn_from_running(*vectors, 1e-3)
     expected = reference.bn_from_running(*(v if v is None else v.double() for v in vectors), 1e-3)
     torch.testing.assert_close(bn.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -49,19 +50,20 @@ def test_bn_from_running(affine, conv_bias):
 @pytest.mark.parametrize("batch_stats", [False, True])
 @pytest.mark.parametrize("programs, channels, elements", [(1, 3, 27), (70, 24, 216), (300, 8, 5000)])
 def test_gradients(programs, channels, elements, batch_stats):
-    sums, partial = torch.randn(programs, 2, channels), torch.randn(programs + 3, elements)
+    sums = merge.empty_sums(torch.empty(0), programs, channels).normal_()
+    partial = torch.randn(programs + 3, elements)
     bn = random_bn(channels, torch.float32)
     grad_weight = torch.full((elements,), float("nan"))
-    grad_bn = finish.gradients(sums, bn, batch_stats, 50, partial, grad_weight)
+    grad_bn = merge.gradients(sums, bn, batch_stats, 50, partial, grad_weight)
     assert_close(grad_weight, partial.double().sum(0), 1e-5)
     beta, centred = sums.double().sum(0)
-    scale, rstd = bn[reference.BN_SCALE].double(), bn[reference.BN_RSTD].double()
+    scale, rstd = bn[BN_SCALE].double(), bn[BN_RSTD].double()
     gamma = rstd * centred
     zero = torch.zeros_like(gamma)
-    q, o = (-scale * rstd * gamma / 50, -scale * beta / 50) if batch_stats else (zero, zero)
-    expected = torch.stack([scale, q, bn[reference.BN_MEAN].double(), o, gamma, beta])
+    y_coefficient, constant = (-scale * rstd * gamma / 50, -scale * beta / 50) if batch_stats else (zero, zero)
+    expected = torch.stack([scale, y_coefficient, bn[BN_MEAN].double(), constant, gamma, beta])
     torch.testing.assert_close(grad_bn.double(), expected, rtol=1e-4, atol=1e-5)
 
-    only_bn = finish.gradients(sums, bn, batch_stats, 50, None, grad_weight.new_empty(0))
+    only_bn = merge.gradients(sums, bn, batch_stats, 50, None, grad_weight.new_empty(0))
     torch.testing.assert_close(only_bn, grad_bn, rtol=1e-4, atol=1e-5)
-    assert finish.gradients(None, None, False, 0, partial, grad_weight).shape == (0,)
+    assert merge.gradients(None, None, False, 0, partial, grad_weight).shape == (0,)

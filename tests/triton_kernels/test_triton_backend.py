@@ -14,6 +14,7 @@ from test_network import backward, check_gradients, check_running_statistics, fo
 import mobilenet_ext as mx
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
 from mobilenet_ext.triton import gpu
 
 
@@ -56,7 +57,7 @@ def test_eval_and_frozen_network() -> None:
 def test_float64_is_refused() -> None:
     x = torch.randn(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)
     with pytest.raises(TypeError, match="float64"):
-        ops.depthwise_inference(x, None, torch.randn(8, 1, 3, 3).double(), 1, 1, False)
+        ops.depthwise_inference(x, None, Act.LINEAR, torch.randn(8, 1, 3, 3).double(), 1, 1)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -69,23 +70,18 @@ def test_empty_batch(training: bool) -> None:
     assert not any(bn.running_mean.any() for bn in plain.batch_norms(unit))
 
 
-@pytest.mark.parametrize("op", ["depthwise", "pointwise", "stem"])
-def test_empty_tensors_launch_nothing(op: str) -> None:
+@pytest.mark.parametrize("conv", ["depthwise", "pointwise", "dense"])
+def test_empty_tensors_launch_nothing(conv: str) -> None:
     """Outputs and statistics of the raw ops are those of the reference."""
     u = torch.randn(0, 6, 5, 7).contiguous(memory_format=torch.channels_last)
-    weight = {
-        "depthwise": torch.randn(6, 1, 3, 3),
-        "pointwise": torch.randn(4, 6, 1, 1),
-        "stem": torch.randn(4, 6, 3, 3),
-    }
-    geometry = () if op == "pointwise" else (2, 1)
-    bn_u = () if op == "stem" else (torch.rand(5, 6),)
-    args = (u, *bn_u, weight[op], *geometry, None, None, 1e-5, True)
-    actual, expected = getattr(ops, f"{op}_forward")(*args), getattr(reference, f"{op}_forward")(*args)
-    h = torch.empty_like(expected[0])
-    args = (h, None, None, u, *(() if op == "stem" else (*bn_u, True)), weight[op], *geometry, True, True)
-    actual += getattr(ops, f"{op}_backward")(*args)
-    expected += getattr(reference, f"{op}_backward")(*args)
+    weight = torch.randn({"depthwise": (6, 1, 3, 3), "pointwise": (4, 6, 1, 1), "dense": (4, 6, 3, 3)}[conv])
+    geometry = (1, 0) if conv == "pointwise" else (2, 1)
+    source = (u, None, Act.LINEAR) if conv == "dense" else (u, torch.rand(5, 6), Act.RELU)
+    args = (*source, weight, *geometry, None, None, 1e-5, True)
+    actual, expected = ops.FORWARD[conv](*args), getattr(reference, f"{conv}_forward")(*args)
+    args = (torch.empty_like(expected[0]), None, None, *source, True, weight, *geometry, True, True)
+    actual += ops.BACKWARD[conv](*args)
+    expected += getattr(reference, f"{conv}_backward")(*args)
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b)

@@ -1,0 +1,90 @@
+"""Activations, their derivatives, and the normalisation before them: applied to what is loaded, and to what is stored.
+
+A new activation is a branch in ``activate`` and one in ``activate_backward``; no other file knows one. ``ACT`` is an
+``Act`` of ``contract.py``. A ``norm`` is the mean, scale and shift of some channels, each ``[1, C]``, and z is
+``(u - mean)*scale + shift``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mobilenet_ext.contract import Act
+from mobilenet_ext.triton.rows import BN_MEAN, BN_SCALE, BN_SHIFT, load_row
+
+LINEAR = tl.constexpr(int(Act.LINEAR))
+RELU = tl.constexpr(int(Act.RELU))
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """act(z). Every activation maps 0 to 0, and NaN to NaN."""
+    if ACT == LINEAR:
+        return z
+    elif ACT == RELU:
+        # A plain maximum, and a select on z > 0, compile to an instruction that loses NaN.
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(False, "unknown ACT")
+
+
+@triton.jit
+def activate_backward(z, da, ACT: tl.constexpr):
+    """dz, the gradient at z, of that at act(z). A NaN in z passes the gradient on, as in PyTorch."""
+    if ACT == LINEAR:
+        return da
+    elif ACT == RELU:
+        return tl.where(z <= 0, 0.0, da)
+    else:
+        tl.static_assert(False, "unknown ACT")
+
+
+@triton.jit
+def activate_backward_by_output(a, da, ACT: tl.constexpr):
+    """``activate_backward`` where a = act(z) is at hand and z is not: for activations whose derivative a tells."""
+    tl.static_assert(ACT == LINEAR or ACT == RELU, "the derivative of this ACT needs z")
+    return activate_backward(a, da, ACT)
+
+
+@triton.jit
+def load_norm(bn_ptr, channels, offsets, mask):
+    """The ``norm`` of a ``bn`` at the channels ``offsets``; 0 outside the mask, and without ``bn``."""
+    if bn_ptr is None:
+        mean = tl.zeros([1, offsets.shape[0]], tl.float32)
+        return mean, mean, mean
+    else:
+        mean = load_row(bn_ptr, BN_MEAN, channels, offsets, mask)
+        scale = load_row(bn_ptr, BN_SCALE, channels, offsets, mask)
+        shift = load_row(bn_ptr, BN_SHIFT, channels, offsets, mask)
+        return mean, scale, shift
+
+
+@triton.jit
+def normalise(u, norm):
+    """z. Centred first: a large mean would cancel in u*scale + constant."""
+    return centred(u, norm) * norm[1] + norm[2]
+
+
+@triton.jit
+def centred(u, norm):
+    """``u - mean``."""
+    return u.to(tl.float32) - norm[0]
+
+
+@triton.jit
+def norm_act(u, norm, NORM: tl.constexpr, ACT: tl.constexpr):
+    """act(z), in float32. Without ``NORM``, z is ``u``."""
+    if NORM:
+        return activate(normalise(u, norm), ACT)
+    else:
+        return activate(u.to(tl.float32), ACT)
+
+
+@triton.jit
+def norm_act_inside(u, norm, mask, NORM: tl.constexpr, ACT: tl.constexpr):
+    """``norm_act``, and 0 outside ``mask``, where ``u`` is 0: a convolution's padding is 0 after the activation."""
+    a = norm_act(u, norm, NORM, ACT)
+    if NORM:
+        a = tl.where(mask, a, 0.0)
+    return a

@@ -1,0 +1,156 @@
+"""Depthwise convolution in Triton, backward, against the reference in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cpu_ops import (
+    ACC_TOLERANCE,
+    TOLERANCE,
+    activation,
+    assert_close,
+    assert_same_specials,
+    in_float64,
+    is_channels_last_dense,
+    random_bn,
+    random_grad_bn,
+)
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act, conv_output_size
+from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton.depthwise_backward import depthwise_backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
+GEOMETRIES = list(product([1, 2], [0, 1]))
+GRAD_BN_ROWS = ["DZ_COEFFICIENT", "Y_COEFFICIENT", "MEAN", "CONSTANT", "GAMMA", "BETA"]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles per program, several programs, several chunks of rows and blocks of channels."""
+    tile = heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)
+    monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_: (tile,))
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
+
+
+def fits(size: tuple[int, int, int], padding: int) -> bool:
+    return min(size[1:]) + 2 * padding >= 3
+
+
+def check_backward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats") -> None:
+    n, h, w = size
+    u = activation(n, channels, h, w, dtype=dtype)
+    bn_u = random_bn(channels, dtype) if normalise else None
+    out = [conv_output_size(side, 3, stride, padding) for side in (h, w)]
+    dz = activation(n, channels, *out, dtype=dtype)
+    y = activation(n, channels, *out, dtype=dtype) if output == "stats" else None
+    grad_bn = None if output == "plain" else random_grad_bn(channels, dtype)
+    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    args = (dz, y, grad_bn, u, bn_u, act if normalise else Act.LINEAR, True, weight, stride, padding)
+
+    dz_u, grad_weight, grad_bn_u = depthwise_backward(*args, True, True)
+    expected_dz, expected_weight, _ = in_float64(reference.depthwise_backward, (*args, True, True))
+    assert dz_u.dtype == dtype and is_channels_last_dense(dz_u) and grad_weight.dtype == torch.float32
+    assert_close(dz_u, expected_dz, TOLERANCE[dtype], "dz_u")
+    assert_close(grad_weight, expected_weight, ACC_TOLERANCE[dtype], "grad_weight")
+    if normalise:
+        of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True)
+        for row, name in enumerate(GRAD_BN_ROWS):
+            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+    else:
+        assert grad_bn_u.shape == (0,)
+
+    only_weight = depthwise_backward(*args, False, True)
+    assert only_weight[0].shape == (0,) and only_weight[2].shape == (0,)
+    assert_close(only_weight[1], grad_weight.double(), ACC_TOLERANCE[dtype])
+    only_input = depthwise_backward(*args, True, False)
+    assert torch.equal(only_input[0], dz_u) and only_input[1].shape == (0,)
+    assert_close(only_input[2], grad_bn_u.double(), ACC_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward(dtype, stride, padding):
+    for channels, size in CASES:
+        if fits(size, padding):
+            check_backward(dtype, channels, size, stride, padding)
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_backward_over_several_tiles(dtype, stride, padding):
+    check_backward(dtype, 24, (5, 6, 5), stride, padding)
+
+
+@pytest.mark.parametrize("output", ["plain", "scaled", "stats"])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_backward_with_optional_arguments(stride, normalise, output):
+    check_backward(torch.float32, 8, (2, 5, 6), stride, 1, normalise=normalise, output=output)
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_linear_on_load(dtype, stride, padding):
+    check_backward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_specials_go_where_the_reference_sends_them(dtype, stride):
+    """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
+    u = activation(2, 8, 9, 9, dtype=dtype)
+    u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
+    weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
+    out = conv_output_size(9, 3, stride, 1)
+    dz = activation(2, 8, out, out, dtype=dtype)
+    dz[1, 5, out // 2, out // 2] = float("nan")
+    args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), Act.RELU, False, weight, stride, 1, True, True)
+    dz_u, grad_weight, grad_bn = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_same_specials(dz_u, expected[0])
+    assert torch.equal(grad_weight.isfinite(), expected[1].isfinite())
+    assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_an_input_that_no_output_sees_reaches_no_gradient(special):
+    u = activation(1, 8, 6, 6, dtype=torch.float32)
+    u[:, :, 5] = u[:, :, :, 5] = special
+    dz = activation(1, 8, 2, 2, dtype=torch.float32)
+    args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 3, 3), 2, 0, True, True)
+    dz_u, grad_weight, _ = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
+    assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
+
+
+def test_nan_passes_the_gradient():
+    u = torch.full((1, 8, 3, 3), float("nan")).contiguous(memory_format=torch.channels_last)
+    dz = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    dz_u, _, _ = depthwise_backward(
+        dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, torch.ones(8, 1, 3, 3), 1, 1, True, False
+    )
+    assert torch.equal(dz_u[0, 0], torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_all_candidates_agree(monkeypatch, stride):
+    candidates = heuristics.depthwise_backward(24, 2)
+    assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
+    for candidate in candidates:
+        monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))
+        check_backward(torch.bfloat16, 24, (2, 7, 5), stride, 1)
+
+
+def test_an_empty_batch():
+    u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
+    weight = torch.ones(8, 1, 3, 3)
+    dz_u, grad_weight, _ = depthwise_backward(u, None, None, u, None, Act.LINEAR, False, weight, 1, 1, True, True)
+    assert dz_u.shape == u.shape and torch.equal(grad_weight, torch.zeros_like(weight))

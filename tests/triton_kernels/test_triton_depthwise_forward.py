@@ -1,0 +1,182 @@
+"""Depthwise convolution in Triton, forward and inference, against the reference in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cpu_ops import (
+    ACC_TOLERANCE,
+    TOLERANCE,
+    activation,
+    assert_close,
+    assert_same_specials,
+    check_overflowed,
+    copying_weight,
+    in_float64,
+    is_channels_last_dense,
+    overflowing,
+    random_bn,
+)
+
+from mobilenet_ext import contract
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import Act
+from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton.depthwise_forward import depthwise_forward, depthwise_inference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
+GEOMETRIES = list(product([1, 2], [0, 1]))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a program, several programs, several chunks of rows and blocks of channels."""
+    tile = heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)
+    monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_: (tile,))
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
+
+
+def fits(size: tuple[int, int, int], padding: int) -> bool:
+    return min(size[1:]) + 2 * padding >= 3
+
+
+def check_forward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True) -> None:
+    n, h, w = size
+    u = activation(n, channels, h, w, dtype=dtype)
+    bn = random_bn(channels, dtype) if normalise else None
+    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
+    args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True)
+    y, bn_y = depthwise_forward(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, in_float64(reference.depthwise_forward, args)[0], TOLERANCE[dtype], "y")
+    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), 1e-5)
+    if y.numel() > channels:  # the statistics of single values are rounding errors
+        for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
+            assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+    again, without = depthwise_forward(*args[:-1], False)
+    assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype, stride, padding):
+    for channels, size in CASES:
+        if fits(size, padding):
+            check_forward(dtype, channels, size, stride, padding)
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_forward_over_several_tiles(dtype, stride, padding):
+    check_forward(dtype, 24, (5, 6, 5), stride, padding)
+
+
+@pytest.mark.parametrize("stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_linear_on_load(dtype, stride, padding):
+    """The padding is 0 where a normalised 0 is not."""
+    check_forward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
+
+
+def test_an_activation_without_a_normalisation_is_refused():
+    u = activation(1, 8, 3, 3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
+        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+
+
+def test_forward_without_optional_arguments():
+    check_forward(torch.float32, 8, (2, 5, 5), 1, 1, normalise=False, affine=False)
+
+
+def test_statistics_survive_a_large_mean(monkeypatch):
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (300, 1))
+    u = activation(1, 8, 300, 2, dtype=torch.float32) + 1e4
+    weight = torch.zeros(8, 1, 3, 3)
+    weight[:, :, 1, 1] = 1.0
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    assert torch.equal(y, u)
+    assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
+
+
+def test_statistics_survive_an_outlier_before_them(monkeypatch):
+    """Of a lane with many values the first may be unlike all others, so that differences from it say little of them."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (300, 1))
+    u = activation(1, 8, 300, 2, dtype=torch.float32)
+    u[:, :, 0] = 1e4
+    weight = torch.zeros(8, 1, 3, 3)
+    weight[:, :, 1, 1] = 1.0
+    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-6)
+
+
+def test_a_column_outside_the_image_may_overflow():
+    """With an odd width the last lane's second column is computed, but is no output and no part of the statistics."""
+    u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(8, 1, 3, 3).half()
+    weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
+    args = (u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = depthwise_forward(*args)
+    expected_y, expected_bn = in_float64(reference.depthwise_forward, args)
+    assert torch.equal(y.double(), expected_y)
+    assert torch.equal(bn[:1].double(), expected_bn[:1]) and not bn[contract.BN_VAR].any()
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
+def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
+    tile = [heuristics.depthwise_forward(channels, 4)[0][name] for name in ("BLOCK_P", "BLOCK_C")]
+    _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tuple(tile), stats)
+    assert 0 < programs <= 65535
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference(dtype):
+    for channels, (stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
+        x = activation(2, channels, 5, 6, dtype=dtype)
+        bn = random_bn(channels, dtype) if with_bn else None
+        args = (x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), stride, padding)
+        out = depthwise_inference(*args)
+        assert out.dtype == dtype and is_channels_last_dense(out)
+        assert_close(out, in_float64(reference.depthwise_inference, args)[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_specials_go_where_the_reference_sends_them(dtype, stride):
+    """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
+    u = activation(2, 8, 9, 9, dtype=dtype)
+    u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
+    weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
+    args = (u, random_bn(8, dtype), Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    y, _ = depthwise_forward(*args)
+    assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
+    assert y.isnan().any() and y.isinf().any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_all_candidates_agree(monkeypatch, stride):
+    candidates = heuristics.depthwise_forward(24, 2)
+    assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
+    for candidate in candidates:
+        monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
+        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, 1)
+
+
+def test_an_empty_batch():
+    u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+    y, bn = depthwise_forward(*args)
+    assert y.shape == (0, 8, 5, 5)
+    torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
+
+
+def test_squares_that_overflow():
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    check_overflowed(bn, y)

@@ -1,0 +1,177 @@
+"""Pointwise convolution in Triton, forward and inference, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_ops import (
+    ACC_TOLERANCE,
+    TOLERANCE,
+    activation,
+    assert_close,
+    assert_same_specials,
+    check_overflowed,
+    copying_weight,
+    in_float64,
+    is_channels_last_dense,
+    overflowing,
+    random_bn,
+    relative_error,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, Act
+from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CHANNELS = [(1, 3), (3, 1), (8, 24), (24, 40), (40, 136), (136, 8)]
+
+
+def blocks(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
+    return heuristics.config(num_warps=4, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **constants)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles per program, several programs, several blocks of channels."""
+    config = {"PROGRAMS": 2, "kernel": blocks(32, 16, 16, WHOLE_K=False, FOLD=True)}
+    monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
+
+
+@pytest.fixture
+def whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All channels in one block, several tiles per program and several programs."""
+    config = {"PROGRAMS": 2, "kernel": blocks(64, 64, 64, WHOLE_K=True, FOLD=True)}
+    monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
+
+
+def weight_of(channels: int, outputs: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
+
+
+def check_forward(
+    channels: int, outputs: int, dtype: torch.dtype, plain: bool = False, affine: bool = True,
+    size: tuple = (1, 9, 11), act: Act = Act.RELU,
+) -> None:  # fmt: skip
+    u = activation(size[0], channels, *size[1:], dtype=dtype)
+    bn_u, weight = None if plain else random_bn(channels, dtype), weight_of(channels, outputs, dtype)
+    gamma, beta = (torch.rand(outputs) + 0.5, torch.randn(outputs)) if affine else (None, None)
+    args = (u, bn_u, Act.LINEAR if plain else act, weight, 1, 0, gamma, beta, 1e-5)
+    y, bn = pointwise_forward(*args, True)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    # In 16 bits it comes from two roundings: of an operand, and of itself.
+    bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 1.5)
+    assert_close(y, in_float64(reference.pointwise_forward, (*args, True))[0], bound, "y")
+    of_stored = reference._batch_bn(y.double(), *(None if v is None else v.double() for v in (gamma, beta)), 1e-5)
+    assert bn.shape == (BN_ROWS, outputs) and bn.dtype == torch.float32
+    for row in range(BN_ROWS):
+        assert_close(bn[row], of_stored[row], ACC_TOLERANCE[dtype], f"bn[{row}]")
+    again, nothing = pointwise_forward(*args, False)
+    assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
+def test_shapes(channels: int, outputs: int, dtype: torch.dtype) -> None:
+    check_forward(channels, outputs, dtype)
+
+
+@pytest.mark.parametrize("act", Act)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: None) -> None:
+    check_forward(24, 40, dtype, act=act)
+
+
+@pytest.mark.parametrize("act", Act)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_weight(dtype: torch.dtype, act: Act, whole_weight: None) -> None:
+    check_forward(24, 40, dtype, size=(2, 11, 12), act=act)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_optional_arguments(plain: bool, affine: bool) -> None:
+    check_forward(24, 8, torch.float32, plain, affine, size=(1, 4, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize("act", Act)
+def test_inference(bn: bool, act: Act, dtype: torch.dtype) -> None:
+    for channels, outputs in ((24, 40), (136, 3)):
+        x = activation(2, channels, 5, 7, dtype=dtype)
+        args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, 0)
+        y = pointwise_inference(*args)
+        assert y.dtype == dtype and is_channels_last_dense(y)
+        assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": 1}])
+def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, int]) -> None:
+    geometry = {"stride": 1, "padding": 0, **setting}
+    ((name, value),) = setting.items()
+    x, weight = activation(1, 8, 3, 3, dtype=torch.float32), weight_of(8, 3, torch.float32)
+    with pytest.raises(ValueError, match=f"{name}: expected .* for a pointwise convolution, got {value}"):
+        pointwise_inference(x, None, Act.LINEAR, weight, **geometry)
+    with pytest.raises(ValueError, match=f"{name}: expected .* for a pointwise convolution, got {value}"):
+        pointwise_forward(x, None, Act.LINEAR, weight, **geometry, gamma=None, beta=None, eps=1e-5, stats=True)
+
+
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
+    """The variance of y survives a channel mean of 1e4 with standard deviation 1."""
+    request.getfixturevalue(blocks_of)
+    u = activation(2, 1, 12, 13, dtype=torch.float32, mean=1e4)
+    weight = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1, 1)
+    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, True)
+    expected = reference._batch_bn(y.double(), None, None, 1e-5)
+    assert_close(bn[BN_VAR], expected[BN_VAR], 1e-5, "variance")
+    assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
+
+
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+def test_nonfinite(special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(blocks_of)
+    u = activation(1, 8, 9, 9, dtype=torch.float32)
+    u[0, 2, 3, 4] = special
+    weight = weight_of(8, 3, torch.float32)
+    args = (u, random_bn(8, torch.float32), Act.RELU, weight, 1, 0, None, None, 1e-5, True)
+    y, bn = pointwise_forward(*args)
+    assert_same_specials(y, in_float64(reference.pointwise_forward, args)[0])
+    if special > 0 or special != special:
+        assert not bn[BN_VAR].isfinite().any()  # a variance that a gradient scaler notices
+
+
+def test_empty_batch() -> None:
+    u, bn_u, weight = torch.empty(0, 8, 4, 4), random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
+    args = (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True)
+    for actual, expected in zip(pointwise_forward(*args), reference.pointwise_forward(*args), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, 132, 227 * 1024):
+        monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
+        check_forward(40, 32, dtype, size=(1, 9, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
+    """At most 1.5 times the error of PyTorch's own path, which rounds a and y to 16 bits."""
+    request.getfixturevalue(blocks_of)
+    u, bn_u, weight = activation(2, 40, 12, 12, dtype=dtype), random_bn(40, dtype), weight_of(40, 24, dtype)
+    args = (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, False)
+    expected = in_float64(reference.pointwise_forward, args)[0]
+    own = torch.nn.functional.conv2d(reference._norm_act(u, bn_u, Act.RELU).to(dtype), weight)
+    assert relative_error(pointwise_forward(*args)[0], expected) <= 1.5 * relative_error(own, expected)
+
+
+def test_squares_that_overflow(small_blocks: None) -> None:
+    u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("pointwise", 8, torch.float32)
+    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, True)
+    check_overflowed(bn, y)
