@@ -2,7 +2,7 @@
 # Builds the CPU kernels with AddressSanitizer, from a copy of the sources in build/address-sanitizer, and runs Python
 # there with the arguments given:
 #
-#   tests/address_sanitizer.sh -m pytest -q tests/test_cpu_kernels.py          PYTHON: the interpreter, default python3
+#   tests/address_sanitizer.sh -m pytest -q tests/cpu_kernels          PYTHON: the interpreter, default python3
 #
 # It does not see what masked loads and stores (AVX-512), streaming stores and AMX access: run with
 # MOBILENET_EXT_CPU_ISA=avx2 too. Tensors of a MiB and more come from the system, not from malloc: what is accessed past

@@ -35,7 +35,7 @@ def empty_cache() -> None:
 
 def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise_weight: Tensor) -> Tensor:
     """What ``block_inference``, or without a depthwise part ``pointwise_inference``, otherwise makes of these at each
-    call (``csrc/cpu/block.h``): uint8, one-dimensional."""
+    call (``csrc/cpu/block_inference.h``): uint8, one-dimensional."""
     return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
 
 
