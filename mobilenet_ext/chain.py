@@ -47,7 +47,7 @@ class Unit(NamedTuple):
     batch_stats: bool  # normalise by the batch's statistics, otherwise by the running ones
     momentum: float | None  # the share of the batch's statistics in the new running ones; None: leave them
     eps: float
-    act: Act = Act.RELU
+    act: int = Act.RELU.value
 
     def output_size(self, n: int, h: int, w: int) -> tuple[int, int, int, int]:
         kernel = self.weight.shape[2]
@@ -63,7 +63,7 @@ class InferenceUnit(NamedTuple):
     padding: int
     weight: Tensor
     bn: Tensor
-    act: Act = Act.RELU
+    act: int = Act.RELU.value
 
     output_size = Unit.output_size
 
@@ -74,7 +74,7 @@ class _Settings(NamedTuple):
     padding: int
     batch_stats: bool
     eps: float
-    act: Act
+    act: int
 
 
 def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
@@ -82,7 +82,7 @@ def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
 
     Args:
         x: activation ``[N, C, H, W]``, any memory format, not empty.
-        units: at least one; a dense convolution only as the first, a linear unit only as the last.
+        units: at least one; a dense convolution only as the first.
         pool: give the mean of the last unit's activation over each image, ``[N, C, 1, 1]``.
 
     Returns:
@@ -178,18 +178,13 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
             packed = pack(None, None, weight) if pack and kind == "pointwise" else None
             steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed)))
     if pool:
-        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR, True)))
+        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR.value, True)))
     return steps
 
 
 def _is_block(depthwise: InferenceUnit, pointwise: InferenceUnit | None = None) -> bool:
     """Whether ``block_inference`` takes these two units."""
-    return (
-        pointwise is not None
-        and pointwise.kind == "pointwise"
-        and depthwise.padding == 1
-        and depthwise.act == pointwise.act == Act.RELU
-    )
+    return pointwise is not None and pointwise.kind == "pointwise" and depthwise.padding == 1
 
 
 def execute(x: Tensor, steps: list[Step]) -> Tensor:
@@ -302,7 +297,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, pool, dtype, first, x, *params):
-        u, bn, act = x, None, Act.LINEAR
+        u, bn, act = x, None, Act.LINEAR.value
         inputs, weights, bns, batch_bns = [], [], [], []
         for i, (kind, stride, padding, batch_stats, eps, act_y) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
@@ -324,7 +319,7 @@ class _Chain(torch.autograd.Function):
         if first is not None:
             ctx.save_for_backward(*inputs, u, *weights, *bns, bn)
             ctx.settings, ctx.pool, ctx.first, ctx.parameters = settings[first:], pool, first, params
-            ctx.act = settings[first - 1].act if first else Act.LINEAR  # of the first input that is kept
+            ctx.act = settings[first - 1].act if first else Act.LINEAR.value  # of the first input that is kept
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*batch_bns)
         return out, *batch_bns

@@ -11,7 +11,10 @@ import torch
 
 
 class Act(IntEnum):
-    """An activation. Each maps 0 to 0, which padding relies on, and NaN to NaN."""
+    """An activation. Each maps 0 to 0, which padding relies on, and NaN to NaN.
+
+    An op that is called thousands of times is given the ``value``: PyTorch takes a microsecond longer for the member.
+    """
 
     LINEAR = 0
     RELU = 1

@@ -159,7 +159,7 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, training, momentum
     others = {"input": input, "weight": weight, "bias": bias, "bn_weight": gamma, "bn_bias": beta}
     check_running_stats(running_mean, running_var, others, training)
     track = momentum if training and running_mean is not None and input.numel() else None
-    act = Act.RELU if relu else Act.LINEAR
+    act = (Act.RELU if relu else Act.LINEAR).value
     unit = chain.Unit(
         kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps, act
     )

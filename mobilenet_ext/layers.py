@@ -45,7 +45,7 @@ def _split_grad(dz: Tensor, grad_bn: Tensor, scale: Tensor) -> tuple[Tensor, Ten
 
 def _input(u, mean, scale, shift):
     """``u``, ``bn_u`` and ``act_u`` of a convolution."""
-    return _dense(u), _pack(mean, scale, shift), Act.LINEAR if mean is None else Act.RELU
+    return _dense(u), _pack(mean, scale, shift), Act.LINEAR.value if mean is None else Act.RELU.value
 
 
 def _layer_forward(kind, u, mean, scale, shift, weight, stride, padding):
@@ -136,7 +136,7 @@ def _bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 def _conv2d(kind, input, weight, bias, stride, padding):
     bn = _bias_bn(weight, bias)
-    return ops.INFERENCE[kind](_dense(input), bn, Act.LINEAR, weight.contiguous(), stride, padding)
+    return ops.INFERENCE[kind](_dense(input), bn, Act.LINEAR.value, weight.contiguous(), stride, padding)
 
 
 def _depthwise_conv2d(input, weight, bias, stride, padding):
@@ -160,7 +160,7 @@ def _channel_sums(x: Tensor) -> Tensor:
     """
     ones = torch.ones(x.shape[1], dtype=acc_dtype(x.dtype), device=x.device)
     identity = _pack(torch.zeros_like(ones), ones, torch.zeros_like(ones))
-    return ops.norm_act_backward(x, x, identity, Act.LINEAR, False, False)[1][GRAD_BETA].clone()
+    return ops.norm_act_backward(x, x, identity, Act.LINEAR.value, False, False)[1][GRAD_BETA].clone()
 
 
 def _conv2d_backward(kind, ctx, saved, stride, padding, grad):
@@ -169,8 +169,8 @@ def _conv2d_backward(kind, ctx, saved, stride, padding, grad):
     grad_input = grad_weight = grad_bias = None
     if need_input or need_weight:
         grad_input, grad_weight, _ = ops.BACKWARD[kind](
-            _dense(grad), None, None, _dense(input), None, Act.LINEAR, False, weight.contiguous(), stride, padding,
-            need_input, need_weight,
+            _dense(grad), None, None, _dense(input), None, Act.LINEAR.value, False, weight.contiguous(),
+            stride, padding, need_input, need_weight,
         )  # fmt: skip
     if need_bias:
         grad_bias = _channel_sums(_dense(grad)).to(ctx.bias_dtype)

@@ -200,7 +200,7 @@ def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
     bn[BN_SCALE] = 1
     if linear.bias is not None:
         bn[BN_SHIFT] = linear.bias.detach()
-    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn, Act.LINEAR)
+    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn, Act.LINEAR.value)
 
 
 def parts_of(module: fusion.Staged) -> list[Part]:

@@ -1,0 +1,90 @@
+"""Chains of units with any activation at any place, against the plain modules in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from plain import FORWARD, GRADIENT, assert_close, one_thread, randomise_
+from torch import Tensor, nn
+
+from mobilenet_ext import chain
+from mobilenet_ext.contract import Act
+
+MODULES = {Act.LINEAR: nn.Identity, Act.RELU: nn.ReLU}
+KINDS = ("dense", "depthwise", "pointwise", "depthwise", "pointwise")
+
+
+def plain_units(acts: tuple[Act, ...]) -> nn.Sequential:
+    """One unit per activation, of the kinds above in turn."""
+    units, channels = [], 3
+    for kind, act in zip(KINDS, acts, strict=False):
+        out_channels = channels if kind == "depthwise" else 8
+        kernel, padding = (1, 0) if kind == "pointwise" else (3, 1)
+        groups = channels if kind == "depthwise" else 1
+        conv = nn.Conv2d(channels, out_channels, kernel, 2 if kind == "dense" else 1, padding, groups=groups)
+        units.append(nn.Sequential(conv, nn.BatchNorm2d(out_channels), MODULES[act]()))
+        channels = out_channels
+    return randomise_(nn.Sequential(*units)).double()
+
+
+def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> list[chain.Unit]:
+    """The same as tensors and settings; running statistics are left alone."""
+    units = []
+    for kind, (conv, bn, _), act in zip(KINDS, plain, acts, strict=False):
+        vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        shape = (kind, conv.stride[0], conv.padding[0])
+        units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value))
+    return units
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "acts", [*itertools.product(Act, repeat=3), (Act.RELU, Act.LINEAR) * 2 + (Act.LINEAR,)], ids=str
+)
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients(cpu_backend: str, acts: tuple[Act, ...], pool: bool, training: bool) -> None:
+    """In float64, where a turned sign at a corner is as good as impossible."""
+    plain = plain_units(acts).train(training)
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *plain.parameters()]
+    out = chain.run(x, units_of(plain, acts, training), pool)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, wanted, grad)
+    with one_thread():
+        expected = pooled(plain(x)) if pool else plain(x)
+        expected_grads = torch.autograd.grad(expected, wanted, grad)
+    assert_close(out, expected, 1e-11, "output")
+    # Some gradients are 0 but for rounding: of what the batch statistics after a linear unit cancel.
+    for (name, _), ours, theirs in zip([("x", x), *plain.named_parameters()], grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("acts", list(itertools.product(Act, repeat=3)), ids=str)
+def test_float32(cpu_backend: str, acts: tuple[Act, ...]) -> None:
+    """Inference, blocks in one kernel included."""
+    plain = plain_units(acts).eval()
+    x = torch.randn(2, 3, 33, 31)
+    with torch.no_grad(), one_thread():
+        expected = plain(x.double())
+        out = chain.run(x, units_of(plain.float(), acts, False), False)
+    assert_close(out, expected, FORWARD)
+
+
+def test_the_gradient_of_a_linear_chain_is_that_of_its_convolutions(cpu_backend: str) -> None:
+    """Without a corner there is nothing to turn: float32 too."""
+    acts = (Act.LINEAR,) * 5
+    plain = plain_units(acts).train()
+    x = torch.randn(4, 3, 17, 19)
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    with one_thread():
+        out = plain(theirs)
+        grad = torch.randn_like(out)
+        out.backward(grad)
+    chain.run(ours, units_of(plain.float(), acts, True), False).backward(grad.float())
+    assert_close(ours.grad, theirs.grad, GRADIENT)
