@@ -2,7 +2,7 @@
 
 A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and ``ReLU`` with settings the kernels
 support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no replaced
-``forward``. Everything else runs as the modules it is made of, and the chain starts again behind it.
+``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
             break  # a chain updates the running statistics of all its units at once, and these twice
         units.append(unit)
     pool = False
-    if units and (behind := modules[3 * len(units) :]):
-        pool = is_exactly(behind[0], nn.AdaptiveAvgPool2d) and _pools_to_one(behind[0])
+    if units and (after := modules[3 * len(units) :]):
+        pool = is_exactly(after[0], nn.AdaptiveAvgPool2d) and _pools_to_one(after[0])
     return units, pool
 
 
@@ -172,7 +172,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format."""
     tensors = [as_tensors(unit) for unit in units]
     out = chain.run(x, tensors, pool)
-    # Counted behind the run, like the statistics: a recomputation that stops early leaves out both or neither.
+    # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
     batches = [bn.num_batches_tracked for _, _, bn in units if _tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
         torch._foreach_add_(batches, 1)

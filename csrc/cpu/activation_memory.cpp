@@ -21,18 +21,18 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t kHugePage = size_t(2) << 20, kPage = size_t(64) << 10;  // of every system at most
 
-// Calls of take_memory, and time, after which a block that nobody took goes back to the system. A training step takes
+// Calls of take_memory, and time, after which a piece that nobody took goes back to the system. A training step takes
 // fewer than a hundred, and a longer step than this is rare.
 constexpr uint64_t kKeptCalls = 512;
 constexpr std::chrono::seconds kKeptTime(60);
 
-// A step needs more blocks than it uses at once, for a block serves only tensors of about its size.
+// A step needs more pieces than it uses at once, for a piece serves only tensors of about its size.
 constexpr size_t kMostKept = 2;
 
-// Marking a small block, page by page, takes longer than filling it.
+// Marking a small piece, page by page, takes longer than filling it.
 constexpr size_t kMarked = size_t(16) << 20;
 
-struct Block {
+struct Piece {
   void* data;
   size_t size;
   uint64_t returned_at_call;
@@ -40,20 +40,20 @@ struct Block {
 };
 
 struct ByAddress {
-  bool operator()(const Block& a, const Block& b) const { return a.data < b.data; }
+  bool operator()(const Piece& a, const Piece& b) const { return a.data < b.data; }
 };
 
 struct BySize {
-  bool operator()(const Block& a, const Block& b) const { return a.size < b.size; }
+  bool operator()(const Piece& a, const Piece& b) const { return a.size < b.size; }
 };
 
-// A block's node moves between the sets: to return one takes no memory.
-using LentMemory = std::set<Block, ByAddress>;
-using IdleMemory = std::multiset<Block, BySize>;  // among equal ones the one returned last is the last
+// A piece's node moves between the sets: to return one takes no memory.
+using LentMemory = std::set<Piece, ByAddress>;
+using IdleMemory = std::multiset<Piece, BySize>;  // among equal ones the one returned last is the last
 
 // Must be called without the lock.
-void unmap(const IdleMemory& blocks) {
-  for (const Block& block : blocks) munmap(block.data, block.size);
+void unmap(const IdleMemory& pieces) {
+  for (const Piece& piece : pieces) munmap(piece.data, piece.size);
 }
 
 // On a boundary of huge pages, which fault and are marked a few hundred times faster than small ones.
@@ -68,7 +68,7 @@ void* map(size_t size) {
   return aligned;
 }
 
-class Blocks {
+class ActivationMemory {
  public:
   void* take(size_t bytes) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
@@ -89,15 +89,15 @@ class Blocks {
     LentMemory::node_type node;
     {
       const std::lock_guard<ForkSafeMutex> lock(mutex_);
-      node = lent_.extract(lent_.find(Block{data}));
+      node = lent_.extract(lent_.find(Piece{data}));
     }
-    Block& block = node.value();
-    if (block.size >= kMarked) madvise(data, block.size, MADV_FREE);
+    Piece& piece = node.value();
+    if (piece.size >= kMarked) madvise(data, piece.size, MADV_FREE);
     const std::lock_guard<ForkSafeMutex> lock(mutex_);
-    block.returned_at_call = calls_;
-    block.returned_at = Clock::now();
-    lent_bytes_ -= block.size;
-    idle_bytes_ += block.size;
+    piece.returned_at_call = calls_;
+    piece.returned_at = Clock::now();
+    lent_bytes_ -= piece.size;
+    idle_bytes_ += piece.size;
     idle_.insert(std::move(node));
   }
 
@@ -114,7 +114,7 @@ class Blocks {
  private:
   void* take_idle(size_t size) {
     // The smallest that is large enough, of these the one returned last, but none that would waste more than an eighth.
-    const auto smallest = idle_.lower_bound(Block{nullptr, size});
+    const auto smallest = idle_.lower_bound(Piece{nullptr, size});
     if (smallest == idle_.end() || smallest->size > size + size / 8) return nullptr;
     auto node = idle_.extract(std::prev(idle_.upper_bound(*smallest)));
     void* const data = node.value().data;
@@ -125,7 +125,7 @@ class Blocks {
 
   void* take_new(size_t size) {
     LentMemory made;
-    made.insert(Block{nullptr, size});  // first, as it may throw
+    made.insert(Piece{nullptr, size});  // first, as it may throw
     auto node = made.extract(made.begin());
     void* data = map(size);
     if (data == nullptr) {
@@ -145,27 +145,27 @@ class Blocks {
     lent_.insert(std::move(node));
   }
 
-  // For a new block: the oldest idle ones go while there would be more than kMostKept allows.
+  // For a new piece: the oldest idle ones go while there would be more than kMostKept allows.
   void make_room(size_t size, IdleMemory& dropped) {
     const size_t most = kMostKept * std::max(most_lent_bytes_, lent_bytes_ + size);
     while (!idle_.empty() && lent_bytes_ + idle_bytes_ + size > most)
       drop(std::min_element(idle_.begin(), idle_.end(),
-                            [](const Block& a, const Block& b) { return a.returned_at < b.returned_at; }),
+                            [](const Piece& a, const Piece& b) { return a.returned_at < b.returned_at; }),
            dropped);
   }
 
   void drop_old(IdleMemory& dropped) {
     const Clock::time_point now = Clock::now();
-    for (auto block = idle_.begin(); block != idle_.end();) {
-      const bool old = calls_ - block->returned_at_call > kKeptCalls || now - block->returned_at > kKeptTime;
-      block = old ? drop(block, dropped) : std::next(block);
+    for (auto piece = idle_.begin(); piece != idle_.end();) {
+      const bool old = calls_ - piece->returned_at_call > kKeptCalls || now - piece->returned_at > kKeptTime;
+      piece = old ? drop(piece, dropped) : std::next(piece);
     }
   }
 
-  IdleMemory::iterator drop(IdleMemory::iterator block, IdleMemory& dropped) {
-    const auto next = std::next(block);
-    idle_bytes_ -= block->size;
-    dropped.insert(idle_.extract(block));
+  IdleMemory::iterator drop(IdleMemory::iterator piece, IdleMemory& dropped) {
+    const auto next = std::next(piece);
+    idle_bytes_ -= piece->size;
+    dropped.insert(idle_.extract(piece));
     return next;
   }
 
@@ -178,16 +178,16 @@ class Blocks {
 
 // Made when the library is loaded, for the guard of a variable inside of a function is a lock that fork knows nothing
 // of; never destroyed, for tensors may outlive the end of main.
-Blocks* const blocks = [] {
-  auto* const made = new Blocks;
+ActivationMemory* const memory = [] {
+  auto* const made = new ActivationMemory;
   if (pthread_atfork(nullptr, nullptr, release_idle_memory) != 0) throw std::bad_alloc();
   return made;
 }();
 
 }  // namespace
 
-void* take_memory(size_t bytes) { return blocks->take(bytes); }
-void return_memory(void* block) { blocks->put(block); }
-void release_idle_memory() { blocks->release_idle(); }
+void* take_memory(size_t bytes) { return memory->take(bytes); }
+void return_memory(void* piece) { memory->put(piece); }
+void release_idle_memory() { memory->release_idle(); }
 
 }  // namespace mx::cpu

@@ -27,11 +27,11 @@ struct Backend {
     const size_t itemsize = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
     const size_t bytes = size_t(n) * c * h * w * itemsize;
     if (bytes < kSmallestKept) return allocated([&] { return empty_channels_last(n, c, h, w, type, device); });
-    std::unique_ptr<void, void (*)(void*)> block(take_memory(bytes), return_memory);
-    STD_TORCH_CHECK(block != nullptr, "not enough memory for an activation of ", bytes, " bytes");
+    std::unique_ptr<void, void (*)(void*)> memory(take_memory(bytes), return_memory);
+    STD_TORCH_CHECK(memory != nullptr, "not enough memory for an activation of ", bytes, " bytes");
     Tensor activation =
-        torch::stable::from_blob(block.get(), {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_memory);
-    block.release();  // to the tensor
+        torch::stable::from_blob(memory.get(), {n, c, h, w}, {h * w * c, 1, w * c, c}, device, type, return_memory);
+    memory.release();  // to the tensor
     return activation;
   }
 
@@ -47,8 +47,8 @@ struct Backend {
   void bn_from_running(const RunningArgs& args) const;
 
  private:
-  // PyTorch's allocator does not know of idle blocks: where it finds no memory, these go first. Gradients of weights
-  // and the like are not blocks themselves, whose storage cannot be resized.
+  // PyTorch's allocator does not know of idle memory: where it finds none, that goes first. Gradients of weights
+  // and the like are not such pieces themselves, whose storage cannot be resized.
   template <class Allocate>
   static Tensor allocated(const Allocate& allocate) {
     try {

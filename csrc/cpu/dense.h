@@ -150,7 +150,7 @@ inline void dense_input_gradient(const BackwardArgs& args, const OutputGradient<
     E* const dy = own.take<E>(dy_size);
     A* const taps = own.take<A>(taps_size);
     A* const line = own.take<A>(line_size);
-    Ahead ahead;
+    Prefetcher ahead;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / g.h, iy = task % g.h;
       __builtin_memset(line, 0, line_size * sizeof(A));

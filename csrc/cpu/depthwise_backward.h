@@ -18,7 +18,7 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 constexpr int kBackwardSums = 2 + kTaps;
 
 // What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (a vector a pixel), u[0] and
-// h_u[0] (`channels` elements a pixel); tap row k belongs to dy[k].
+// dz_u[0] (`channels` elements per pixel); tap row k belongs to dy[k].
 template <class T>
 struct BackwardRow {
   const Acc<T>* dy[3];
@@ -29,7 +29,7 @@ struct BackwardRow {
   Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN)
   int64_t channels, lanes, out_w, x_begin, x_end;
   int padding, count;
-  bool streaming;  // h_u goes past the cache
+  bool streaming;  // dz_u goes past the cache
 };
 
 // `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.

@@ -52,13 +52,13 @@ MX_INLINE void clear(Vec<A> (&sums)[rows][vectors]) {
 
 // Memory to ask for while products run, so that it is in the L2 cache when the next tile is built from it: products
 // leave the way to memory idle, and building a tile waits for little else.
-class Ahead {
+class Prefetcher {
  public:
   static constexpr int kMostRanges = 3;
 
-  Ahead() = default;
+  Prefetcher() = default;
   // To be spread over products of so many steps along the depth, all register blocks taken together.
-  explicit Ahead(double steps) : steps_(steps + 1) {}
+  explicit Prefetcher(double steps) : steps_(steps + 1) {}
   // The steps of a product with elements E.
   template <class E>
   static double steps(int64_t rows, double panels, int64_t depth) {
@@ -69,13 +69,13 @@ class Ahead {
     if (begin >= end) return;
     ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(end)};
     bytes_ += double(static_cast<const char*>(end) - static_cast<const char*>(begin));
-    a_step_ = int64_t(bytes_ / steps_) + 1;
+    bytes_per_step_ = int64_t(bytes_ / steps_) + 1;
   }
 
-  // What a register block of so many steps asks for: `a_step` bytes from `next` on at each step.
+  // What a register block of so many steps asks for: `bytes_per_step` bytes from `next` on at each step.
   struct Share {
     const char* next;
-    int64_t a_step;
+    int64_t bytes_per_step;
   };
   MX_INLINE Share take(int64_t steps) {
     if (next_ >= end_) {
@@ -84,8 +84,8 @@ class Ahead {
       next_ = ranges_[count_].begin;
       end_ = ranges_[count_].end;
     }
-    const Share share = {next_, a_step_};
-    next_ += steps * a_step_;
+    const Share share = {next_, bytes_per_step_};
+    next_ += steps * bytes_per_step_;
     return share;
   }
 
@@ -96,14 +96,14 @@ class Ahead {
   Range ranges_[kMostRanges];
   int count_ = 0;
   double steps_ = 1, bytes_ = 0;
-  int64_t a_step_ = 0;
+  int64_t bytes_per_step_ = 0;
   const char *next_ = nullptr, *end_ = nullptr;
 };
 
 // sums[i][v] += sum over d < groups of tile(i, d) * panel[d][v], where tile(i, d) is tile[i*pitch + d], or
 // tile[d*pitch + i] if by_column.
 template <bool by_column, int rows, int vectors, class E>
-MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t groups, Ahead& ahead,
+MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t groups, Prefetcher& ahead,
                         Vec<Acc<E>> (&sums)[rows][vectors]) {
   using A = Acc<E>;
   // The addresses of the rows, in a form that needs few registers: compilers else keep one for each row, and fetch them
@@ -111,10 +111,10 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
   constexpr int kApart = 4, kPointers = by_column ? 1 : (rows + kApart - 1) / kApart;
   const int64_t row_bytes = pitch * int64_t(sizeof(E)), step = by_column ? row_bytes : int64_t(sizeof(E));
   const char* base = reinterpret_cast<const char*>(tile);
-  Ahead::Share share = ahead.take(groups);
+  Prefetcher::Share share = ahead.take(groups);
   for (int64_t d = 0; d < groups; ++d, panel += kPanel<A>) {
     __builtin_prefetch(share.next, 0, 2);
-    share.next += share.a_step;
+    share.next += share.bytes_per_step;
     // The panel comes from the L2 cache.
     constexpr int kGroupsAhead = 8;
 #pragma GCC unroll 2
@@ -149,7 +149,7 @@ MX_INLINE void multiply(const E* tile, int64_t pitch, const E* panel, int64_t gr
 //   end(row, count, sums)     takes the result
 template <bool by_column, int rows, int vectors, class E, class Epilogue>
 __attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row,
-                                              int count, Ahead& ahead, Epilogue& epilogue) {
+                                              int count, Prefetcher& ahead, Epilogue& epilogue) {
   Vec<Acc<E>> sums[rows][vectors];
   if constexpr (Epilogue::kAdds)
     epilogue.begin(row, count, sums);
@@ -162,7 +162,7 @@ __attribute__((noinline)) void multiply_block(const E* tile, int64_t pitch, cons
 // The smallest block with room for `count` rows.
 template <bool by_column, int vectors, int size = 0, class E, class Epilogue>
 MX_INLINE void multiply_rows(const E* tile, int64_t pitch, const E* panel, int64_t groups, int64_t row, int count,
-                             Ahead& ahead, Epilogue& epilogue) {
+                             Prefetcher& ahead, Epilogue& epilogue) {
   if constexpr (size + 1 < int(sizeof(kBlockSizes) / sizeof(int)))
     if (count <= kBlockSizes[size + 1])
       return multiply_rows<by_column, vectors, size + 1>(tile, pitch, panel, groups, row, count, ahead, epilogue);
@@ -170,8 +170,8 @@ MX_INLINE void multiply_rows(const E* tile, int64_t pitch, const E* panel, int64
 }
 
 template <bool by_column, int vectors, class E, class Epilogue>
-inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups, Ahead& ahead,
-                           Epilogue& epilogue) {
+inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t groups,
+                           Prefetcher& ahead, Epilogue& epilogue) {
   for (int64_t row = 0; row < rows; row += kBlockRows)
     multiply_rows<by_column, vectors>(tile, pitch, panel, groups, row, int(min_of(rows - row, kBlockRows)), ahead,
                                       epilogue);
@@ -181,7 +181,7 @@ inline void multiply_panel(const E* tile, int64_t pitch, int64_t rows, const E* 
 // multiple of kBlockRows rows.
 template <bool by_column, class E, class Epilogue>
 inline void multiply_tile(const E* tile, int64_t pitch, int64_t rows, const E* panel, int64_t columns, int64_t groups,
-                          Ahead& ahead, Epilogue& epilogue) {
+                          Prefetcher& ahead, Epilogue& epilogue) {
   if (columns > kLanes<Acc<E>>)
     multiply_panel<by_column, 2>(tile, pitch, rows, panel, groups, ahead, epilogue);
   else
@@ -267,7 +267,7 @@ inline void pack_transposed(const T* weight, int64_t columns, int64_t depth, Ope
   }
 }
 
-// All panels of a weight, one behind the other.
+// All panels of a weight, one after the other.
 template <class T>
 MX_INLINE int64_t panel_size(int64_t depth) {
   return groups_of<Operand<T>>(depth) * kPanel<Acc<T>>;

@@ -75,19 +75,19 @@ class Finish {
 // The product of row_tiles x vectors tile registers into `sums`, rows of kPanel; meanwhile the block before is
 // finished.
 template <int row_tiles, int vectors, class Before>
-MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel, int64_t groups, Ahead& ahead,
+MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel, int64_t groups, Prefetcher& ahead,
                               float* sums, Before& before) {
   const int64_t row_bytes = pitch * int64_t(sizeof(Pair)), panel_bytes = kPanel<float> * int64_t(sizeof(Pair));
   _tile_zero(0);
   if constexpr (vectors > 1) _tile_zero(1);
   if constexpr (row_tiles > 1) _tile_zero(2);
   if constexpr (row_tiles > 1 && vectors > 1) _tile_zero(3);
-  Ahead::Share share = ahead.take(groups / kTilePairs);
+  Prefetcher::Share share = ahead.take(groups / kTilePairs);
   const char* asked = share.next;
-  const int64_t rows_a_step = (kBlockRows << 16) * kTilePairs / groups;  // in 1/65536
+  const int64_t rows_per_step = (kBlockRows << 16) * kTilePairs / groups;  // in 1/65536
   int64_t before_end = 0;
   for (int64_t d = 0; d < groups; d += kTilePairs) {
-    for (asked += share.a_step; share.next < asked; share.next += 64) __builtin_prefetch(share.next, 0, 2);
+    for (asked += share.bytes_per_step; share.next < asked; share.next += 64) __builtin_prefetch(share.next, 0, 2);
     _tile_loadd(6, panel + d * kPanel<float>, panel_bytes);
     _tile_loadd(4, tile + d, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -100,7 +100,7 @@ MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (vectors > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    before.until((before_end += rows_a_step) >> 16);
+    before.until((before_end += rows_per_step) >> 16);
   }
   before.until(kBlockRows);
   constexpr int sums_pitch = kPanel<float>, sums_bytes = sums_pitch * int(sizeof(float));
@@ -112,7 +112,7 @@ MX_INLINE void multiply_block(const Pair* tile, int64_t pitch, const Pair* panel
 
 template <int vectors, class Epilogue>
 inline void multiply_panel(const Pair* tile, int64_t pitch, int64_t rows, const Pair* panel, int64_t groups,
-                           Ahead& ahead, Epilogue& epilogue) {
+                           Prefetcher& ahead, Epilogue& epilogue) {
   asm volatile("" ::: "memory");  // loads of tile registers do not tell the compiler that they read
   alignas(64) float sums[2][kBlockRows * kPanel<float>];
   Epilogue own = epilogue;  // a copy that nobody else knows can stay in registers
@@ -132,7 +132,7 @@ inline void multiply_panel(const Pair* tile, int64_t pitch, int64_t rows, const 
 // As gemm.h's, whose `by_column` AMX does not have.
 template <bool by_column, class Epilogue>
 inline void multiply_tile(const Pair* tile, int64_t pitch, int64_t rows, const Pair* panel, int64_t columns,
-                          int64_t groups, Ahead& ahead, Epilogue& epilogue) {
+                          int64_t groups, Prefetcher& ahead, Epilogue& epilogue) {
   static_assert(!by_column);
   if (columns > kLanes<float>)
     multiply_panel<2>(tile, pitch, rows, panel, groups, ahead, epilogue);

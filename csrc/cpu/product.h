@@ -106,7 +106,7 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
         fill_up_rows(own, rows, p.depth);
       }
       built = t;
-      Ahead ahead(Ahead::steps<E>(rows, double(panels) / column_tasks, p.depth));
+      Prefetcher ahead(Prefetcher::steps<E>(rows, double(panels) / column_tasks, p.depth));
       if (!together && t + 1 < tiles.count) {
         const int64_t next = tiles.begin(t + 1);
         ahead.add(reach(next), reach(next + tiles.size(t + 1)));
@@ -181,8 +181,8 @@ class BackwardTiles {
 
   // What tile t will be made from, to be asked for during `products` products per row and column.
   template <class Reach>
-  Ahead ahead(int64_t t, int products, const Reach& reach) const {
-    Ahead ahead(Ahead::steps<E>(tiles_.rows, panels(), p_.columns) * products);
+  Prefetcher ahead(int64_t t, int products, const Reach& reach) const {
+    Prefetcher ahead(Prefetcher::steps<E>(tiles_.rows, panels(), p_.columns) * products);
     if (t < tiles_.count) {
       const int64_t begin = tiles_.begin(t), end = begin + tiles_.size(t);
       ahead.add(reach(begin), reach(end));
@@ -193,7 +193,7 @@ class BackwardTiles {
   }
 
   // dz_u of tile t, whose output gradient is dy, by row.
-  void input_gradient(int64_t t, const E* dy, Ahead& ahead) const {
+  void input_gradient(int64_t t, const E* dy, Prefetcher& ahead) const {
     const ChannelNormAct<A> input(p_.input, p_.depth);
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
@@ -261,7 +261,7 @@ inline void backward_in_chunks(const BackwardProduct<T>& p, const BuildPanels& b
       for (int64_t t = first; t < last; ++t) {
         gradient_rows<T>(p.gradient, tiles.begin(t), tiles.size(t),
                          {rows_size ? by_row : nullptr, across_size ? across : nullptr, layout.pitch});
-        Ahead ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.dz_u != nullptr), reach);
+        Prefetcher ahead = backward.ahead(t + 1, (p.grad_weight != nullptr) + (p.dz_u != nullptr), reach);
         if (p.grad_weight) {
           build_panels(tiles.begin(t), tiles.size(t), a, tiles.rows);
           fill_up_panels(a, tiles.size(t), panels, tiles.rows);
@@ -332,7 +332,7 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
                          {rows_size || !Gradient::kApart ? by_row : nullptr, across, layout.pitch});
         build_panels(tiles.begin(t), tiles.size(t), a + group * kPanel<A>, stretch_groups * kGroup<E>);
         fill_up_panels(a + group * kPanel<A>, tiles.size(t), panels, stretch_groups * kGroup<E>);
-        Ahead ahead = backward.ahead(t + 1, 1, reach);
+        Prefetcher ahead = backward.ahead(t + 1, 1, reach);
         if (p.dz_u) backward.input_gradient(t, by_row, ahead);
       }
     });
@@ -340,7 +340,7 @@ inline void backward_in_stretches(const BackwardProduct<T>& p, const BuildPanels
     parallel(ceil_div(panels, kTaskPanels) * row_tasks, [&](int64_t begin, int64_t end) {
       const MatrixUnit unit;
       for (int64_t task = begin; task < end; ++task) {
-        Ahead none;
+        Prefetcher none;
         const int64_t n = task % row_tasks * kWeightRows, panel = task / row_tasks * kTaskPanels;
         for (int64_t d = 0; d < rows; d += kDepth)
           for (int64_t i = panel; i < min_of(panel + kTaskPanels, panels); ++i) {

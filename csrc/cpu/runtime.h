@@ -15,6 +15,6 @@ const Kernels& kernels(Dtype dtype);
 // The name of the instruction set in use, for Python by ctypes; null where MOBILENET_EXT_CPU_ISA is impossible.
 extern "C" const char* mx_cpu_isa();
 
-// Gives the memory that is kept for later calls back to the system: blocks that nobody uses, and the workspaces of the
-// calling thread (its workers' are small). For Python by ctypes.
+// Gives the memory that is kept for later calls back to the system: activations' memory that nobody uses, and the
+// workspaces of the calling thread (its workers' are small). For Python by ctypes.
 extern "C" void mx_cpu_empty_cache();

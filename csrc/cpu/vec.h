@@ -215,7 +215,7 @@ MX_INLINE U16 to_storage(Vec<float> v, const bf16*) { return float_to_bf16(v); }
 MX_INLINE U16 to_storage(Vec<float> v, const f16*) { return float_to_f16(v); }
 
 #if defined(MX_ISA_AVX512)
-// Two vectors in a 16-bit format, one behind the other.
+// Two vectors in a 16-bit format, one after the other.
 template <class T>
 MX_INLINE __m512i to_storage(Vec<float> first, Vec<float> second, const T* type) {
   return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_storage(first, type)), (__m256i)to_storage(second, type),
@@ -248,7 +248,7 @@ MX_INLINE Vec<float> round_to_storage<f16>(Vec<float> v) {
   return f16_to_float(float_to_f16(v));
 }
 
-// The first `count` elements (0 <= count <= lanes); the other lanes are 0. Nothing behind them is touched.
+// The first `count` elements (0 <= count <= lanes); the other lanes are 0. Nothing after them is touched.
 template <class T>
 MX_INLINE Vec<Acc<T>> load_partial(const T* p, int count) {
 #if defined(MX_ISA_AVX512)
