@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from behaviour import KernelOps, Plain
+from plain import one_thread
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
@@ -438,7 +439,8 @@ def test_modules_do_with_odd_buffers_what_plain_modules_do(cpu_backend, name, ki
         model[1]._buffers[name] = UNUSABLE[kind](model[1]._buffers[name])
 
     model = mx.nn.DepthwiseConvBNReLU(4).train(training).requires_grad_(learns)
-    assert_as_plain(model, torch.randn(2, 4, 6, 6), change)
+    with one_thread():  # PyTorch's threads write each channel's statistics, here all to the same memory
+        assert_as_plain(model, torch.randn(2, 4, 6, 6), change)
 
 
 @pytest.mark.parametrize("setting", ["momentum", "eps"])
