@@ -135,8 +135,8 @@ class Signs(TorchDispatchMode):
                 self._add(out)
         elif name in ("relu", "relu_"):
             self._add(out)
-        elif name in ("convolution", "conv2d", "native_batch_norm", "batch_norm", "addmm", "linear"):
-            self.all_fused = False
+        elif name in ("convolution", "conv2d", "native_batch_norm", "batch_norm", "addmm", "linear", "silu"):
+            self.all_fused = False  # other bits on another number of threads; silu's where a thread's share ends
         return out
 
     def _add(self, rectified: Tensor) -> None:
