@@ -149,15 +149,17 @@ class PlanBuilder {
     step.args.g = sizeless(c_out, stride, 1);
     call_.check_packed(packed, plan_->dtype, channels_, c_out, true);
     step.args.depthwise = call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", plan_->type, channels_);
+    step.args.depthwise.bn = nullptr;  // packed, as both weights are; the tensor may go before the plan does
     step.args.pointwise = norm_act(pointwise_bn, pointwise_act, c_out);
-    step.args.packed = copy(packed);  // with all the rest
+    step.args.packed = copy(packed);
     end(step, c_out);
   }
 
   void add_pool() {
     const Tensor& bn = tensor();
     const int64_t act = setting();
-    STD_TORCH_CHECK(setting() && channels_ > 0, "ops: expected pooling after a convolution");
+    const bool pool = setting();
+    STD_TORCH_CHECK(pool && channels_ > 0, "ops: expected pooling after a convolution");
     PoolStep step{};
     step.args.dtype = plan_->dtype;
     step.args.c = channels_;
