@@ -61,18 +61,18 @@ def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
     """The layer's kernel op on random data, as a step of the network calls it."""
     kind, k, n, stride, size = layer
     device, dtype, batch = work.device, work.torch_dtype, work.batch
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def activation(channels: int, size: int) -> Tensor:
-        data = torch.randn(batch, size, size, channels, generator=generator)
-        return data.to(device=device, dtype=dtype).permute(0, 3, 1, 2)
+        data = torch.randn(batch, size, size, channels, generator=generator, device=device)
+        return data.to(dtype).permute(0, 3, 1, 2)
 
     def weight(*shape: int) -> Tensor:
         fan_in = shape[1] * shape[2] * shape[3]
-        return (torch.randn(shape, generator=generator) / fan_in**0.5).to(device=device, dtype=dtype)
+        return (torch.randn(shape, generator=generator, device=device) / fan_in**0.5).to(dtype)
 
     def rows(count: int, channels: int) -> Tensor:
-        return (torch.rand(count, channels, generator=generator) + 0.5).to(device)
+        return torch.rand(count, channels, generator=generator, device=device) + 0.5
 
     u, bn_u = activation(k, size), rows(5, k)
     if kind == "block":

@@ -1,0 +1,392 @@
+"""Launch parameters of the Triton kernels beside each other, on a GPU: what ``heuristics.py`` should choose.
+
+    python -m benchmarks.launch_parameters [--kernels NAME ...] [--batch 256] [--json FILE]
+
+Every kernel of a layer runs with each of many parameters, far more than the heuristics' own candidates: all sizes of
+blocks that fit, numbers of warps, of pipeline stages and of programs. The table names for each layer the heuristics'
+choice and the fastest ones; the file holds them all. Processes compile first, in parallel; then one process times, each
+call after a write that clears the L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import mobilenet_ext as mx
+from benchmarks.kernels import kernel_call
+from benchmarks.network import Layer, Workload, layers_of
+from benchmarks.timing import CLEARED
+from mobilenet_ext.triton import heuristics, merge
+from mobilenet_ext.triton.heuristics import Config, cdiv, config, programs
+
+CALLS = 7  # timed of each candidate; one that is far behind the best gets fewer
+REGISTERS = 65536  # of a multiprocessor
+SHOWN = 5
+
+
+class Candidate(NamedTuple):
+    """Parameters by name, and the functions of ``heuristics`` that they replace, with what these return then."""
+
+    parameters: dict[str, Any]
+    replaced: dict[str, Callable[..., Any]]
+
+
+class Case(NamedTuple):
+    """A kernel of a layer."""
+
+    kernel: str
+    layer: Layer
+    pass_: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.layer.name.partition(' ')[2]}"
+
+
+@contextlib.contextmanager
+def replaced(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    originals = {name: getattr(heuristics, name) for name in functions}
+    for name, function in functions.items():
+        setattr(heuristics, name, function)
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(heuristics, name, function)
+
+
+# --- what there is to choose from -------------------------------------------------------------------------------------
+
+
+def _grid(**choices: tuple) -> Iterator[Any]:
+    """Every combination, as a namespace."""
+    for values in itertools.product(*choices.values()):
+        yield argparse.Namespace(**dict(zip(choices, values, strict=True)))
+
+
+def pointwise_forward(layer: Layer) -> Iterator[Candidate]:
+    k, n = layer.in_channels, layer.out_channels
+    for c in _grid(
+        M=(64, 128), N=(64, 128, 256), K=(32, 64, 128, 256), warps=(4, 8), stages=(1, 2, 3, 4), waves=(1, 2, 3, 4)
+    ):
+        whole = k <= c.K
+        shared = c.stages * (c.M + c.N) * c.K * 2
+        accumulators = c.M * c.N // (c.warps * 32)
+        if c.N > n or c.K > max(32, k) or (whole and c.stages > 1) or (not whole and c.stages == 1):
+            continue
+        if shared > 200 * 1024 or not 16 <= accumulators <= 128 or c.waves * c.warps > 16 or c.K == 256 and c.M == 64:
+            continue
+
+        def replacement(
+            rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, processors: int, memory: int, c=c
+        ) -> tuple[Config]:
+            whole = channels <= c.K
+            kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole)
+            count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), processors, c.waves)
+            return ({"PROGRAMS": count, "kernel": kernel},)
+
+        yield Candidate(vars(c), {"pointwise_forward": replacement})
+
+
+def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., Any]]:
+    """The heuristics' parameters, of which ``choose`` changes some: from (rows, channels, outputs, processors)."""
+    original = heuristics.pointwise_backward
+
+    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, processors, memory):
+        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, processors, memory)[-1]
+        return ({**both, **choose(rows, channels, outputs, processors)},)
+
+    return {"pointwise_backward": replacement}
+
+
+def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
+    def choose(rows: int, channels: int, outputs: int, processors: int) -> dict[str, Any]:
+        columns = cdiv(channels, c.K)
+        kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
+        return {"input": {"PROGRAMS": programs(cdiv(rows, c.M), columns, processors, c.waves), "kernel": kernel}}
+
+    return choose
+
+
+def pointwise_input(layer: Layer) -> Iterator[Candidate]:
+    k, n = layer.in_channels, layer.out_channels
+    if k * n <= 128 * 128:
+        return
+    for c in _grid(M=(64, 128), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 3)):
+        shared = c.stages * (2 * c.M * c.N + c.N * c.K) * 2
+        accumulators = c.M * c.K // (c.warps * 32)
+        if c.K <= k and shared <= 200 * 1024 and 32 <= accumulators <= 128 and c.waves * c.warps <= 16:
+            yield Candidate(vars(c), _backward(_input(c, WHOLE_N=False, FOLD=False)))
+
+
+def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
+    k, n = layer.in_channels, layer.out_channels
+    if k * n <= 128 * 128:
+        return
+    for c in _grid(M=(32, 64, 128), N=(64, 128, 256), K=(64, 128, 256), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2)):
+        shared = c.stages * c.M * (c.N + c.K) * 2
+        accumulators = c.N * c.K // (c.warps * 32)
+        if c.N > n or c.K > k or shared > 200 * 1024 or not 32 <= accumulators <= 128 or c.waves * c.warps > 16:
+            continue
+
+        def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
+            kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
+            blocks = cdiv(outputs, c.N) * cdiv(channels, c.K)
+            return {"weight": {"PROGRAMS": programs(cdiv(rows, c.M), blocks, processors, c.waves), "kernel": kernel}}
+
+        yield Candidate(vars(c), _backward(choose))
+
+
+def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
+    k, n = layer.in_channels, layer.out_channels
+    if k * n > 128 * 256:
+        return
+    for c in _grid(M=(16, 32, 64, 128), warps=(4, 8), stages=(1, 2, 3, 4, 5), waves=(1, 2, 3, 4), FOLD=(False,)):
+        c.N, c.K = (max(32, size) for size in (n, k))
+        shared = (c.stages * c.M * (2 * c.N + c.K) + c.N * c.K) * 2
+        accumulators = (c.N + c.M) * c.K // (c.warps * 32)
+        if shared > 200 * 1024 or accumulators > 176 or c.waves * c.warps > 16:
+            continue
+        one_pass = _input(c, WHOLE_N=True, FOLD=c.FOLD)
+        yield Candidate(vars(c), _backward(lambda *a, one_pass=one_pass: {**one_pass(*a), "weight": None}))
+
+
+def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], bounded: bool) -> Iterator[Candidate]:
+    for c in _grid(elements=elements, warps=(2, 4, 8), C=(16, 32, 64, 128), rows=(0, 28, 14), waves=(2, 3, 4, 6, 8)):
+        if c.C > max(16, layer.in_channels) or c.rows >= layer.size or (not bounded and c.waves > 2):
+            continue
+
+        def tile(channels: int, itemsize: int, c=c) -> tuple[Config]:
+            return (config(c.warps, BLOCK_P=c.warps * 32 * c.elements // c.C, BLOCK_C=c.C),)
+
+        def grid(images, channels, height, lanes, processors, tile, bounded, c=c) -> tuple[int, int]:
+            rows = min(height, c.rows) if c.rows else height
+            tasks = -(-images * lanes // tile[0]) * -(-height // rows)
+            return rows, min(tasks, max(1, c.waves * processors // -(-channels // tile[1])) if bounded else 65535)
+
+        yield Candidate(vars(c), {heuristic: tile, "depthwise_grid": grid})
+
+
+def depthwise_forward(layer: Layer) -> Iterator[Candidate]:
+    yield from _depthwise(layer, "depthwise_forward", (4, 8), bounded=True)
+
+
+def depthwise_inference(layer: Layer) -> Iterator[Candidate]:
+    yield from _depthwise(layer, "depthwise_forward", (4, 8), bounded=False)
+
+
+def depthwise_backward(layer: Layer) -> Iterator[Candidate]:
+    yield from _depthwise(layer, "depthwise_backward", (2, 4), bounded=True)
+
+
+def dense_forward(layer: Layer) -> Iterator[Candidate]:
+    for c in _grid(pixels=(32, 64, 128), warps=(2, 4, 8), registers=(96, 128, 168, 255), waves=(4, 8, 12, 16)):
+
+        def replacement(images, height, width, channels, filters, itemsize, processors, c=c) -> tuple[Config]:
+            h, w = heuristics.rectangle(c.pixels, height, width)
+            kernel = config(c.warps, maxnreg=c.registers, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
+            tiles = images * cdiv(height, h) * cdiv(width, w)
+            return ({"PROGRAMS": programs(tiles, cdiv(filters, 32), processors, c.waves // c.warps), "kernel": kernel},)
+
+        if c.waves >= c.warps and c.pixels >= 16 * c.warps / 2 and c.registers * 32 * c.waves <= 2 * REGISTERS:
+            yield Candidate(vars(c), {"dense_forward": replacement})
+
+
+def dense_backward(layer: Layer) -> Iterator[Candidate]:
+    for c in _grid(pixels=(16, 32, 64, 128), warps=(1, 2, 4, 8), waves=(8, 16, 24, 32)):
+
+        def replacement(images, height, width, channels, filters, itemsize, processors, c=c) -> tuple[Config]:
+            h, w = heuristics.rectangle(c.pixels, height, width)
+            kernel = config(c.warps, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
+            tiles = images * cdiv(height, h) * cdiv(width, w)
+            return ({"PROGRAMS": programs(tiles, 1, processors, c.waves // c.warps), "kernel": kernel},)
+
+        if c.waves >= c.warps:
+            yield Candidate(vars(c), {"dense_weight_gradient": replacement})
+
+
+def block_inference(layer: Layer) -> Iterator[Candidate]:
+    yield Candidate({"two": True}, {"block_inference": lambda *args: (heuristics.TWO_KERNELS,)})
+    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(16, 32, 64), warps=(4, 8), registers=(128, 168, 255)):
+        if c.N > layer.out_channels or c.H * c.W * c.N // (c.warps * 32) > 128 or c.registers * c.warps > 1024:
+            continue
+        if layer.in_channels > 256:
+            continue
+        kernel = config(c.warps, maxnreg=c.registers, BLOCK_H=c.H, BLOCK_W=c.W, BLOCK_N=c.N, BLOCK_C=c.C)
+        yield Candidate(vars(c), {"block_inference": lambda *args, kernel=kernel: (kernel,)})
+
+
+class Merge(NamedTuple):
+    """A merging kernel's problem: as many rows of partial results as programs left, of a layer's size."""
+
+    rows: int
+    columns: int
+
+    @property
+    def name(self) -> str:
+        return f"merge {self.rows}x{self.columns}"
+
+
+def merging(_: Any) -> Iterator[Candidate]:
+    for c in _grid(P=(4, 8, 16, 32, 64, 128, 256), C=(4, 8, 16, 32, 64, 128, 256, 512), warps=(1, 2, 4, 8)):
+        if 1 <= c.P * c.C // (c.warps * 32) <= 32:
+            chosen = config(c.warps, BLOCK_P=c.P, BLOCK_C=c.C)
+            yield Candidate(vars(c), {"merge": lambda columns, rows, chosen=chosen: chosen})
+
+
+# A kernel: the kind of layer and the pass that it belongs to, and its candidates.
+KERNELS: dict[str, tuple[str, str, Callable[[Layer], Iterator[Candidate]]]] = {
+    "pointwise_forward": ("pointwise", "forward", pointwise_forward),
+    "pointwise_backward_input": ("pointwise", "backward", pointwise_input),
+    "pointwise_backward_weight": ("pointwise", "backward", pointwise_weight),
+    "pointwise_backward_one_pass": ("pointwise", "backward", pointwise_one_pass),
+    "depthwise_forward": ("depthwise", "forward", depthwise_forward),
+    "depthwise_backward": ("depthwise", "backward", depthwise_backward),
+    "dense_forward": ("dense", "forward", dense_forward),
+    "dense_backward": ("dense", "backward", dense_backward),
+    "pointwise_inference": ("pointwise", "inference", pointwise_forward),
+    "depthwise_inference": ("depthwise", "inference", depthwise_inference),
+    "block_inference": ("block", "inference", block_inference),
+}
+MERGES = [Merge(rows, columns) for rows in (16, 66, 132, 264, 528) for columns in (32, 128, 512, 1024)]
+GRADIENT_MERGES = [Merge(4, 1024 * 1024), Merge(16, 512 * 512), Merge(33, 256 * 256), Merge(264, 128 * 128)]
+
+
+def cases(kernels: list[str], width: float, resolution: int) -> Iterator[Case]:
+    for kernel in kernels:
+        kind, pass_, _ = KERNELS[kernel]
+        # Inference's layers are whole blocks; the convolutions apart are those of a training step's forward pass.
+        layers = layers_of(width, resolution, pass_ if kind == "block" else pass_.replace("inference", "forward"))
+        for layer in dict.fromkeys(layers):
+            if layer.kind == kind:
+                yield Case(kernel, layer, pass_)
+
+
+# --- compiling and timing ---------------------------------------------------------------------------------------------
+
+
+def compile_share(kernels: list[str], width: float, resolution: int, share: int, shares: int) -> None:
+    """Compiles each ``shares``-th of the candidates, by running them on a few small images."""
+    done, index = set(), 0
+    for case in cases(kernels, width, resolution):
+        small = case.layer._replace(size=min(case.layer.size, 28))
+        call = None
+        for candidate in KERNELS[case.kernel][2](case.layer):
+            compiled = {name: value for name, value in candidate.parameters.items() if name not in ("waves", "rows")}
+            depends = (case.kernel, str(compiled), case.layer.stride, case.layer.in_channels <= compiled.get("K", 0))
+            if depends in done:
+                continue
+            done.add(depends)
+            index += 1
+            if index % shares == share:
+                call = call or kernel_call(small, case.pass_, Workload("training", 1, 0, 2, "bfloat16", "cuda"))
+                with replaced(candidate.replaced), contextlib.suppress(Exception):
+                    call()
+
+
+def compile_in_parallel(kernels: list[str], width: float, resolution: int) -> None:
+    shares = max(1, (os.cpu_count() or 1) - 1)
+    context = multiprocessing.get_context("spawn")
+    arguments = [(kernels, width, resolution, share, shares) for share in range(shares)]
+    workers = [context.Process(target=compile_share, args=a) for a in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def time_of(call: Callable[[], Any], best: float, other: torch.Tensor) -> float:
+    """Microseconds of a call, or infinity where it does not run."""
+    try:
+        call()
+    except Exception as error:  # too large for this GPU, or one that the compiler refuses
+        print(f"    {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+        return float("inf")
+    times: list[float] = []
+    for number in (2, CALLS - 2):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
+        for start, end in events:
+            other.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        times += [1e3 * start.elapsed_time(end) for start, end in events]
+        if min(times) > 1.5 * best:
+            break
+    return statistics.median(times)
+
+
+def sweep(name: str, call: Callable[[], Any], candidates: Iterator[Candidate], other: torch.Tensor) -> dict[str, Any]:
+    chosen = time_of(call, float("inf"), other)
+    found: list[tuple[float, dict[str, Any]]] = []
+    for candidate in candidates:
+        with replaced(candidate.replaced):
+            us = time_of(call, min([chosen, *(time for time, _ in found)]), other)
+        found.append((round(us, 1), candidate.parameters))
+    found.sort(key=lambda row: row[0])
+    print(f"{name}: {chosen:.0f} us as chosen; of {len(found)}", flush=True)
+    for us, parameters in found[:SHOWN]:
+        print(f"  {us:8.1f}  {' '.join(f'{key}={value}' for key, value in parameters.items())}", flush=True)
+    return {"name": name, "chosen_us": round(chosen, 1), "found": [row for row in found if row[0] < 1.5 * found[0][0]]}
+
+
+def merge_call(problem: Merge, gradients: bool) -> Callable[[], Any]:
+    if gradients:
+        partial = torch.randn(problem.rows, problem.columns, device="cuda")
+        weight = torch.empty(problem.columns, device="cuda")
+        return lambda: merge.gradients(None, None, False, 0, partial, weight)
+    partial = torch.rand(problem.rows, 4, problem.columns, device="cuda") + 1
+    gamma, beta = torch.rand(2, problem.columns, device="cuda")
+    return lambda: merge.statistics(partial, gamma, beta, 1e-5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernels", nargs="+", choices=[*KERNELS, "merge"], default=[*KERNELS, "merge"])
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--resolution", type=int, default=224)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = []
+
+    def add(result: dict[str, Any]) -> None:
+        results.append(result)
+        if args.json:
+            args.json.write_text(json.dumps(results))
+
+    kernels = [kernel for kernel in args.kernels if kernel != "merge"]
+    with mx.backends.use("triton"):
+        start = time.perf_counter()
+        compile_in_parallel(kernels, args.width, args.resolution)
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        other = torch.empty(CLEARED, dtype=torch.uint8, device="cuda")
+        for case in cases(kernels, args.width, args.resolution):
+            work = Workload("training", args.width, args.resolution, args.batch, "bfloat16", "cuda")
+            candidates = list(KERNELS[case.kernel][2](case.layer))
+            if candidates:
+                add(sweep(case.name, kernel_call(case.layer, case.pass_, work), iter(candidates), other))
+        if "merge" in args.kernels:
+            for problem in MERGES:
+                add(sweep(f"statistics {problem.name}", merge_call(problem, False), merging(None), other))
+            for problem in GRADIENT_MERGES:
+                add(sweep(f"gradients {problem.name}", merge_call(problem, True), merging(None), other))
+        print(f"all in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
