@@ -33,6 +33,7 @@ from mobilenet_ext.triton import heuristics, merge
 from mobilenet_ext.triton.heuristics import Config, cdiv, config, programs
 
 CALLS = 7  # timed of each candidate; one that is far behind the best gets fewer
+CLOCK_HZ = 2e9  # about that of a GPU
 REGISTERS = 65536  # of a multiprocessor
 SHOWN = 5
 
@@ -77,28 +78,58 @@ def _grid(**choices: tuple) -> Iterator[Any]:
         yield argparse.Namespace(**dict(zip(choices, values, strict=True)))
 
 
-def pointwise_forward(layer: Layer) -> Iterator[Candidate]:
+def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
+    def replacement(
+        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, processors: int, memory: int
+    ) -> tuple[Config]:
+        whole = channels <= c.K
+        kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole)
+        count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), processors, c.waves)
+        return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "kernel": kernel},)
+
+    return {"pointwise_forward": replacement}
+
+
+def pointwise_on_load(layer: Layer) -> Iterator[Candidate]:
+    """Normalised on load."""
     k, n = layer.in_channels, layer.out_channels
     for c in _grid(
-        M=(64, 128), N=(64, 128, 256), K=(32, 64, 128, 256), warps=(4, 8), stages=(1, 2, 3, 4), waves=(1, 2, 3, 4)
+        M=(64, 128),
+        N=(64, 128, 256),
+        K=(32, 64, 128),
+        warps=(4, 8),
+        stages=(1, 3, 4),
+        waves=(1, 2, 3, 4),
+        stored=(False,),
     ):
         whole = k <= c.K
-        shared = c.stages * (c.M + c.N) * c.K * 2
-        accumulators = c.M * c.N // (c.warps * 32)
-        if c.N > n or c.K > max(32, k) or (whole and c.stages > 1) or (not whole and c.stages == 1):
+        if c.N > n or c.K > max(32, k) or whole != (c.stages == 1) or not _fits(c) or c.M * c.N // c.warps < 1024:
             continue
-        if shared > 200 * 1024 or not 16 <= accumulators <= 128 or c.waves * c.warps > 16 or c.K == 256 and c.M == 64:
+        if c.warps == 8 and c.M * c.N < 128 * 128:  # both halves of the warps would normalise the same rows
             continue
+        yield Candidate(vars(c), _pointwise_forward(c))
 
-        def replacement(
-            rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, processors: int, memory: int, c=c
-        ) -> tuple[Config]:
-            whole = channels <= c.K
-            kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole)
-            count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), processors, c.waves)
-            return ({"PROGRAMS": count, "kernel": kernel},)
 
-        yield Candidate(vars(c), {"pointwise_forward": replacement})
+def pointwise_stored(layer: Layer) -> Iterator[Candidate]:
+    """Normalised, and stored, before the product; in inference there is nothing to normalise."""
+    k, n = layer.in_channels, layer.out_channels
+    for c in _grid(
+        M=(64, 128, 256), N=(128, 256), K=(64, 128), warps=(4, 8), stages=(1, 3, 4, 5), waves=(1, 2, 3), stored=(True,)
+    ):
+        if c.N > n or c.K > max(32, k) or (k <= c.K) != (c.stages == 1) or not _fits(c):
+            continue
+        yield Candidate(vars(c), _pointwise_forward(c))
+
+
+def _fits(c: Any) -> bool:
+    """The stages in shared memory, the accumulators in registers, the programs on a multiprocessor."""
+    shared = c.stages * (c.M + c.N) * c.K * 2
+    return (
+        shared <= 220 * 1024
+        and c.waves * shared <= 220 * 1024
+        and 32 <= c.M * c.N // (c.warps * 32) <= 128
+        and c.waves * c.warps <= 16
+    )
 
 
 def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., Any]]:
@@ -116,36 +147,45 @@ def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
     def choose(rows: int, channels: int, outputs: int, processors: int) -> dict[str, Any]:
         columns = cdiv(channels, c.K)
         kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
-        return {"input": {"PROGRAMS": programs(cdiv(rows, c.M), columns, processors, c.waves), "kernel": kernel}}
+        count = programs(cdiv(rows, c.M), columns, processors, c.waves)
+        return {"STORED_DY": c.stored, "input": {"PROGRAMS": count, "kernel": kernel}}
 
     return choose
 
 
 def pointwise_input(layer: Layer) -> Iterator[Candidate]:
-    k, n = layer.in_channels, layer.out_channels
-    if k * n <= 128 * 128:
-        return
-    for c in _grid(M=(64, 128), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 3)):
-        shared = c.stages * (2 * c.M * c.N + c.N * c.K) * 2
+    k = layer.in_channels
+    for c in _grid(
+        M=(64, 128, 256), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(3, 4, 5), waves=(1, 2, 3),
+        stored=(True, False),
+    ):  # fmt: skip
+        shared = c.stages * (c.M * c.N * (1 if c.stored else 2) + c.N * c.K) * 2
         accumulators = c.M * c.K // (c.warps * 32)
-        if c.K <= k and shared <= 200 * 1024 and 32 <= accumulators <= 128 and c.waves * c.warps <= 16:
-            yield Candidate(vars(c), _backward(_input(c, WHOLE_N=False, FOLD=False)))
+        if c.K > k or c.waves * shared > 220 * 1024 or not 32 <= accumulators <= 128 or c.waves * c.warps > 16:
+            continue
+        if c.stored == (c.N == 32) or (not c.stored and (c.M == 256 or c.stages > 4)):
+            continue
+        yield Candidate(vars(c), _backward(_input(c, WHOLE_N=False, FOLD=False)))
 
 
 def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
     k, n = layer.in_channels, layer.out_channels
-    if k * n <= 128 * 128:
-        return
-    for c in _grid(M=(32, 64, 128), N=(64, 128, 256), K=(64, 128, 256), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2)):
+    for c in _grid(
+        M=(32, 64, 128), N=(64, 128, 256), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2),
+        stored=(True, False),
+    ):  # fmt: skip
         shared = c.stages * c.M * (c.N + c.K) * 2
         accumulators = c.N * c.K // (c.warps * 32)
-        if c.N > n or c.K > k or shared > 200 * 1024 or not 32 <= accumulators <= 128 or c.waves * c.warps > 16:
+        if c.N > n or c.K > k or c.waves * shared > 220 * 1024 or not 64 <= accumulators <= 128:
+            continue
+        if c.waves * c.warps > 16:
             continue
 
         def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
             kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
             blocks = cdiv(outputs, c.N) * cdiv(channels, c.K)
-            return {"weight": {"PROGRAMS": programs(cdiv(rows, c.M), blocks, processors, c.waves), "kernel": kernel}}
+            count = programs(cdiv(rows, c.M), blocks, processors, c.waves)
+            return {"weight": {"PROGRAMS": count, "STORED_A": c.stored, "kernel": kernel}}
 
         yield Candidate(vars(c), _backward(choose))
 
@@ -154,13 +194,13 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
     k, n = layer.in_channels, layer.out_channels
     if k * n > 128 * 256:
         return
-    for c in _grid(M=(16, 32, 64, 128), warps=(4, 8), stages=(1, 2, 3, 4, 5), waves=(1, 2, 3, 4), FOLD=(False,)):
+    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 3, 4), stored=(False,)):
         c.N, c.K = (max(32, size) for size in (n, k))
         shared = (c.stages * c.M * (2 * c.N + c.K) + c.N * c.K) * 2
         accumulators = (c.N + c.M) * c.K // (c.warps * 32)
         if shared > 200 * 1024 or accumulators > 176 or c.waves * c.warps > 16:
             continue
-        one_pass = _input(c, WHOLE_N=True, FOLD=c.FOLD)
+        one_pass = _input(c, WHOLE_N=True, FOLD=False)
         yield Candidate(vars(c), _backward(lambda *a, one_pass=one_pass: {**one_pass(*a), "weight": None}))
 
 
@@ -220,7 +260,7 @@ def dense_backward(layer: Layer) -> Iterator[Candidate]:
 
 def block_inference(layer: Layer) -> Iterator[Candidate]:
     yield Candidate({"two": True}, {"block_inference": lambda *args: (heuristics.TWO_KERNELS,)})
-    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(16, 32, 64), warps=(4, 8), registers=(128, 168, 255)):
+    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(32,), warps=(4, 8), registers=(128, 168, 255)):
         if c.N > layer.out_channels or c.H * c.W * c.N // (c.warps * 32) > 128 or c.registers * c.warps > 1024:
             continue
         if layer.in_channels > 256:
@@ -249,7 +289,8 @@ def merging(_: Any) -> Iterator[Candidate]:
 
 # A kernel: the kind of layer and the pass that it belongs to, and its candidates.
 KERNELS: dict[str, tuple[str, str, Callable[[Layer], Iterator[Candidate]]]] = {
-    "pointwise_forward": ("pointwise", "forward", pointwise_forward),
+    "pointwise_forward_on_load": ("pointwise", "forward", pointwise_on_load),
+    "pointwise_forward_stored": ("pointwise", "forward", pointwise_stored),
     "pointwise_backward_input": ("pointwise", "backward", pointwise_input),
     "pointwise_backward_weight": ("pointwise", "backward", pointwise_weight),
     "pointwise_backward_one_pass": ("pointwise", "backward", pointwise_one_pass),
@@ -257,7 +298,7 @@ KERNELS: dict[str, tuple[str, str, Callable[[Layer], Iterator[Candidate]]]] = {
     "depthwise_backward": ("depthwise", "backward", depthwise_backward),
     "dense_forward": ("dense", "forward", dense_forward),
     "dense_backward": ("dense", "backward", dense_backward),
-    "pointwise_inference": ("pointwise", "inference", pointwise_forward),
+    "pointwise_inference": ("pointwise", "inference", pointwise_stored),
     "depthwise_inference": ("depthwise", "inference", depthwise_inference),
     "block_inference": ("block", "inference", block_inference),
 }
@@ -312,11 +353,17 @@ def time_of(call: Callable[[], Any], best: float, other: torch.Tensor) -> float:
     """Microseconds of a call, or infinity where it does not run."""
     try:
         call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
     except Exception as error:  # too large for this GPU, or one that the compiler refuses
         print(f"    {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
         return float("inf")
     times: list[float] = []
     for number in (2, CALLS - 2):
+        # The GPU sleeps until all of these calls are queued: a slow host must not be measured with them.
+        torch.cuda._sleep(int(CLOCK_HZ * number * 2 * (host + 30e-6)))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
         for start, end in events:
             other.zero_()
@@ -325,7 +372,7 @@ def time_of(call: Callable[[], Any], best: float, other: torch.Tensor) -> float:
             end.record()
         torch.cuda.synchronize()
         times += [1e3 * start.elapsed_time(end) for start, end in events]
-        if min(times) > 1.5 * best:
+        if min(times) > 1.3 * best:
             break
     return statistics.median(times)
 

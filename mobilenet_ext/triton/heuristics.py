@@ -27,8 +27,10 @@ def _at_most(block: int, size: int) -> int:
 @cache
 def merge(columns: int, programs: int) -> Config:
     """For merging ``programs`` rows of partial results of ``columns`` columns: few columns per program, so that many
-    programs run, and many rows in flight at once. Two sizes, because a kernel is compiled for each."""
-    return config(num_warps=4, BLOCK_P=16, BLOCK_C=32) if programs <= 16 else config(8, BLOCK_P=128, BLOCK_C=32)
+    programs run, and many rows in flight at once. Three sizes, because a kernel is compiled for each."""
+    if columns >= 2**16:  # of a large weight's gradient: few rows, and enough columns for long accesses
+        return config(num_warps=4, BLOCK_P=8, BLOCK_C=256)
+    return config(num_warps=1, BLOCK_P=16, BLOCK_C=4) if programs <= 16 else config(8, BLOCK_P=128, BLOCK_C=4)
 
 
 def programs(tiles: int, columns: int, multiprocessors: int, waves: int) -> int:
@@ -203,27 +205,36 @@ def depthwise_backward(channels: int, itemsize: int) -> tuple[Config, ...]:
 
 @cache
 def pointwise_forward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, multiprocessors: int, shared_memory: int
-) -> tuple[Config, ...]:
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, multiprocessors: int,
+    shared_memory: int,
+) -> tuple[Config, ...]:  # fmt: skip
     """For the product of [rows, channels] with [channels, outputs], where there are many more rows than columns.
 
-    ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks.
+    ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks. ``normalised``: the
+    rows are to be normalised; with many channels they are, and stored, before the product (``STORED_A``).
     """
-    # rows, outputs, channels of a block; warps, stages
+    # rows, outputs, channels of a block; warps, stages, programs per multiprocessor; whether a is stored before
     if itemsize == 4:
-        shapes = [(32, 64, 16, 8, 2)] if ieee else [(64, 128, 32, 8, 3), (64, 64, 32, 8, 2)][0 if outputs > 64 else 1 :]
-    elif channels > 64:
-        shapes = [(64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)]
-    elif outputs > 64:
-        shapes = [(64, 128, 64, 8, 1), (64, 64, 64, 8, 1)]
+        shapes = [(32, 64, 16, 8, 2, 2, False)]
+        if not ieee:
+            shapes = [(64, 128, 32, 8, 3, 2, False), (64, 64, 32, 8, 2, 2, False)][0 if outputs > 64 else 1 :]
+    elif channels > 128:
+        stored = [(128, 128, 64, 4, 4, 2, normalised), (128, 256, 64, 8, 4, 1, normalised)]
+        on_load = [(64, 128, 64, 4, 4, 2, False), (64, 64, 64, 4, 3, 4, False)]
+        if shared_memory > 200 * 1024:
+            shapes = stored + on_load
+        else:
+            shapes = [(64, 128, 64, 4, 3, 2, False), (64, 64, 64, 4, 3, 2, False), (64, 128, 64, 4, 3, 2, normalised)]
+    elif channels > 32:
+        shapes = [(64, 64, 128, 4, 1, 3, False), (128, 64, 64, 4, 3, 2, False)]
     else:
-        shapes = [(64, 64, 64, 4 if channels <= 32 else 8, 1)]
+        shapes = [(128, 64, 32, 4, 1, 2, False), (64, 64, 32, 4, 1, 4, False)]
     if len(shapes) > 1 and cdiv(rows, shapes[0][0]) * cdiv(outputs, shapes[0][1]) < multiprocessors:
         shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
     # Without this ptxas would rather spill a few registers than have fewer programs per multiprocessor.
     registers = {"maxnreg": 255} if ieee else {}
     candidates = []
-    for block_m, block_n, block_k, warps, stages in shapes:
+    for block_m, block_n, block_k, warps, stages, waves, stored_a in shapes:
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         whole = channels <= block_k and not ieee
         kernel = config(
@@ -231,8 +242,8 @@ def pointwise_forward(
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WHOLE_K=whole, FOLD=whole,
             **registers,
         )  # fmt: skip
-        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, 16 // warps)
-        candidates.append({"PROGRAMS": count, "kernel": kernel})
+        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, waves)
+        candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "kernel": kernel})
     return tuple(candidates)
 
 
@@ -246,20 +257,21 @@ def pointwise_backward(
     Before sm_90 (with less shared memory than that has) tensor cores take both operands from registers, and the weight
     in them leaves less room.
     """
-    # rows, outputs, channels of a block; warps, stages
+    large = shared_memory > 200 * 1024
+    # rows, outputs, channels of a block; warps, stages, programs per multiprocessor
     if itemsize == 4:
-        by_input = (32, 16, 64, 8, 2) if ieee else (64, 32, 64, 8, 3)
-        by_weight = (32, 64, 64, 8, 2)
-        one_pass = [] if ieee else [(32, 64, 32, 8, 2)]
+        by_input = (32, 16, 64, 8, 2, 2) if ieee else (64, 32, 64, 8, 3, 2)
+        by_weight = (32, 64, 64, 8, 2, 2)
+        one_pass = [] if ieee else [(32, 64, 32, 8, 2, 1)]
     else:
-        by_input = (64, 32, 128, 8, 3)
-        by_weight = (32, 128, 128, 8, 3)
-        one_pass = [(64, 32, 32, 8, 2), (64, 64, 32, 4, 2)]
-        if shared_memory > 200 * 1024:
-            one_pass += [(64, 128, 64, 8, 2), (16, 128, 128, 8, 5)]
+        by_input = (128, 64, 128, 4, 4, 2) if large else (64, 32, 128, 8, 3, 2)
+        by_weight = (32, 128, 128, 8, 3, 2)
+        one_pass = [(16, 64, 32, 4, 3, 4), (64, 64, 32, 4, 2, 2)]
+        if large:
+            one_pass = [(16, 64, 32, 4, 3, 4), (32, 128, 64, 4, 4, 2), (32, 128, 128, 8, 3, 1), (16, 256, 128, 8, 3, 1)]
 
-    def kernel(shape: tuple[int, ...], waves: int, **constants: int | bool | str) -> Config:
-        block_m, block_n, block_k, warps, stages = shape
+    def kernel(shape: tuple[int, ...], **constants: int | bool | str) -> Config:
+        block_m, block_n, block_k, warps, stages, waves = shape
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         columns = cdiv(channels, block_k) * (1 if "WHOLE_N" in constants else cdiv(outputs, block_n))
         return {
@@ -274,11 +286,12 @@ def pointwise_backward(
     if need_input and need_weight:
         for shape in one_pass:
             if outputs <= shape[1] and channels <= shape[2]:
-                both = kernel(shape, 8 // shape[3], WHOLE_N=True, FOLD=False)
-                candidates.append({"input": both, "weight": None})
+                both = kernel(shape, WHOLE_N=True, FOLD=False)
+                candidates.append({"STORED_DY": False, "input": both, "weight": None})
                 break
     candidates.append({
-        "input": kernel(by_input, 16 // by_input[3], WHOLE_N=False, FOLD=False) if need_input else None,
-        "weight": kernel(by_weight, 16 // by_weight[3]) if need_weight else None,
+        "STORED_DY": large and itemsize == 2,
+        "input": kernel(by_input, WHOLE_N=False, FOLD=False) if need_input else None,
+        "weight": {**kernel(by_weight), "STORED_A": False} if need_weight else None,
     })  # fmt: skip
     return tuple(candidates)

@@ -4,9 +4,11 @@
     dW = dy^T a                                        ``_weight``, or ``_input`` in the same pass
 
 One pass reads everything once; its accumulator is all of dW, which has to fit in a program's registers: the early
-layers, which are the large ones. Otherwise the two are apart, each in blocks of its result, and ``_input`` stores dy
-for ``_weight``. dW is summed up over rows, so ``_weight`` splits them, a fixed number of programs to a block of it;
-``merge.gradients`` adds up what they leave.
+layers, which are the large ones. Otherwise the two are apart, each in blocks of its result, and share a dy that is
+stored: by ``_input``, or, where each of its programs would rebuild it at a higher price than that of a pass over the
+data, before it (``STORED_DY``). ``_weight`` can have its a stored before it too (``STORED_A``). dW is summed up over
+rows, so ``_weight`` splits them, a fixed number of programs to a block of it; ``merge.gradients`` adds up what they
+leave.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from mobilenet_ext.triton.formulas import (
     tiles_of,
 )
 from mobilenet_ext.triton.merge import store_sums
+from mobilenet_ext.triton.norm_act import norm_act_forward
 
 
 def pointwise_backward(
@@ -62,13 +65,15 @@ def pointwise_backward(
         grad_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32, device=u.device)
         sums = weight_partial = None
         gradient = (dz, y, grad_bn_y)
+        if rows and config["STORED_DY"] and grad_bn_y is not None:
+            gradient = (_stored_gradient(dz, y, grad_bn_y), None, None)
         if by_input is not None:
             programs, kernel = by_input["PROGRAMS"], by_input["kernel"]
             if bn_u is not None:
                 sums = merge.empty_sums(u, programs, k)
             if by_weight is None and need_weight:
                 weight_partial = grad_weight.new_empty(programs, outputs, k)
-            dy = torch.empty_like(dz) if by_weight is not None and y is not None else None
+            dy = torch.empty_like(dz) if by_weight is not None and gradient[1] is not None else None
             if rows:
                 _input[(programs * triton.cdiv(k, kernel["BLOCK_K"]),)](
                     *gradient, u, bn_u, weight, dz_u, sums, dy, weight_partial, *sizes, **constants, **kernel
@@ -80,13 +85,47 @@ def pointwise_backward(
             weight_partial = grad_weight.new_empty(programs, outputs, k)
             blocks = triton.cdiv(outputs, kernel["BLOCK_N"]) * triton.cdiv(k, kernel["BLOCK_K"])
             if rows:
-                _weight[(programs * blocks,)](*gradient, u, bn_u, weight_partial, *sizes, **constants, **kernel)
+                stored = by_weight["STORED_A"] and bn_u is not None
+                operand = (norm_act_forward(u, bn_u, act_u, False), None) if stored else (u, bn_u)
+                _weight[(programs * blocks,)](*gradient, *operand, weight_partial, *sizes, **constants, **kernel)
         grad_bn_u = merge.gradients(sums, bn_u, batch_stats_u, rows, weight_partial, grad_weight)
         return dz_u, grad_weight, grad_bn_u
 
     flags = (y is None, grad_bn_y is None, bn_u is None, need_input, need_weight)
     problem = (rows, k, outputs, str(u.dtype), precision, *flags)
     return autotune.run("pointwise_backward", problem, candidates, launch)
+
+
+def _stored_gradient(dz: Tensor, y: Tensor | None, grad_bn_y: Tensor) -> Tensor:
+    """dy as a tensor."""
+    n, outputs, height, width = dz.shape
+    rows, unit = n * height * width, math.gcd(outputs, 8)
+    dy = torch.empty_like(dz)
+
+    def launch(config: heuristics.Config) -> Tensor:
+        kernel = config["kernel"]
+        grid = (triton.cdiv(rows, kernel["BLOCK_M"]), triton.cdiv(outputs, kernel["BLOCK_C"]))
+        _gradient[grid](dz, y, grad_bn_y, dy, rows, outputs // unit, UNIT=unit, **kernel)
+        return dy
+
+    problem = (rows, outputs, dz.element_size(), gpu.of(dz).multiprocessors)
+    return autotune.run("output_gradient", (*problem, y is None), heuristics.norm_act(*problem), launch)
+
+
+@triton.jit(do_not_specialize=["rows", "C_units"])
+def _gradient(
+    dz_ptr, y_ptr, grad_bn_ptr, dy_ptr, rows, C_units,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    BATCH_STATS: tl.constexpr = y_ptr is not None
+    outputs = C_units * UNIT
+    tile = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    coefficients = load_gradient_coefficients(grad_bn_ptr, outputs, c, c < outputs, BATCH_STATS)
+    dz = load_tile(dz_ptr, tile, rows, outputs, c, BLOCK_M)
+    y = _load_y(y_ptr, dz, tile, rows, outputs, c, BLOCK_M)
+    dy = output_gradient(dz, y, coefficients, _row_inside(tile, rows, BLOCK_M), BATCH_STATS)
+    store_tile(dy_ptr, tile, rows, outputs, c, rounded(dy, dy_ptr.dtype.element_ty), BLOCK_M)
 
 
 @triton.jit
@@ -142,9 +181,10 @@ def _input(
             u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
         da = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         if WHOLE_N:
-            dz = load_tile(dz_ptr, tile, rows, outputs, n, BLOCK_M)
-            y = _load_y(y_ptr, dz, tile, rows, outputs, n, BLOCK_M)
-            dy = rounded(output_gradient(dz, y, coefficients, row_inside, BATCH_STATS), dtype)
+            dy = load_tile(dz_ptr, tile, rows, outputs, n, BLOCK_M)
+            if grad_bn_ptr is not None:
+                y = _load_y(y_ptr, dy, tile, rows, outputs, n, BLOCK_M)
+                dy = rounded(output_gradient(dy, y, coefficients, row_inside, BATCH_STATS), dtype)
             da = dot(dy, weight, da, PRECISION)
             if WEIGHT:
                 a = rounded(norm_act_inside(u, norm_u, row_inside, bn_u_ptr is not None, ACT_U), dtype)
@@ -153,10 +193,11 @@ def _input(
             for n0 in range(0, outputs, BLOCK_N):
                 inside = n < outputs - n0
                 weight = tl.load(weight_ptrs + n0 * channels, mask=inside[:, None] & (k < channels)[None, :], other=0.0)
-                coefficients = load_gradient_coefficients(grad_bn_ptr, outputs, n0 + n, inside, BATCH_STATS)
-                dz = load_tile(dz_ptr, tile, rows, outputs, n0 + n, BLOCK_M)
-                y = _load_y(y_ptr, dz, tile, rows, outputs, n0 + n, BLOCK_M)
-                dy = rounded(output_gradient(dz, y, coefficients, row_inside, BATCH_STATS), dtype)
+                dy = load_tile(dz_ptr, tile, rows, outputs, n0 + n, BLOCK_M)
+                if grad_bn_ptr is not None:
+                    coefficients = load_gradient_coefficients(grad_bn_ptr, outputs, n0 + n, inside, BATCH_STATS)
+                    y = _load_y(y_ptr, dy, tile, rows, outputs, n0 + n, BLOCK_M)
+                    dy = rounded(output_gradient(dy, y, coefficients, row_inside, BATCH_STATS), dtype)
                 if dy_ptr is not None:
                     store_tile(dy_ptr, tile, tl.where(block == 0, rows, 0), outputs, n0 + n, dy, BLOCK_M)
                 da = dot(dy, weight, da, PRECISION)

@@ -5,6 +5,10 @@ from the tile in registers. A program owns a block of output channels and walks 
 only a few rows of partial statistics per multiprocessor. Where one block holds all input channels the weight stays on
 chip for the whole walk; otherwise it is read, like ``u``, block by block: from the L2, as the programs side by side
 share both.
+
+An operand that is normalised on load passes through registers, in every program that multiplies it. Where that costs
+more than a pass over the data, the normalised activation is stored first (``STORED_A``), for the time of the product:
+then both operands go from memory to shared memory, and from there to the tensor cores.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from mobilenet_ext.triton.formulas import (
     tiles_of,
 )
 from mobilenet_ext.triton.merge import store_statistics
+from mobilenet_ext.triton.norm_act import norm_act_forward
 
 
 def pointwise_forward(
@@ -62,17 +67,19 @@ def _run(
     precision = gpu.product_precision(u.dtype)
     processors, shared_memory = gpu.of(u)
     candidates = heuristics.pointwise_forward(
-        rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", processors, shared_memory
-    )
+        rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
+        processors, shared_memory,
+    )  # fmt: skip
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
         partial = merge.empty_statistics(u, programs, outputs) if stats else None
         if rows:
+            operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
             _kernel[(programs * triton.cdiv(outputs, kernel["BLOCK_N"]),)](
-                u, bn_u, weight, bn_y, y, partial, rows, k // unit, outputs // out_unit,
+                *operand, weight, bn_y, y, partial, rows, k // unit, outputs // out_unit,
                 UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
             )  # fmt: skip
         return y, partial

@@ -34,9 +34,11 @@ def blocks(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
 
 
 APART = {
+    "STORED_DY": False,
     "input": {"PROGRAMS": 2, "kernel": blocks(32, 16, 16, WHOLE_N=False, FOLD=True)},
-    "weight": {"PROGRAMS": 3, "kernel": blocks(16, 16, 16)},
+    "weight": {"PROGRAMS": 3, "STORED_A": False, "kernel": blocks(16, 16, 16)},
 }
+STORED = {**APART, "STORED_DY": True, "weight": {**APART["weight"], "STORED_A": True}}
 ONE_PASS = {**APART, "both": {"PROGRAMS": 2, "kernel": blocks(64, 64, 64, WHOLE_N=True, FOLD=True)}}
 
 
@@ -46,8 +48,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, backward: dict[str, heuristics.Confi
     def pointwise_backward(*problem: int) -> tuple[dict, ...]:
         *_, need_input, need_weight, _, _ = problem
         if need_input and need_weight and "both" in backward:
-            return ({"input": backward["both"], "weight": None},)
-        needed = {"input": need_input, "weight": need_weight}
+            return ({"STORED_DY": False, "input": backward["both"], "weight": None},)
+        needed = {"STORED_DY": True, "input": need_input, "weight": need_weight}
         return ({part: backward[part] if need else None for part, need in needed.items()},)
 
     monkeypatch.setattr(heuristics, "pointwise_backward", pointwise_backward)
@@ -57,6 +59,12 @@ def choose(monkeypatch: pytest.MonkeyPatch, backward: dict[str, heuristics.Confi
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles per program, several programs, several blocks of channels."""
     choose(monkeypatch, APART)
+
+
+@pytest.fixture
+def stored_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``small_blocks``; dy and a are stored before their products."""
+    choose(monkeypatch, STORED)
 
 
 @pytest.fixture
@@ -120,6 +128,12 @@ def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: No
 
 @pytest.mark.parametrize("act", Act)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stored_operands(dtype: torch.dtype, act: Act, stored_operands: None) -> None:
+    check_backward(24, 40, dtype, act=act)
+
+
+@pytest.mark.parametrize("act", Act)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass(dtype: torch.dtype, act: Act, one_pass: None) -> None:
     check_backward(24, 40, dtype, size=(2, 11, 12), act=act)
 
@@ -130,7 +144,7 @@ def test_optional_arguments(case: str, plain: bool) -> None:
     check_backward(24, 8, torch.bfloat16, case, plain, case != "both", size=(1, 4, 5))
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "one_pass"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
 def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     """Gamma's gradient survives a channel mean of 1e4 with standard deviation 1."""
     request.getfixturevalue(blocks_of)
@@ -144,7 +158,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     assert_close(grad_bn, of_stored, 1e-5)
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "one_pass"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
 def test_nonfinite(special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
@@ -195,7 +209,7 @@ def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "one_pass"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
 def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
     """At most 1.5 times the error of PyTorch's own path, which rounds a, dy and every result to 16 bits."""
     request.getfixturevalue(blocks_of)

@@ -36,14 +36,26 @@ def blocks(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles per program, several programs, several blocks of channels."""
-    config = {"PROGRAMS": 2, "kernel": blocks(32, 16, 16, WHOLE_K=False, FOLD=True)}
+    config = {"PROGRAMS": 2, "STORED_A": False, "kernel": blocks(32, 16, 16, WHOLE_K=False, FOLD=True)}
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
+
+
+@pytest.fixture
+def stored_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``small_blocks``; what is normalised is stored before the product."""
+
+    def pointwise_forward(*problem: int) -> tuple[heuristics.Config]:
+        normalised = problem[5]
+        kernel = blocks(32, 16, 16, WHOLE_K=False, FOLD=True)
+        return ({"PROGRAMS": 2, "STORED_A": normalised, "kernel": kernel},)
+
+    monkeypatch.setattr(heuristics, "pointwise_forward", pointwise_forward)
 
 
 @pytest.fixture
 def whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """All channels in one block, several tiles per program and several programs."""
-    config = {"PROGRAMS": 2, "kernel": blocks(64, 64, 64, WHOLE_K=True, FOLD=True)}
+    config = {"PROGRAMS": 2, "STORED_A": False, "kernel": blocks(64, 64, 64, WHOLE_K=True, FOLD=True)}
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
 
 
@@ -86,6 +98,12 @@ def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: No
 
 @pytest.mark.parametrize("act", Act)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stored_operand(dtype: torch.dtype, act: Act, stored_operand: None) -> None:
+    check_forward(24, 40, dtype, act=act)
+
+
+@pytest.mark.parametrize("act", Act)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_weight(dtype: torch.dtype, act: Act, whole_weight: None) -> None:
     check_forward(24, 40, dtype, size=(2, 11, 12), act=act)
 
@@ -119,7 +137,7 @@ def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, int]
         pointwise_forward(x, None, Act.LINEAR, weight, **geometry, gamma=None, beta=None, eps=1e-5, stats=True)
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
 def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     """The variance of y survives a channel mean of 1e4 with standard deviation 1."""
     request.getfixturevalue(blocks_of)
@@ -131,7 +149,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
 def test_nonfinite(special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
@@ -154,13 +172,13 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, 132, 227 * 1024):
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, 132, 227 * 1024):
         monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
         check_forward(40, 32, dtype, size=(1, 9, 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
 def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
     """At most 1.5 times the error of PyTorch's own path, which rounds a and y to 16 bits."""
     request.getfixturevalue(blocks_of)
