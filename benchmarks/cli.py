@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,25 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"[{device}]")
-    parser.add_argument("--backend", default="auto", help="of mobilenet_ext [auto]")
+    if bench == "kernels":
+        parser.add_argument("--backend", nargs="+", default=["auto"],
+                            help="of mobilenet_ext, others beside the first [auto]")  # fmt: skip
+    else:
+        parser.add_argument("--backend", default="auto", help="of mobilenet_ext [auto]")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="16 bits: autocast "
                         "in training, weights and activations in inference [float32 bfloat16]")  # fmt: skip
-    parser.add_argument("--width", type=_positive(float), default=1.0, help="multiplier [1]")
+    parser.add_argument("--width", nargs="+", type=_positive(float), default=[1.0], help="multiplier [1]")
     parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
     batch = {"inference": "1 32 256, on a CPU 1 32", "curves": CURVES_BATCH}.get(bench, "256, on a CPU 32")
     parser.add_argument("--batch", nargs="+", type=_positive(int), help=f"[{batch}]")
     if bench == "curves":
         parser.add_argument("--epochs", type=_positive(int), default=10, help="[10]")
     else:
-        parser.add_argument("--rounds", type=_positive(int), default=9, help="samples of each runner [9]")
+        effort = comparison.Effort()
+        parser.add_argument("--rounds", type=_positive(int), default=effort.rounds,
+                            help=f"samples of each runner [{effort.rounds}]")  # fmt: skip
+        parser.add_argument("--burst", type=_positive(float), default=effort.burst_s, metavar="SECONDS",
+                            help=f"how long a sample takes [{effort.burst_s:g}]")  # fmt: skip
     parser.add_argument("--threads", type=_positive(int), help="of a CPU [torch's choice]")
     if bench in ("inference", "training"):
         parser.add_argument("--peers", nargs="+", metavar="PEER", choices=NAMES, default=list(NAMES),
@@ -111,19 +120,24 @@ def _measure(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU")
-    mx.backends.set(args.backend)
+    backend, *args.others = args.backend if args.bench == "kernels" else [args.backend]
+    mx.backends.set(backend)
     if args.device == "cuda":
         for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
             part.fp32_precision = args.fp32_precision
-    effort = comparison.Effort(getattr(args, "rounds", 0), memory=not getattr(args, "no_memory", False))
+    effort = comparison.Effort(
+        getattr(args, "rounds", 0), getattr(args, "burst", 0.0), memory=not getattr(args, "no_memory", False)
+    )
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
     report["command"] = shlex.join(["mobilenet-ext", "bench", *_without_files(args.words)])
     if args.bench != "curves":
-        found = limits.measure_limits(args.device, args.dtype)
+        found = limits.measure_limits(args.device, args.dtype, min(5, effort.rounds), min(0.1, effort.burst_s))
         report["limits"] = {dtype: of._asdict() for dtype, of in found.items()}
     for dtype in args.dtype:
         for result in _results(args, dtype, effort):
             report["results"].append(result)
+            if args.bench != "curves":
+                print(f"    {table.one_line(result['rows'])}", file=sys.stderr, flush=True)
             if args.json:  # as it grows, so that a run that is cut off leaves what it has
                 results.write(args.json, report)
     print(table.heading(report))
@@ -142,12 +156,12 @@ def _results(args: argparse.Namespace, dtype: str, effort: comparison.Effort) ->
     batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
     if args.bench == "curves":
         batches = [CURVES_BATCH]
-    for batch in args.batch or batches:
-        work = Workload(task, args.width, args.resolution, batch, dtype, args.device)
+    for width, batch in product(args.width, args.batch or batches):
+        work = Workload(task, width, args.resolution, batch, dtype, args.device)
         print(work, file=sys.stderr, flush=True)
         if args.bench == "kernels":
             for pass_ in args.passes:
-                yield from kernels.compare_layers(work, pass_, args.peers, effort)
+                yield from kernels.compare_layers(work, pass_, args.peers, effort, args.others)
         elif args.bench == "scaling":
             yield from scaling.measure_scaling(work, effort)
         elif args.bench == "curves":

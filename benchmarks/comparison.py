@@ -16,9 +16,10 @@ import torch
 from benchmarks import checks, peers
 from benchmarks.network import Workload
 from benchmarks.peers.base import Peer
-from benchmarks.timing import interleave
+from benchmarks.timing import alone, interleave
 
 Row = dict[str, Any]
+ALONE_CALLS = 15
 
 
 class Effort(NamedTuple):
@@ -33,8 +34,8 @@ def compare_runners(work: Workload, names: Sequence[str], effort: Effort) -> dic
     """A result for one workload: the bytes and operations that bound it, and a row for each runner.
 
     A row has the runner's name, version and, where it ran, ``error`` (relative, against float64), ``seconds`` (a sample
-    a round) and ``peak_bytes``; where it did not, ``skipped`` says why it cannot do the work, ``refused`` what was
-    wrong with its output.
+    a round), on a GPU ``alone_seconds`` and ``host_seconds`` (as of ``timing.alone``), and ``peak_bytes``; where it did
+    not, ``skipped`` says why it cannot do the work, ``refused`` what was wrong with its output.
     """
     expected = checks.expected_of(work)
     rows, runners = [], {}
@@ -45,7 +46,10 @@ def compare_runners(work: Workload, names: Sequence[str], effort: Effort) -> dic
         if runner is not None:
             runners[name] = runner
     for name, samples in interleave(runners, work.device, effort.rounds, effort.burst_s).items():
-        next(row for row in rows if row["runner"] == name)["seconds"] = samples
+        row = next(row for row in rows if row["runner"] == name)
+        row["seconds"] = samples
+        if work.device == "cuda":
+            row["alone_seconds"], row["host_seconds"] = alone(runners[name], ALONE_CALLS)
     runners.clear()
     gc.collect()
     if effort.memory:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.comparison import Effort
 from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.peers import OURS
-from benchmarks.timing import Call, interleave
+from benchmarks.timing import KERNEL_CLEARS, Call, interleave
 from mobilenet_ext import backends, ops
 from mobilenet_ext.contract import Act
 
@@ -22,32 +22,53 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 EPS = 1e-5
 
 
-def compare_layers(work: Workload, pass_: str, peers: Sequence[str], effort: Effort) -> Iterator[dict[str, Any]]:
+def compare_layers(
+    work: Workload, pass_: str, peers: Sequence[str], effort: Effort, others: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """A result for each distinct layer of a pass, with ``count``, how often the network has it; rows as in
-    ``comparison.compare_runners``."""
+    ``comparison.compare_runners``. A layer that fails is a row that says how, and ends nothing.
+
+    ``others``: more backends, with a row ``mobilenet_ext, BACKEND`` each. They take no turns with the first, since who
+    chooses a backend at every call would time the choice too.
+    """
     layers = layers_of(work.width, work.resolution, pass_)
     for layer in dict.fromkeys(layers):
         print(f"  {pass_} {layer.name}", file=sys.stderr, flush=True)
-        calls, rows = {}, []
-        for name in (OURS, *peers):
-            call, error = RUNNERS[name](layer, pass_, work)
-            if name == OURS and not error <= ALLOWED[work.dtype]:
-                raise ValueError(f"our {pass_} of {layer.name} is wrong: relative error {error:.1e}")
-            if error <= ALLOWED[work.dtype]:
-                calls[name] = call
-                rows.append({"runner": name, "error": error})
-            else:
-                rows.append({"runner": name, "error": error, "refused": f"wrong output: relative error {error:.1e}"})
-        samples = interleave(calls, work.device, effort.rounds, effort.burst_s, pause_s=0.1)
-        for row in rows:
-            row["seconds"] = samples.get(row["runner"], [])
+        rows = _time((OURS, *peers), layer, pass_, work, effort)
+        for backend in others:
+            with backends.use(backend):
+                (row,) = _time((OURS,), layer, pass_, work, effort)
+            rows.append({**row, "runner": f"{OURS}, {backend}"})
         yield {
             "workload": {**work._asdict(), "pass": pass_, "layer": layer.name},
             "count": layers.count(layer),
             "bytes": layer.bytes_moved(pass_, work.batch, work.torch_dtype.itemsize),
             "operations": layer.operations(pass_, work.batch),
-            "rows": [row for row in rows if row["seconds"] or "refused" in row],
+            "rows": rows,
         }
+
+
+def _time(names: Sequence[str], layer: Layer, pass_: str, work: Workload, effort: Effort) -> list[dict[str, Any]]:
+    """A row for each runner."""
+    calls, rows = {}, []
+    for name in names:
+        row: dict[str, Any] = {"runner": name, "seconds": []}
+        rows.append(row)
+        try:
+            call, row["error"] = RUNNERS[name](layer, pass_, work)
+            if not row["error"] <= ALLOWED[work.dtype]:
+                row["refused"] = f"wrong output: relative error {row['error']:.1e}"
+                continue
+            call()
+            if work.device == "cuda":
+                torch.cuda.synchronize()  # so that its error is this row's
+            calls[name] = call
+        except Exception as error:
+            row["refused"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    samples = interleave(calls, work.device, effort.rounds, effort.burst_s, pause_s=0.1, clears=KERNEL_CLEARS)
+    for row in rows:
+        row["seconds"] = samples.get(row["runner"], [])
+    return rows
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -60,19 +81,19 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
     """The layer's kernel op on random data, as a step of the network calls it."""
     kind, k, n, stride, size = layer
-    device, dtype, batch = work.device, work.torch_dtype, work.batch
-    generator = torch.Generator(device).manual_seed(0)
+    dtype, batch = work.torch_dtype, work.batch
+    # Random numbers from the device itself: one generator on the CPU would take longer than all that is timed.
+    source_of = {"generator": torch.Generator(work.device).manual_seed(0), "device": work.device}
 
     def activation(channels: int, size: int) -> Tensor:
-        data = torch.randn(batch, size, size, channels, generator=generator, device=device)
-        return data.to(dtype).permute(0, 3, 1, 2)
+        return torch.randn(batch, size, size, channels, dtype=dtype, **source_of).permute(0, 3, 1, 2)
 
     def weight(*shape: int) -> Tensor:
         fan_in = shape[1] * shape[2] * shape[3]
-        return (torch.randn(shape, generator=generator, device=device) / fan_in**0.5).to(dtype)
+        return (torch.randn(shape, **source_of) / fan_in**0.5).to(dtype)
 
     def rows(count: int, channels: int) -> Tensor:
-        return torch.rand(count, channels, generator=generator, device=device) + 0.5
+        return torch.rand(count, channels, **source_of) + 0.5
 
     u, bn_u = activation(k, size), rows(5, k)
     if kind == "block":
@@ -169,16 +190,16 @@ class _Module:
 def _theirs(memory_format: torch.memory_format, compiled: bool = False):
     def make(layer: Layer, pass_: str, work: Workload) -> tuple[Call, float]:
         module = _modules(layer).to(device=work.device, memory_format=memory_format)
-        exact = _modules(layer).double().train(pass_ != "inference")
-        x = torch.randn(work.batch, layer.in_channels, layer.size, layer.size)
+        exact = _modules(layer).to(work.device).double().train(pass_ != "inference")
+        x = torch.randn(work.batch, layer.in_channels, layer.size, layer.size, device=work.device)
         with torch.no_grad():
             expected = exact(x[:2].double())
-        x = x.to(device=work.device, memory_format=memory_format)
+        x = x.contiguous(memory_format=memory_format)
         few = x[:2].contiguous(memory_format=memory_format)
         # Of a backward pass its forward is compared.
         compared = "inference" if pass_ == "inference" else "forward"
         check = _Module(module, few, compared, work.torch_dtype, compiled)
-        error = _error(check().detach().cpu(), expected)
+        error = _error(check().detach(), expected)
         return _Module(module, x, pass_, work.torch_dtype, compiled), error
 
     return make

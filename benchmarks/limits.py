@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.network import DTYPES
-from benchmarks.timing import Call, interleave, summary
+from benchmarks.timing import KERNEL_CLEARS, Call, interleave, summary
 from mobilenet_ext import ops
 from mobilenet_ext.contract import Act
 
@@ -69,15 +69,17 @@ def limits_of(report: dict[str, Any]) -> dict[str, Limits]:
     return found
 
 
-def measure_limits(device: str, dtypes: Sequence[str], rounds: int = 5) -> dict[str, Limits]:
+def measure_limits(device: str, dtypes: Sequence[str], rounds: int = 5, burst_s: float = 0.1) -> dict[str, Limits]:
     """By dtype."""
-    moving = tuple((amount, _best_rate(_moves(amount, device), device, rounds)) for amount in AMOUNTS)
-    return {dtype: Limits(moving, _best_rate(_products(dtype, device), device, rounds)) for dtype in dtypes}
+    measure = partial(_best_rate, device=device, rounds=rounds, burst_s=burst_s)
+    moving = tuple((amount, measure(_moves(amount, device))) for amount in AMOUNTS)
+    return {dtype: Limits(moving, measure(_products(dtype, device))) for dtype in dtypes}
 
 
-def _best_rate(calls: dict[str, tuple[Call, int]], device: str, rounds: int) -> float:
+def _best_rate(calls: dict[str, tuple[Call, int]], device: str, rounds: int, burst_s: float) -> float:
     """Of calls with the bytes or operations of each: a limit is the best that was seen in any round."""
-    samples = interleave({name: call for name, (call, _) in calls.items()}, device, rounds, burst_s=0.1, pause_s=0.1)
+    timed = {name: call for name, (call, _) in calls.items()}
+    samples = interleave(timed, device, rounds, burst_s, pause_s=0.1, clears=KERNEL_CLEARS)
     return max(calls[name][1] / min(times) for name, times in samples.items())
 
 

@@ -1,12 +1,14 @@
 """A call of every kernel op, for tests that go through all of them; as a script, runs them on one backend.
 
-``python tests/every_op.py cuda`` is what compute-sanitizer watches.
+``python tests/every_op.py cuda`` is what compute-sanitizer watches. ``python tests/every_op.py triton 12`` runs them in
+so many processes, for a backend that compiles each kernel first.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -42,14 +44,16 @@ class Call(NamedTuple):
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Call]:
+def calls(
+    device: str, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> Iterator[Call]:
     """Every op at odd shapes; the same numbers at each call."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    for dtype, (n, c, h, w) in product(dtypes, SHAPES):
+    for dtype, (n, c, h, w) in product(dtypes, shapes):
 
         def image(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return random(*shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -103,9 +107,24 @@ def calls(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Cal
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 
 
-if __name__ == "__main__":
-    with mx.backends.use(sys.argv[1]):
-        for call in calls(mx.backends.device_type(sys.argv[1]) or "cpu"):
+def run(backend: str, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes: Sequence[tuple[int, ...]] = SHAPES) -> int:
+    """How many calls were run, to their end."""
+    count = 0
+    with mx.backends.use(backend):
+        for call in calls(mx.backends.device_type(backend) or "cpu", dtypes, shapes):
             call.run()
+            count += 1
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return count
+
+
+if __name__ == "__main__":
+    backend, processes = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    if processes == 1:
+        count = run(backend)
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            parts = [(backend, (dtype,), (shape,)) for dtype, shape in product(DTYPES, SHAPES)]
+            count = sum(pool.starmap(run, parts, chunksize=1))
+    print(f"{backend}: {count} calls")

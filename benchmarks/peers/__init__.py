@@ -11,11 +11,13 @@ from benchmarks.peers.base import Peer
 
 OURS = "mobilenet_ext"
 CAPTURED = f"{OURS}, CUDA graph"  # the same kernels, as a user who captures them runs them
+EAGER = "eager channels_last"
 _CLASSES = {
     OURS: "torch_peers.MobileNetExt",
     CAPTURED: "torch_peers.MobileNetExtCaptured",
     "eager NCHW": "torch_peers.EagerNchw",
-    "eager channels_last": "torch_peers.EagerChannelsLast",
+    EAGER: "torch_peers.EagerChannelsLast",
+    f"{EAGER}, CUDA graph": "torch_peers.EagerCaptured",
     "torch.compile": "torch_peers.Compile",
     "torch.compile max-autotune": "torch_peers.CompileMaxAutotune",
     "torch.compile freezing": "torch_peers.CompileFreezing",
@@ -28,8 +30,8 @@ NAMES = tuple(_CLASSES)
 
 
 def is_ours(runner: str) -> bool:
-    """Whether a row is of this library, however it is run."""
-    return runner in (OURS, CAPTURED)
+    """Whether a row is of this library, however it is run: ``mobilenet_ext`` or ``mobilenet_ext, HOW``."""
+    return runner.split(", ")[0] == OURS
 
 
 def get(name: str) -> Peer:

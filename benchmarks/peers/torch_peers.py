@@ -39,20 +39,24 @@ class Training:
         self.labels = work.labels()
         self.optimizer = torch.optim.SGD(parameters.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> None:
         self.optimizer.zero_grad()
         dtype = self.work.torch_dtype
         with torch.autocast(self.work.device, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(self.model(self.images), self.labels, label_smoothing=LABEL_SMOOTHING)
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        self.loss = loss.detach()
 
     def first_step(self) -> FirstStep:
-        loss = self()
+        self()
+        return self.outcome()
+
+    def outcome(self) -> FirstStep:
+        """Of the last step."""
         weights = [m.weight for m in self.parameters.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         stem, classifier = (weight.grad.float().cpu() for weight in (weights[0], weights[-1]))
-        return FirstStep(loss.item(), classifier, stem)
+        return FirstStep(self.loss.item(), classifier, stem)
 
 
 class TorchPeer(Peer):
@@ -104,7 +108,7 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-class Captured:
+class CapturedInference:
     """An inference in a CUDA graph."""
 
     def __init__(self, inference: Inference) -> None:
@@ -117,14 +121,42 @@ class Captured:
         return self.inference.logits()
 
 
-class MobileNetExtCaptured(MobileNetExt):
-    def refuses(self, work: Workload) -> str | None:
-        if work.device != "cuda":
-            return "a CUDA graph needs a GPU"
-        return "only inference is captured" if work.task == "training" else None
+class CapturedTraining:
+    """A training step in a CUDA graph, from the same weights as without one."""
 
-    def inference(self, work: Workload) -> Captured:
-        return Captured(super().inference(work))
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        parameters = list(training.parameters.parameters())
+        initial = [parameter.detach().clone() for parameter in parameters]
+        self.graph = capture(training)
+        with torch.no_grad():  # the capture's own steps are undone: in place, where the graph finds the tensors
+            torch._foreach_copy_(parameters, initial)
+            for state in training.optimizer.state.values():
+                state["momentum_buffer"].zero_()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+    def first_step(self) -> FirstStep:
+        self()
+        return self.training.outcome()
+
+
+class InGraph:
+    """For a peer: the same in a CUDA graph."""
+
+    def refuses(self, work: Workload) -> str | None:
+        return None if work.device == "cuda" else "a CUDA graph needs a GPU"
+
+    def inference(self, work: Workload) -> CapturedInference:
+        return CapturedInference(super().inference(work))
+
+    def training(self, work: Workload) -> CapturedTraining:
+        return CapturedTraining(super().training(work))
+
+
+class MobileNetExtCaptured(InGraph, MobileNetExt):
+    pass
 
 
 class EagerNchw(TorchPeer):
@@ -132,6 +164,10 @@ class EagerNchw(TorchPeer):
 
 
 class EagerChannelsLast(TorchPeer):
+    pass
+
+
+class EagerCaptured(InGraph, EagerChannelsLast):
     pass
 
 

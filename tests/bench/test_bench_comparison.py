@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import checks, comparison, kernels, peers, table, timing
+from benchmarks import checks, comparison, kernels, network, peers, table, timing, warm_up
 from benchmarks.limits import AMOUNTS, Limits, _moves, measure_limits
 from benchmarks.network import Workload
 from benchmarks.peers import torch_peers
+from mobilenet_ext import backends
 
 LIMITS = Limits(((0, 1e10),), 1e11)
 QUICK = comparison.Effort(rounds=2, burst_s=0.01, memory=False)
@@ -179,7 +181,120 @@ def test_kernels(pass_: str, dtype: str) -> None:
     assert "of the limit" in text and results[0]["workload"]["layer"] in text
 
 
-def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "RUNNERS", {peers.OURS: lambda *_: (lambda: None, 0.5)})
-    with pytest.raises(ValueError, match="our forward of dense"):
-        list(kernels.compare_layers(TRAINING, "forward", [], QUICK))
+def test_a_wrong_kernel_is_a_row_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runner(layer: network.Layer, pass_: str, work: Workload) -> tuple[timing.Call, float]:
+        if layer.kind == "pool":
+            raise RuntimeError("an illegal access\nand more")
+        return lambda: None, 0.5 if layer.kind == "dense" else 0.0
+
+    monkeypatch.setattr(kernels, "RUNNERS", {peers.OURS: runner, "theirs": runner})
+    results = list(kernels.compare_layers(TRAINING, "forward", ["theirs"], QUICK))
+    refused = {r["workload"]["layer"].split()[0]: [row.get("refused") for row in r["rows"]] for r in results}
+    assert refused["dense"] == ["wrong output: relative error 5.0e-01"] * 2
+    assert refused["pool"] == ["RuntimeError: an illegal access"] * 2 and refused["depthwise"] == [None] * 2
+    text = table.kernels_table({"limits": {"float32": LIMITS._asdict()}, "results": results})
+    assert "mobilenet_ext: RuntimeError: an illegal access" in text and "theirs / it" in text
+    only = table.kernels_table({"limits": {"float32": LIMITS._asdict()}, "results": results[:1]})
+    assert "batch 4: refused" in only
+    assert table.one_line(results[0]["rows"]).startswith("mobilenet_ext: wrong output")
+
+
+def test_a_second_backend_has_its_own_times() -> None:
+    work = Workload("training", 0.25, 33, 1, "float32", "cpu")
+    used = []
+    with backends.use("cpu"):
+        for result in kernels.compare_layers(work, "inference", ["eager NCHW"], QUICK, ["reference"]):
+            used.append([row["runner"] for row in result["rows"]])
+            assert all(row["seconds"] for row in result["rows"])
+    assert used[0] == [peers.OURS, "eager NCHW", "mobilenet_ext, reference"]
+    assert peers.is_ours(used[0][2])
+    text = table.kernels_table({"limits": {"float32": LIMITS._asdict()}, "results": [result]})
+    assert "mobilenet_ext, reference: ms  eager NCHW / it" in text and "predicted" not in text
+
+
+def test_predictions_are_of_layers_of_the_network() -> None:
+    model = table._prediction()
+    for pass_, layers in model["microseconds"].items():
+        names = {layer.name for layer in network.layers_of(1.0, 224, pass_)}
+        assert set(layers) <= names and len(layers) >= len(names) - 2
+    workload = {**model["workload"], "pass": "forward", "layer": "depthwise 512-512 14x14"}
+    assert table.predicted(workload) == 63e-6
+    assert table.predicted({**workload, "batch": 32}) is None and table.predicted({**workload, "layer": "no"}) is None
+    row = {"runner": peers.OURS, "seconds": [1e-4] * 3}
+    result = {"workload": workload, "count": 5, "bytes": 10**8, "operations": 1, "rows": [row]}
+    text = table.kernels_table({"limits": {"bfloat16": LIMITS._asdict()}, "results": [result]})
+    assert "predicted for an H100: ms" in text and text.splitlines()[-1].endswith("0.063")
+
+
+def test_a_call_alone_and_its_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has both where there is a GPU."""
+    now = 0.0
+
+    def takes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: takes(5e-3))
+    times = timing.alone(lambda: takes(1e-3), 3)
+    assert times.host == pytest.approx([1e-3] * 3) and times.total == pytest.approx([6e-3] * 3)
+    row = {"runner": "a", "error": 0.0, "seconds": [6e-3], "alone_seconds": times.total, "host_seconds": times.host}
+    result = {"workload": INFERENCE._asdict(), "bytes": 1, "operations": 1, "rows": [row]}
+    lines = table.comparison_table(result, LIMITS).splitlines()
+    assert lines[1].endswith("alone ms  host ms") and lines[2].split()[-2:] == ["6", "1"]
+
+
+def test_a_step_that_does_not_fit_in_float64_is_checked_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, places = checks._exact, []
+
+    def full(work: Workload, device: str) -> dict[str, torch.Tensor]:
+        places.append(device)
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("full")
+        return exact(work, device)
+
+    monkeypatch.setattr(checks, "_exact", full)
+    assert checks.expected_of(TRAINING).outputs["loss"] > 0 and places == ["cpu", "cpu"]
+
+
+def test_a_captured_step_starts_from_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph's replay stood in for by the step itself."""
+
+    class Graph:
+        def __init__(self, function: timing.Call) -> None:
+            function()
+            function()
+            self.replay = function
+
+    monkeypatch.setattr(torch_peers, "capture", Graph)
+    captured = torch_peers.EagerCaptured().training(TRAINING)
+    outcome, expected = captured.first_step(), torch_peers.EagerChannelsLast().training(TRAINING).first_step()
+    assert outcome.loss == pytest.approx(expected.loss, rel=1e-5)
+    torch.testing.assert_close(outcome.stem_grad, expected.stem_grad, rtol=1e-3, atol=1e-4)
+    assert torch_peers.EagerCaptured().missing(TRAINING) == "a CUDA graph needs a GPU"
+
+
+def test_kernels_are_compiled_in_processes_beforehand(capfd: pytest.CaptureFixture[str]) -> None:
+    options = "--device cpu --dtype float32 --resolution 33".split()
+    assert warm_up.main(["inference:0.25:1", "inference:0.25:2", *options]) == 0
+    assert "20 of 20 layers" in capfd.readouterr().out
+    works = [Workload("training", width, 224, 128, "bfloat16", "cuda") for width in (1.0, 0.5, 1.0)]
+    jobs = warm_up.jobs_of(works)
+    assert {pass_ for _, pass_, _ in jobs} == {"forward", "backward"} and len(jobs) == 2 * 2 * 20
+
+
+def test_a_kernel_that_does_not_compile_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = lambda processes, *_, **__: ThreadPoolExecutor(1)  # noqa: E731
+
+    def fails(layer: network.Layer, pass_: str, work: Workload) -> timing.Call:
+        if layer.kind == "pool":
+            raise RuntimeError("no such register")
+        return lambda: None
+
+    monkeypatch.setattr(warm_up, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(warm_up, "kernel_call", fails)
+    assert warm_up.main(["training:0.25:1", "--device", "cpu"]) == 1
+    said = capfd.readouterr()
+    assert "38 of 40 layers" in said.out and said.err.count("RuntimeError: no such register") == 2

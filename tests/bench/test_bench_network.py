@@ -57,3 +57,11 @@ def test_the_model_is_the_same_for_all_and_healthy() -> None:
     assert not any(norm.training for norm in models[0].modules() if isinstance(norm, nn.BatchNorm2d))
     logits = models[0](work.images())
     assert logits.std() > 0.05, "running statistics that fit no image leave nothing to compare"
+
+
+def test_the_model_of_a_gpu_needs_no_kernel_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(op: str, device_type: str) -> None:
+        raise RuntimeError(f"backend 'cuda' runs on cuda tensors, not on {device_type} tensors")
+
+    monkeypatch.setattr(mx.backends, "kernel", kernel)
+    network.Workload("training", 0.25, 64, 4, "float32", "cpu").model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ STAND_IN = f"""#!/bin/bash
 case "$*" in
   *get_device_name*) echo "{DEVICE}"; exit ;;
   *"import xdist"*) exit 1 ;;
+  *EXT_SUFFIX*) printf '%s\\n' /python/include /torch .cpython-312.so; exit ;;
 esac
 echo "commit $MOBILENET_EXT_COMMIT: $*"
 [ -z "$SLEEPS" ] || sleep "$SLEEPS"
@@ -40,8 +42,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def report(checkout: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {"MOBILENET_EXT_COMMIT": "c0ffee", "OUT": "", "FAILS": "", "SLEEPS": "", "JUNIT": "", **environment}
-    given = {**os.environ, "PYTHON": str(checkout / "python"), **settings}
+    unset = dict.fromkeys(("OUT", "FAILS", "SLEEPS", "JUNIT", "PREBUILT"), "")
+    given = {**os.environ, "PYTHON": str(checkout / "python"), **unset, "MOBILENET_EXT_COMMIT": "c0ffee", **environment}
     command = [str(checkout / "benchmarks" / "gpu_report.sh"), *parts]
     return subprocess.run(command, env=given, cwd=checkout, capture_output=True, text=True, timeout=60)
 
@@ -55,12 +57,80 @@ def test_every_part_runs_and_its_commands_are_ours(checkout: Path, monkeypatch: 
     asked = {part: log for part, log in logs.items() if "mobilenet_ext bench" in log}
     assert {"kernels-forward", "inference-1", "training", "memory", "scaling", "curves"} <= set(asked)
     assert {"tests-triton", "tests-cuda", "sanitizer", "speed", "doctor"} <= set(logs)
-    parsed = []
+    parsed = check_commands(list(asked.values()), monkeypatch)
+    assert [args.json for args in parsed] == [checkout / "elsewhere" / f"{part}.json" for part in asked]
+    assert all(args.device == "cuda" for args in parsed)
+
+
+def check_commands(logs: list[str], monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """What `mobilenet-ext bench` makes of the commands in the logs."""
+    parsed: list[argparse.Namespace] = []
     monkeypatch.setattr(cli, "_measure", lambda args: parsed.append(args) or 0)
-    for part, log in asked.items():
-        words = shlex.split(next(line for line in log.splitlines() if line.startswith("+ ")))
-        assert cli.main(words[words.index("bench") + 1 :]) == 0
-        assert parsed[-1].device == "cuda" and parsed[-1].json == checkout / "elsewhere" / f"{part}.json"
+    for line in "\n".join(logs).splitlines():
+        if line.startswith("+ ") and " bench " in line:
+            words = shlex.split(line)
+            assert cli.main(words[words.index("bench") + 1 :]) == 0
+    return parsed
+
+
+def test_quick_runs_its_parts_and_leaves_few_files(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = report(checkout, "quick", OUT="elsewhere")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(file.name for file in (checkout / "elsewhere").iterdir()) == ["build.log", "quick.log"]
+    log = (checkout / "elsewhere" / "quick.log").read_text()
+    parts = [line.split()[1].strip(",:") for line in log.splitlines() if line.startswith("== ") and "passed" in line]
+    assert parts == ["smoke", "correct", "compile", "layers", "step", "calls", "widths", "step-cuda", "calls-cuda"]
+    asked = check_commands([log], monkeypatch)
+    files = {args.json.name for args in asked}
+    assert len(files) == len(asked) == 6, "with two logs eight files"
+    assert all(args.json.parent == checkout / "elsewhere" and args.dtype == ["bfloat16"] for args in asked)
+    assert asked[0].backend == ["triton", "cuda"] and asked[0].peers == [] and asked[0].batch == [256]
+    # What is timed has been compiled.
+    (compiled,) = (shlex.split(line) for line in log.splitlines() if line.startswith("+ ") and "warm_up" in line)
+    works = {tuple(word.split(":")) for word in compiled[compiled.index("benchmarks.warm_up") + 1 :]}
+    for args in asked:
+        task = "inference" if args.bench == "inference" else "training"
+        batches = args.batch or cli.INFERENCE_BATCHES["cuda"]
+        assert {(task, f"{width:g}", str(batch)) for width in args.width for batch in batches} <= works
+    assert ("inference", "1", "256") in works
+
+
+def test_a_part_of_quick_stands_alone(checkout: Path) -> None:
+    done = report(checkout, "layers", OUT="elsewhere")
+    assert done.returncode == 0 and (checkout / "elsewhere" / "layers.log").is_file()
+
+
+def test_quick_ends_in_time(checkout: Path) -> None:
+    """A part that hangs is cut off after its own time, and what is late after all of it."""
+    script = checkout / "benchmarks" / "gpu_report.sh"
+    text = script.read_text().replace("[smoke]=100", "[smoke]=2").replace("QUICK_LIMIT=525", "QUICK_LIMIT=5")
+    script.write_text(text)
+    stand_in = STAND_IN.replace("sleep", "[[ $* != *doctor* && $* != *warm_up* ]] || sleep")
+    (checkout / "python").write_text(stand_in)
+    done = report(checkout, "quick", OUT="elsewhere", SLEEPS="30")
+    assert done.returncode == 1 and "correct: passed" in done.stdout
+    assert "failed: smoke compile layers" in done.stdout and "no time left for" in done.stdout
+    assert done.stdout.count("cut off") == 2
+
+
+def test_a_build_from_elsewhere_is_used(checkout: Path) -> None:
+    prebuilt = checkout / "carried"
+    for folder in (prebuilt, checkout / "mobilenet_ext", checkout / "csrc" / "host"):
+        folder.mkdir(parents=True)
+    for name in ("_cpu.abi3.so", "_cuda.abi3.so"):
+        (prebuilt / name).write_text(name)
+    (checkout / "csrc" / "host" / "a.cpp").touch()
+    info = prebuilt / "build_info_generated.h"
+    info.write_text('#define MX_BUILD_CUDA_ARCHITECTURES "9.0"\n')
+    done = report(checkout, "doctor", OUT="elsewhere", PREBUILT="carried", CXX="echo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (checkout / "mobilenet_ext" / "_cuda.abi3.so").read_text() == "_cuda.abi3.so"
+    log = (checkout / "elsewhere" / "build.log").read_text()
+    assert "csrc/host/a.cpp -o mobilenet_ext/_host.cpython-312.so" in log and "pip" not in log
+    assert f"-I{prebuilt}" in log and "-isystem /torch/include" in log
+    info.write_text('#define MX_BUILD_CUDA_ARCHITECTURES ""\n')
+    done = report(checkout, "doctor", OUT="elsewhere", PREBUILT="carried", CXX="echo")
+    assert done.returncode == 1 and "has no CUDA kernels" in done.stdout
 
 
 def test_a_failure_stops_no_other_part_and_is_named(checkout: Path) -> None:

@@ -17,13 +17,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("op", sorted(every_op.kernel_ops()))
+@pytest.mark.parametrize("shape", every_op.SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", every_op.DTYPES, ids=str)
-def test_backends_agree(dtype: torch.dtype, op: str) -> None:
-    """An op at a time, so that several processes can share the compilations."""
-    for call in every_op.calls("cuda", (dtype,)):
-        if call.op != op:
-            continue
+def test_backends_agree(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for call in every_op.calls("cuda", (dtype,), (shape,)):
         with mx.backends.use("triton"):
             expected = call.run()
         with mx.backends.use("cuda"):
