@@ -4,7 +4,11 @@ As in the forward kernel a tile is a row of lanes times a block of channels and 
 are input pixels: it rebuilds the gradient dy of the outputs that see them, and each dy meets each of its inputs once,
 in a product for either gradient. A thread keeps nine taps of the filter, nine sums of the weight's gradient and seven
 vectors per channel in registers, so it has four channels, in 16 bits half a 128-bit access: with eight, ptxas spills
-432 bytes per thread with stride 1 and 264 with stride 2 (sm_90, bfloat16, Triton 3.6).
+592 bytes per thread with stride 1 and 544 with stride 2 (sm_90, bfloat16, Triton 3.6).
+
+A row's dz, y and u are loaded before the products of the row before it, and stay as they are stored until it is their
+turn: so all its loads are on their way at once, and the products hide their latency. Loaded where they are used, they
+would wait for memory one after another, six times per row, because ptxas moves each load down to its use.
 
 At the image's border a lane also multiplies its inputs by the dy of outputs that do not exist, which is 0: there a NaN
 or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
@@ -38,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilenet_ext.triton import autotune, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import activate_backward_by_output, centred, load_norm, norm_act_inside
+from mobilenet_ext.triton.activation import activate_backward_by_output, centred, load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
 from mobilenet_ext.triton.depthwise import load_filter
 from mobilenet_ext.triton.formulas import load_gradient_coefficients, output_gradient, rounded, where_also
@@ -82,29 +86,69 @@ def depthwise_backward(
 
 
 @triton.jit
-def _load_dy(dz_ptr, y_ptr, coefficients, mask, BATCH_STATS: tl.constexpr):
-    """dy of an output pixel per lane; without statistics y is not needed."""
+def _load_output(dz_ptr, y_ptr, mask, BATCH_STATS: tl.constexpr):
     dz = tl.load(dz_ptr, mask=mask, other=0.0)
     y = dz
     if BATCH_STATS:
         y = tl.load(y_ptr, mask=mask, other=0.0)
-    return output_gradient(dz, y, coefficients, mask, BATCH_STATS)
+    return dz, y
 
 
 @triton.jit
-def _store_dz(dz_u_ptr, u_ptr, da, a, norm, mask, NORM: tl.constexpr, ACT: tl.constexpr):
+def _load_outputs(
+    dz_ptr, y_ptr, offset, channels, column_inside, row_inside, BATCH_STATS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """dz and y, as they are stored, of the outputs in a row that see a lane's inputs, the rightmost first.
+
+    Without statistics y is not needed.
+    """
+    dz_ptr += offset
+    if BATCH_STATS:
+        y_ptr += offset
+    else:
+        y_ptr = dz_ptr
+    output0 = _load_output(dz_ptr, y_ptr, where_also(column_inside[0], row_inside), BATCH_STATS)
+    output1 = _load_output(dz_ptr - channels, y_ptr - channels, where_also(column_inside[1], row_inside), BATCH_STATS)
+    if COLUMNS == 2:
+        return output0, output1
+    else:
+        dz_ptr -= 2 * channels
+        y_ptr -= 2 * channels
+        output2 = _load_output(dz_ptr, y_ptr, where_also(column_inside[2], row_inside), BATCH_STATS)
+        output3 = _load_output(
+            dz_ptr - channels, y_ptr - channels, where_also(column_inside[3], row_inside), BATCH_STATS
+        )
+        return output0, output1, output2, output3
+
+
+@triton.jit
+def _gradient(output, coefficients, column_inside, row_inside, BATCH_STATS: tl.constexpr):
+    """dy of an output per lane, from what ``_load_outputs`` gave."""
+    return output_gradient(output[0], output[1], coefficients, where_also(column_inside, row_inside), BATCH_STATS)
+
+
+@triton.jit
+def _load_inputs(u_ptr, offset, channels, left_inside, right_inside, row_inside):
+    """A lane's left and right input in a row, as they are stored."""
+    left = tl.load(u_ptr + offset, mask=where_also(left_inside, row_inside), other=0.0)
+    right = tl.load(u_ptr + offset + channels, mask=where_also(right_inside, row_inside), other=0.0)
+    return left, right
+
+
+@triton.jit
+def _store_dz(ptr, u, da, a, norm, mask, NORM: tl.constexpr, ACT: tl.constexpr):
     """Stores dz_u and returns what it adds to both sums of the BatchNorm before.
 
     The activation's derivative comes from ``a``, which is in registers: z would cost a multiply-add per value, up to
-    2 % of the loop's instructions. ``u`` is loaded again, from the cache.
+    2 % of the loop's instructions.
     """
     if NORM:
-        stored = rounded(activate_backward_by_output(a, da, ACT), dz_u_ptr.dtype.element_ty)
-        tl.store(dz_u_ptr, stored, mask=mask)
+        stored = rounded(activate_backward_by_output(a, da, ACT), ptr.dtype.element_ty)
+        tl.store(ptr, stored, mask=mask)
         dz_u = tl.where(mask, stored.to(tl.float32), 0.0)
-        return dz_u, dz_u * centred(tl.load(u_ptr, mask=mask, other=0.0), norm)
+        return dz_u, dz_u * centred(u, norm)
     else:
-        tl.store(dz_u_ptr, rounded(da, dz_u_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr, rounded(da, ptr.dtype.element_ty), mask=mask)
         return 0.0, 0.0
 
 
@@ -182,12 +226,14 @@ def _stride_1(
         out_column = column + padding  # j'
         left_inside = (lane < images * pairs)[:, None] & channel_inside[None, :]
         right_inside = left_inside & (column + 1 < width)[:, None]
-        dy0_inside = left_inside & (out_column + 1 < out_width)[:, None]
-        dy1_inside = left_inside & (out_column < out_width)[:, None]
-        dy2_inside = left_inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
-        dy3_inside = left_inside & ((out_column >= 2) & (out_column - 2 < out_width))[:, None]
+        dy_inside = (
+            left_inside & (out_column + 1 < out_width)[:, None],
+            left_inside & (out_column < out_width)[:, None],
+            left_inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None],
+            left_inside & ((out_column >= 2) & (out_column - 2 < out_width))[:, None],
+        )
         out_row = first_row + padding - 2
-        out_offset = (((image * out_height + out_row) * out_width + out_column - 2) * channels)[:, None] + c[None, :]
+        out_offset = (((image * out_height + out_row) * out_width + out_column + 1) * channels)[:, None] + c[None, :]
         in_offset = (((image * height + first_row) * width + column) * channels)[:, None] + c[None, :]
 
         # Inputs, and their gradients, in the rows that meet this row of dy through the top, middle and bottom taps. The
@@ -199,29 +245,26 @@ def _stride_1(
         right_middle = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         da_left_top, da_right_top = zero, zero
         da_left_middle, da_right_middle = zero, zero
+        # The first row; in the loop it is the next one.
+        row_inside = (out_row >= 0) & (out_row < out_height)
+        outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
+        left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, first_row < row_end)
         for row in range(first_row - 2, row_end):
             row_inside = (out_row >= 0) & (out_row < out_height)
-            mask0 = where_also(dy0_inside, row_inside)
-            mask1 = where_also(dy1_inside, row_inside)
-            mask2 = where_also(dy2_inside, row_inside)
-            mask3 = where_also(dy3_inside, row_inside)
-            dz_row = dz_ptr + out_offset
-            y_row = dz_row
-            if BATCH_STATS:
-                y_row = y_ptr + out_offset
-            u_row = u_ptr + in_offset
             dy = (
-                _load_dy(dz_row + 3 * channels, y_row + 3 * channels, coefficients, mask0, BATCH_STATS),
-                _load_dy(dz_row + 2 * channels, y_row + 2 * channels, coefficients, mask1, BATCH_STATS),
-                _load_dy(dz_row + channels, y_row + channels, coefficients, mask2, BATCH_STATS),
-                _load_dy(dz_row, y_row, coefficients, mask3, BATCH_STATS),
+                _gradient(outputs[0], coefficients, dy_inside[0], row_inside, BATCH_STATS),
+                _gradient(outputs[1], coefficients, dy_inside[1], row_inside, BATCH_STATS),
+                _gradient(outputs[2], coefficients, dy_inside[2], row_inside, BATCH_STATS),
+                _gradient(outputs[3], coefficients, dy_inside[3], row_inside, BATCH_STATS),
             )
-            left_mask = where_also(left_inside, row + 2 < row_end)
-            right_mask = where_also(right_inside, row + 2 < row_end)
-            left_bottom = tl.load(u_row, mask=left_mask, other=0.0)
-            left_bottom = norm_act_inside(left_bottom, norm_u, left_mask, NORM_U, ACT_U)
-            right_bottom = tl.load(u_row + channels, mask=right_mask, other=0.0)
-            right_bottom = norm_act_inside(right_bottom, norm_u, right_mask, NORM_U, ACT_U)
+            left_bottom = norm_act_inside(left, norm_u, where_also(left_inside, row + 2 < row_end), NORM_U, ACT_U)
+            right_bottom = norm_act_inside(right, norm_u, where_also(right_inside, row + 2 < row_end), NORM_U, ACT_U)
+            out_row += 1
+            out_offset += out_width * channels
+            in_offset += width * channels
+            row_inside = (out_row >= 0) & (out_row < out_height) & (row + 1 < row_end)
+            outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
+            left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row + 3 < row_end)
             if partial_ptr is not None:
                 grad_top = _add_products(grad_top, left_top, right_top, dy)
                 grad_middle = _add_products(grad_middle, left_middle, right_middle, dy)
@@ -230,21 +273,21 @@ def _stride_1(
                 da_left, da_right = _add_row(da_left_top, da_right_top, dy, top)
                 left_mask = where_also(left_inside, row >= first_row)
                 right_mask = where_also(right_inside, row >= first_row)
-                dz_u_row = dz_u_ptr + in_offset - 2 * width * channels
-                u_row -= 2 * width * channels
-                left_sums = _store_dz(dz_u_row, u_row, da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
-                dz_u_row += channels
-                u_row += channels
-                right_sums = _store_dz(dz_u_row, u_row, da_right, right_top, norm_u, right_mask, NORM_U, ACT_U)
+                # u again, from the cache: kept for two rows it would need more registers than there are, in float32.
+                offset = in_offset - 3 * width * channels
+                u_left = tl.load(u_ptr + offset, mask=left_mask, other=0.0)
+                left_sums = _store_dz(dz_u_ptr + offset, u_left, da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
+                offset += channels
+                u_right = tl.load(u_ptr + offset, mask=right_mask, other=0.0)
+                right_sums = _store_dz(
+                    dz_u_ptr + offset, u_right, da_right, right_top, norm_u, right_mask, NORM_U, ACT_U
+                )
                 sum_dz += left_sums[0] + right_sums[0]
                 sum_dz_centred += left_sums[1] + right_sums[1]
                 da_left_top, da_right_top = _add_row(da_left_middle, da_right_middle, dy, middle)
                 da_left_middle, da_right_middle = _add_row(zero, zero, dy, bottom)
             left_top, right_top = left_middle, right_middle
             left_middle, right_middle = left_bottom, right_bottom
-            out_row += 1
-            out_offset += out_width * channels
-            in_offset += width * channels
 
     if sums_ptr is not None:
         program = tl.program_id(1)
@@ -292,51 +335,57 @@ def _stride_2(
         right_inside = inside & (column + 1 < width)[:, None]
         out_right_inside = inside & (out_column < out_width)[:, None]
         out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
+        dy_inside = (out_right_inside, out_left_inside)
         out_offset = (((image * out_height + first_row) * out_width + out_column) * channels)[:, None] + c[None, :]
         in_offset = (((image * height + 2 * first_row - padding) * width + column) * channels)[:, None] + c[None, :]
 
+        # The first row; in the loop it is the next one.
+        row_inside = first_row < out_height
+        outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
+        in_row = first_row * 2 - padding
+        even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, in_row >= 0)
+        odd_offset = in_offset + width * channels
+        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, in_row + 1 < height)
         # dy of the outputs in the row above.
         above_right = zero
         above_left = zero
         if first_row > 0:
-            right_mask = where_also(out_right_inside, first_row - 1 < out_height)
-            left_mask = where_also(out_left_inside, first_row - 1 < out_height)
-            dz_row = dz_ptr + out_offset - out_width * channels
-            y_row = dz_row
-            if BATCH_STATS:
-                y_row = y_ptr + out_offset - out_width * channels
-            above_right = _load_dy(dz_row, y_row, coefficients, right_mask, BATCH_STATS)
-            above_left = _load_dy(dz_row - channels, y_row - channels, coefficients, left_mask, BATCH_STATS)
+            above_inside = first_row - 1 < out_height
+            above_offset = out_offset - out_width * channels
+            above = _load_outputs(dz_ptr, y_ptr, above_offset, channels, dy_inside, above_inside, BATCH_STATS, 2)
+            above_right = _gradient(above[0], coefficients, out_right_inside, above_inside, BATCH_STATS)
+            above_left = _gradient(above[1], coefficients, out_left_inside, above_inside, BATCH_STATS)
 
-        for row in range(first_row, tl.minimum(first_row + rows, row_pairs)):
-            right_mask = where_also(out_right_inside, row < out_height)
-            left_mask = where_also(out_left_inside, row < out_height)
-            dz_row = dz_ptr + out_offset
-            y_row = dz_row
-            if BATCH_STATS:
-                y_row = y_ptr + out_offset
-            dy_right = _load_dy(dz_row, y_row, coefficients, right_mask, BATCH_STATS)
-            dy_left = _load_dy(dz_row - channels, y_row - channels, coefficients, left_mask, BATCH_STATS)
-            even_inside = row * 2 - padding >= 0
-            odd_inside = row * 2 - padding + 1 < height
+        row_end = tl.minimum(first_row + rows, row_pairs)
+        for row in range(first_row, row_end):
+            row_inside = row < out_height
+            dy_right = _gradient(outputs[0], coefficients, out_right_inside, row_inside, BATCH_STATS)
+            dy_left = _gradient(outputs[1], coefficients, out_left_inside, row_inside, BATCH_STATS)
+            even_inside = in_row >= 0
+            odd_inside = in_row + 1 < height
             even_left_inside = where_also(left_inside, even_inside)
             even_right_inside = where_also(right_inside, even_inside)
             odd_left_inside = where_also(left_inside, odd_inside)
             odd_right_inside = where_also(right_inside, odd_inside)
-            even_row = u_ptr + in_offset
-            odd_row = even_row + width * channels
             # The last odd row and column may be seen by no output: then what is there must not reach the weight.
             even_right_seen = even_right_inside & out_right_inside
-            odd_left_seen = where_also(odd_left_inside, row < out_height)
-            odd_right_seen = where_also(odd_right_inside & out_right_inside, row < out_height)
-            even_left = tl.load(even_row, mask=even_left_inside, other=0.0)
-            even_left = norm_act_inside(even_left, norm_u, even_left_inside, NORM_U, ACT_U)
-            even_right = tl.load(even_row + channels, mask=even_right_seen, other=0.0)
-            even_right = norm_act_inside(even_right, norm_u, even_right_seen, NORM_U, ACT_U)
-            odd_left = tl.load(odd_row, mask=odd_left_seen, other=0.0)
-            odd_left = norm_act_inside(odd_left, norm_u, odd_left_seen, NORM_U, ACT_U)
-            odd_right = tl.load(odd_row + channels, mask=odd_right_seen, other=0.0)
-            odd_right = norm_act_inside(odd_right, norm_u, odd_right_seen, NORM_U, ACT_U)
+            odd_left_seen = where_also(odd_left_inside, row_inside)
+            odd_right_seen = where_also(odd_right_inside & out_right_inside, row_inside)
+            even_left = tl.where(even_left_inside, norm_act(even[0], norm_u, NORM_U, ACT_U), 0.0)
+            even_right = tl.where(even_right_seen, norm_act(even[1], norm_u, NORM_U, ACT_U), 0.0)
+            odd_left = tl.where(odd_left_seen, norm_act(odd[0], norm_u, NORM_U, ACT_U), 0.0)
+            odd_right = tl.where(odd_right_seen, norm_act(odd[1], norm_u, NORM_U, ACT_U), 0.0)
+            u_even, u_odd = even, odd
+            out_offset += out_width * channels
+            in_offset += 2 * width * channels
+            odd_offset = in_offset + width * channels
+            in_row += 2
+            row_inside = row + 1 < row_end
+            out_inside = row_inside & (row + 1 < out_height)
+            outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, out_inside, BATCH_STATS, 2)
+            even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row_inside)
+            odd_inside = row_inside & (in_row + 1 < height)
+            odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
             if partial_ptr is not None:
                 grad_top = (
                     grad_top[0] + even_left * dy_right,
@@ -358,24 +407,20 @@ def _stride_2(
                 da_even_right = dy_right * top[1] + above_right * bottom[1]
                 da_odd_left = dy_right * middle[0] + dy_left * middle[2]
                 da_odd_right = dy_right * middle[1]
-                dz_u_row = dz_u_ptr + in_offset
-                sums0 = _store_dz(dz_u_row, even_row, da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
+                even_ptr = dz_u_ptr + in_offset - 2 * width * channels
+                odd_ptr = even_ptr + width * channels
+                sums0 = _store_dz(even_ptr, u_even[0], da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
+                even_ptr += channels
                 sums1 = _store_dz(
-                    dz_u_row + channels, even_row + channels, da_even_right, even_right, norm_u, even_right_inside,
-                    NORM_U, ACT_U,
-                )  # fmt: skip
-                dz_u_row += width * channels
-                sums2 = _store_dz(dz_u_row, odd_row, da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
-                sums3 = _store_dz(
-                    dz_u_row + channels, odd_row + channels, da_odd_right, odd_right, norm_u, odd_right_inside,
-                    NORM_U, ACT_U,
-                )  # fmt: skip
+                    even_ptr, u_even[1], da_even_right, even_right, norm_u, even_right_inside, NORM_U, ACT_U
+                )
+                sums2 = _store_dz(odd_ptr, u_odd[0], da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
+                odd_ptr += channels
+                sums3 = _store_dz(odd_ptr, u_odd[1], da_odd_right, odd_right, norm_u, odd_right_inside, NORM_U, ACT_U)
                 sum_dz += sums0[0] + sums1[0] + sums2[0] + sums3[0]
                 sum_dz_centred += sums0[1] + sums1[1] + sums2[1] + sums3[1]
             above_right = dy_right
             above_left = dy_left
-            out_offset += out_width * channels
-            in_offset += 2 * width * channels
 
     if sums_ptr is not None:
         program = tl.program_id(1)

@@ -180,7 +180,7 @@ def test_kernels_use_all_that_they_are_given(kernels) -> None:
 
 def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
     """Backward in 16 bits it is 64: a thread has four channels there, as in float32. With the eight of 128 bits it
-    would need more than the 255 registers that there are, and spill 432 bytes."""
+    would need more than the 255 registers that there are, and spill 592 bytes."""
     for part in ("depthwise_forward", "depthwise_backward"):
         wide = [(launch, code) for launch, code in named(kernels, part) if launch.names["UNIT"] == 8]
         check(wide, lambda launch, code, part=part: narrow(code, 64 if halves(launch, part) else 128))
