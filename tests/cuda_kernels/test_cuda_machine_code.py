@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 ARCHITECTURES = (75, 80, 90)
 PRODUCTS = ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference")
-FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", *PRODUCTS)
+FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", "gpu", *PRODUCTS)
 
 Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
 
@@ -84,7 +84,7 @@ def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int)
 
 
 def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> None:
-    """Those of float32 that must be exact do not; those that a GPU cannot have are empty."""
+    """Those of float32 that must be exact do not; those that a GPU cannot have are a fault."""
     products = {
         name: (*operands.groups(), code)
         for name, code in kernels.items()
@@ -98,7 +98,7 @@ def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> No
         else:
             available = (dtype, kind) != ("__nv_bfloat16", "float")
         if not available:
-            assert len(code.instructions) < 32, name
+            assert len(code.instructions) < 32 and code.matching("BPT.TRAP"), name
         elif kind == "float":
             assert not code.matching("HMMA.*") and code.matching("FFMA.*"), name
         else:
