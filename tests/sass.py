@@ -65,7 +65,7 @@ def _instructions(listing: str) -> tuple[list[str], list[str], list[int]]:
     for label, end in loops.items():
         for i in range(labels[label], end):
             depth[i] += 1
-    loads = [i for i, op in enumerate(opcodes) if op.startswith("LDG") and depth[i] > 1]
+    loads = [i for i, op in enumerate(opcodes) if re.match(r"LDG\b", op) and depth[i] > 1]
     return opcodes, [op for i, op in enumerate(opcodes) if depth[i]], [_flight(texts, labels, i) for i in loads]
 
 
@@ -87,9 +87,9 @@ def _registers(text: str) -> set[int]:
 def _flight(texts: list[str], labels: dict[str, int], load: int) -> int:
     """How many instructions come before the first that reads what was loaded: loops go round, and no other branch that
     is conditional is taken."""
-    suffixes, first = re.search(r"LDG(\S*)\s+R(\d+)", texts[load]).groups()
+    suffixes, first = re.search(r"LDG(\S*)\s+(?:U?P\w+,\s*)?R(\d+|Z)", texts[load]).groups()
     words = 4 if ".128" in suffixes else 2 if ".64" in suffixes else 1
-    loaded = {int(first) + i for i in range(words)}
+    loaded = {int(first) + i for i in range(words)} if first != "Z" else set()
     at, passed = load + 1, 0
     while passed < len(texts) and at < len(texts) and not loaded & _registers(texts[at]):
         target = labels.get(_branch(texts[at]) or "")
