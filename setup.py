@@ -33,9 +33,9 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # libtorch's stable ABI as of torch 2.11
-# Built for where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says otherwise; of these, what nvcc knows. The last one
-# comes with PTX, from which the driver compiles for newer GPUs.
-CUDA_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0")
+# Built for where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says otherwise; of these, what nvcc knows. From the PTX,
+# which is of one that every nvcc knows, the driver compiles for GPUs that no machine code is of (11.0).
+CUDA_ARCHITECTURES = ("7.5", "8.0", "9.0+PTX", "10.0", "12.0")
 
 # No -ffast-math: NaN and Inf must go where PyTorch sends them. Contraction to FMA and a math library that leaves errno
 # alone change no special value. -Wno-psabi: GCC's note about passing vectors, which never leave a translation unit.
@@ -88,7 +88,7 @@ def cuda_architectures(nvcc: Path) -> str:
         visible = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    return ";".join(a for a in CUDA_ARCHITECTURES if f"sm_{a.replace('.', '')}" in known) + "+PTX"
+    return ";".join(a for a in CUDA_ARCHITECTURES if f"sm_{a.partition('+')[0].replace('.', '')}" in known)
 
 
 def cuda_library(toolkit) -> Extension:

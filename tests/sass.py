@@ -19,6 +19,7 @@ class MachineCode:
     local: int
     instructions: list[str]  # opcodes with their suffixes
     in_loops: list[str]  # those of them inside a loop
+    in_flight: list[int]  # of each global load in a loop within a loop: how many instructions on is its first reader
 
     def matching(self, pattern: str) -> list[str]:
         return [op for op in self.instructions if re.fullmatch(pattern, op)]
@@ -46,20 +47,56 @@ def _run(name: str, *arguments: object) -> str:
     return subprocess.run([find_tool(name), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _instructions(listing: str) -> tuple[list[str], list[str]]:
-    """Opcodes, and those between a label and a branch back to it."""
+def _instructions(listing: str) -> tuple[list[str], list[str], list[int]]:
+    """Opcodes, those between a label and a branch back to it, and how long loads are in flight."""
     opcodes: list[str] = []
+    texts: list[str] = []
     labels: dict[str, int] = {}
-    looping: set[int] = set()
+    loops: dict[str, int] = {}  # the last branch back to a label
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x?_?\d+):", line.strip()):
             labels[label[1]] = len(opcodes)
         elif opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
             opcodes.append(opcode[1])
-            target = re.search(r"`\((\.L_x?_?\d+)\)", line)
-            if opcode[1].startswith("BRA") and target and target[1] in labels:
-                looping.update(range(labels[target[1]], len(opcodes)))
-    return opcodes, [opcodes[i] for i in sorted(looping)]
+            texts.append(line.split("*/", 1)[1].strip())
+            if (target := _branch(texts[-1])) in labels:
+                loops[target] = len(opcodes)
+    depth = [0] * len(opcodes)
+    for label, end in loops.items():
+        for i in range(labels[label], end):
+            depth[i] += 1
+    loads = [i for i, op in enumerate(opcodes) if re.match(r"LDG\b", op) and depth[i] > 1]
+    return opcodes, [op for i, op in enumerate(opcodes) if depth[i]], [_flight(texts, labels, i) for i in loads]
+
+
+def _branch(text: str) -> str | None:
+    target = re.search(r"\bBRA\b.*`\((\.L_x?_?\d+)\)", text)
+    return target[1] if target else None
+
+
+def _registers(text: str) -> set[int]:
+    """What an instruction reads."""
+    opcode, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+    if not re.match("ST|RED|ATOM", opcode):  # else the first operand is written
+        operands = operands.partition(",")[2]
+    words = {".64": 2, ".128": 4}
+    wide = next((n for suffix, n in words.items() if suffix in opcode), 1) if opcode.startswith("ST") else 1
+    return {int(r) + i for r, two in re.findall(r"\bR(\d+)(\.64)?", operands) for i in range(2 if two else wide)}
+
+
+def _flight(texts: list[str], labels: dict[str, int], load: int) -> int:
+    """How many instructions come before the first that reads what was loaded: loops go round, and no other branch that
+    is conditional is taken."""
+    suffixes, first = re.search(r"LDG(\S*)\s+(?:U?P\w+,\s*)?R(\d+|Z)", texts[load]).groups()
+    words = 4 if ".128" in suffixes else 2 if ".64" in suffixes else 1
+    loaded = {int(first) + i for i in range(words)} if first != "Z" else set()
+    at, passed = load + 1, 0
+    while passed < len(texts) and at < len(texts) and not loaded & _registers(texts[at]):
+        target = labels.get(_branch(texts[at]) or "")
+        conditional = texts[at].startswith("@") or re.search(r"BRA\S*\s+!?U?P\d", texts[at])
+        at = target if target is not None and (target <= at or not conditional) else at + 1
+        passed += 1
+    return passed
 
 
 def spilled(code: MachineCode) -> str | None:

@@ -211,6 +211,7 @@ def test_every_visible_gpu_counts(visible_gpus: list[tuple[int, int]]) -> None:
         ("7.5;8.0;9.0+PTX", (7, 5), True),
         ("7.5;8.0;9.0+PTX", (8, 6), True),  # machine code of 8.0
         ("7.5;8.0;9.0+PTX", (12, 0), True),  # PTX
+        ("8.0;9.0+PTX;10.0;12.0", (11, 0), True),
         ("7.5;8.0;9.0+PTX", (7, 0), False),
         ("8.6", (8, 0), False),
         ("8.0", (9, 0), False),

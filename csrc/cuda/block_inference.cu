@@ -99,6 +99,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kColumns > 64 || !S::kAligned 
     depthwise.load_taps();
     NormActOutput<S, S::kAligned> output(args.output);
     product<S, false>(depthwise, args.pointwise_weight, args.output.tiling, output);
+  } else {
+    not_compiled();
   }
 }
 

@@ -10,7 +10,11 @@ template <class S, bool kWide, class T = typename S::T>
 __global__ void __launch_bounds__(S::kThreads, 2)
     weight_kernel(const OutputGradient<T, kWide> dy, const Patches<T> patches, const WeightTiling tiling,
                   float* partial) {
-  if constexpr (S::kAvailable) weight_product<S>(dy, patches, tiling, partial);
+  if constexpr (S::kAvailable) {
+    weight_product<S>(dy, patches, tiling, partial);
+  } else {
+    not_compiled();
+  }
 }
 
 template <class S, bool kWide>
@@ -58,7 +62,7 @@ template <class T>
 cudaError_t start_input(const BackwardArgs& args, const Launch& on) {
   const int64_t elements = args.g.n * args.g.h * args.g.w * args.g.c_in;
   if (elements == 0) return cudaSuccess;
-  const int64_t blocks = (elements + kInputThreads - 1) / kInputThreads, most = 64 * on.multiprocessors;
+  const int64_t blocks = (elements + kInputThreads - 1) / kInputThreads, most = 64 * on.gpu.multiprocessors;
   return launch(input_kernel<T>, dim3(unsigned(blocks < most ? blocks : most)), dim3(kInputThreads), 0, on.stream,
                 args.g, output_gradient_of<T, false>(args), static_cast<const T*>(args.weight),
                 static_cast<T*>(args.dz_u));

@@ -33,10 +33,10 @@ inline DepthwiseGrid depthwise_grid(int packs, int64_t images, int rows, int lan
   grid.rows = rows;
   auto chunks = [&] { return (rows + grid.rows - 1) / grid.rows; };
   while (grid.rows > 1 &&
-         grid.channel_blocks * strips * chunks() < int64_t(grid.rows > 8 ? 12 : 2) * on.multiprocessors)
+         grid.channel_blocks * strips * chunks() < int64_t(grid.rows > 8 ? 12 : 2) * on.gpu.multiprocessors)
     grid.rows = (grid.rows + 1) / 2;
   const int64_t tasks = strips * chunks();
-  const int64_t enough = 4 * on.multiprocessors / grid.channel_blocks;
+  const int64_t enough = 4 * on.gpu.multiprocessors / grid.channel_blocks;
   const int64_t most = bounded ? (enough > 1 ? enough : 1) : 65535;
   grid.programs = int(tasks < most ? tasks : most);
   return grid;

@@ -5,6 +5,9 @@
 // sums of the weight's gradient and seven vectors are in registers, so a thread has four channels: 64-bit accesses in
 // 16 bits.
 //
+// Everything is loaded a row before its use, all of a row together, and stays in flight while the row before is
+// computed.
+//
 // Rows and columns are counted in the padded image where marked ': input row i' = i + padding is seen by the output
 // rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, is multiplied with
 // nothing: there a product with 0 would make a NaN of another's infinity.
@@ -30,6 +33,10 @@ struct Problem {
 template <class T, int P>
 struct Channels {
   using Packed = Pack<T, P>;
+  using Words = PackedWords<T, P>;
+  struct RawGradient {
+    Words dz, y;
+  };
   const Problem& p;
   int c;
   bool inside;
@@ -52,20 +59,26 @@ struct Channels {
     }
   }
 
-  // dy at an offset of dz and y.
-  __device__ void load_gradient(float (&dy)[P], int64_t offset) const {
-    const Packed dz = Packed::load(static_cast<const T*>(p.dz) + offset);
+  // What dy is made of, at an offset of dz and y.
+  __device__ void load_gradient(RawGradient& raw, int64_t offset, bool wanted) const {
+    if (wanted) raw.dz = Words::of(Packed::load(static_cast<const T*>(p.dz) + offset));
+    if (wanted && p.y != nullptr) raw.y = Words::of(Packed::load(static_cast<const T*>(p.y) + offset));
+  }
+  __device__ void make_gradient(float (&dy)[P], const RawGradient& raw) const {
+    const Packed dz = raw.dz.pack(), y = raw.y.pack();
     if (p.y != nullptr) {
-      const Packed y = Packed::load(static_cast<const T*>(p.y) + offset);
       for (int i = 0; i < P; ++i) dy[i] = gradient.dy(to_float(dz.v[i]), to_float(y.v[i]), i);
     } else {
       for (int i = 0; i < P; ++i) dy[i] = gradient.dz_coefficient[i] * to_float(dz.v[i]);
     }
   }
 
-  // The convolution's input at an offset of u.
-  __device__ void load_activation(float (&a)[P], int64_t offset) const {
-    const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+  // What the convolution's input is made of, at an offset of u.
+  __device__ void load_input(Words& raw, int64_t offset, bool wanted) const {
+    if (wanted) raw = Words::of(Packed::load(static_cast<const T*>(p.u) + offset));
+  }
+  __device__ void make_activation(float (&a)[P], const Words& raw) const {
+    const Packed u = raw.pack();
     for (int i = 0; i < P; ++i) a[i] = activate(norm.z(to_float(u.v[i]), i), p.norm_act.act);
   }
 
@@ -78,7 +91,7 @@ struct Channels {
   }
 
   // Stores dz_u of an input whose da is complete.
-  __device__ void store(int64_t offset, const float (&da)[P]) {
+  __device__ void store(int64_t offset, const float (&da)[P], const Words& raw) {
     if (p.dz_u == nullptr) return;
     Packed stored;
     if (p.norm_act.bn == nullptr) {
@@ -86,7 +99,7 @@ struct Channels {
       stored.store(static_cast<T*>(p.dz_u) + offset);
       return;
     }
-    const Packed u = Packed::load(static_cast<const T*>(p.u) + offset);
+    const Packed u = raw.pack();
     for (int i = 0; i < P; ++i)
       stored.v[i] = rounded<T>(activate_backward(norm.z(to_float(u.v[i]), i), da[i], p.norm_act.act));
     stored.store(static_cast<T*>(p.dz_u) + offset);
@@ -148,30 +161,59 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
 
     // [r]: the input rows row + r, which were multiplied with dy's rows up to row' - 1, where dy's row is row'.
     float a[3][2][P], da[3][2][P];
+    // u of the same rows, to finish with; in float32 it is loaded again, for want of registers.
+    constexpr bool kAgain = sizeof(typename Channels<T, P>::Words) > 8;
+    typename Channels<T, P>::Words u[3][2];
     for (int r = 0; r < 3; ++r)
       for (int o = 0; o < 2; ++o) clear(a[r][o]), clear(da[r][o]);
-    for (int row = first_row - 2; row < row_end; ++row) {
-      if (row + 2 < row_end) {
-        channels.load_activation(a[2][0], in);
-        if (second) channels.load_activation(a[2][1], in + p.channels);
+    typename Channels<T, P>::RawGradient raw[4];
+    int row = first_row - 2;
+    // What is new in this row.
+    const auto load = [&] {
+#pragma unroll
+      for (int o = 0; o < 2; ++o)
+        channels.load_input(u[2][o], in + o * p.channels, row + 2 < row_end && (o == 0 || second));
+      const bool row_inside = row < row_end && out_row >= 0 && out_row < p.out_height;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) channels.load_gradient(raw[q], out - q * p.channels, row_inside && seen[q]);
+    };
+    load();
+    while (row < row_end) {
+      float dy[4][P];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) channels.make_gradient(dy[q], raw[q]);
+      typename Channels<T, P>::Words stored_u[2];
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        channels.make_activation(a[2][o], u[2][o]);
+        if (!kAgain) stored_u[o] = u[0][o], u[0][o] = u[1][o], u[1][o] = u[2][o];
       }
-      if (out_row >= 0 && out_row < p.out_height) {
+      const bool row_inside = out_row >= 0 && out_row < p.out_height;
+      const int64_t finished = in - 2 * in_stride;
+      const int done = row;
+      ++row;
+      ++out_row;
+      out += out_stride;
+      in += in_stride;
+      load();
+#pragma unroll
+      for (int o = 0; o < 2 && kAgain; ++o)
+        channels.load_input(stored_u[o], finished + o * p.channels, done >= first_row && (o == 0 || second));
+      if (row_inside) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           if (!seen[q]) continue;
-          float dy[P];
-          channels.load_gradient(dy, out - q * p.channels);
 #pragma unroll
           for (int r = 0; r < 3; ++r) {
-            if (row + r < first_row || row + r >= row_end) continue;
-            if (q >= 1) channels.accumulate_tap(3 * r + q - 1, a[r][0], da[r][0], dy);
-            if (q <= 2 && second) channels.accumulate_tap(3 * r + q, a[r][1], da[r][1], dy);
+            if (done + r < first_row || done + r >= row_end) continue;
+            if (q >= 1) channels.accumulate_tap(3 * r + q - 1, a[r][0], da[r][0], dy[q]);
+            if (q <= 2 && second) channels.accumulate_tap(3 * r + q, a[r][1], da[r][1], dy[q]);
           }
         }
       }
-      if (row >= first_row) {
-        channels.store(in - 2 * in_stride, da[0][0]);
-        if (second) channels.store(in - 2 * in_stride + p.channels, da[0][1]);
+      if (done >= first_row) {
+        channels.store(finished, da[0][0], stored_u[0]);
+        if (second) channels.store(finished + p.channels, da[0][1], stored_u[1]);
       }
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
@@ -179,9 +221,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
         copy(da[0][o], da[1][o]), copy(da[1][o], da[2][o]);
         clear(da[2][o]);
       }
-      ++out_row;
-      out += out_stride;
-      in += in_stride;
     }
   }
   channels.store_partial();
@@ -210,27 +249,47 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
     const int64_t in = (image * p.height * p.width + column) * p.channels + channels.c;
     const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
     float above[2][P], dy[2][P];
-    // dy of the outputs in row r.
-    auto load = [&](float (&to)[2][P], int r) {
+    typename Channels<T, P>::RawGradient raw[2];
+    typename Channels<T, P>::Words u[2][2];
+    // Of the outputs in row r.
+    const auto load_gradients = [&](int r) {
+#pragma unroll
       for (int q = 0; q < 2; ++q)
-        if (r >= 0 && r < p.out_height && seen[q]) channels.load_gradient(to[q], out + r * out_stride - q * p.channels);
+        channels.load_gradient(raw[q], out + r * out_stride - q * p.channels, r >= 0 && r < p.out_height && seen[q]);
     };
-    load(above, first - 1);
+    // Of the inputs in row 2*r' + odd.
+    const auto load_input = [&](int r, int odd, int o) {
+      const int row = 2 * r - p.padding + odd;
+      channels.load_input(u[odd][o], in + row * in_stride + o * p.channels,
+                          r < end && row >= 0 && row < p.height && (o == 0 ? left : right));
+    };
+    load_gradients(first - 1);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) channels.make_gradient(above[q], raw[q]);
+    load_gradients(first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_input(first, i / 2, i % 2);
     for (int r = first; r < end; ++r) {
-      load(dy, r);
+#pragma unroll
+      for (int q = 0; q < 2; ++q) channels.make_gradient(dy[q], raw[q]);
+      load_gradients(r + 1 < end ? r + 1 : -1);
+      typename Channels<T, P>::Words now[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        now[i / 2][i % 2] = u[i / 2][i % 2];
+        load_input(r + 1, i / 2, i % 2);
+      }
       const bool here = r < p.out_height, before = r >= 1 && r - 1 < p.out_height;
       const int row = 2 * r - p.padding;
       // Tap rows: of an even row 0 (with dy) and 2 (with the dy above), of an odd one 1; columns alike.
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        if (row + odd < 0 || row + odd >= p.height) continue;
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
-          if (!(o == 0 ? left : right)) continue;
-          const int64_t offset = in + (row + odd) * in_stride + o * p.channels;
+          if (row + odd < 0 || row + odd >= p.height || !(o == 0 ? left : right)) continue;
           float a[P], da[P];
           clear(da);
-          channels.load_activation(a, offset);
+          channels.make_activation(a, now[odd][o]);
 #pragma unroll
           for (int q = 0; q < 2 - o; ++q) {
             if (!seen[q]) continue;
@@ -238,7 +297,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
             if (here) channels.accumulate_tap(3 * odd + k, a, da, dy[q]);
             if (odd == 0 && before) channels.accumulate_tap(6 + k, a, da, above[q]);
           }
-          channels.store(offset, da);
+          channels.store(in + (row + odd) * in_stride + o * p.channels, da, now[odd][o]);
         }
       }
       for (int q = 0; q < 2; ++q) copy(above[q], dy[q]);

@@ -1,8 +1,9 @@
 // Depthwise 3x3 convolution, forward (raw output and statistics) and inference (normalised and activated output).
 //
 // Each thread loads and normalises an input row once and adds it to all output rows that see it, whose sums stay in
-// registers. With stride 1 a thread owns two neighbouring output columns, which see four input columns instead of six;
-// with stride 2 one, because a pair would save one load of six and need more registers.
+// registers. Rows are loaded ahead and stay in flight while those before are computed. With stride 1 a thread owns two
+// neighbouring output columns, which see four input columns instead of six; with stride 2 one, because a pair would
+// save one load of six and need more registers.
 #include "activation.h"
 #include "depthwise.h"
 #include "lanes.h"
@@ -60,23 +61,26 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
     for (int j = 0; j < kInputs; ++j) inside[j] = in_column + j >= 0 && in_column + j < p.width;
     const int last_row = min_of((row_end - 1) * kStride - p.padding + 2, p.height - 1);
 
-    // Rows are loaded a step before their use.
-    Packed next[kInputs];
-    auto load = [&] {
-      const bool row_inside = in_row >= 0 && in_row <= last_row;
-      for (int j = 0; j < kInputs; ++j)
-        if (row_inside && inside[j]) next[j] = Packed::load(in + j * channels);
+    // Packs are loaded kStride rows, a step of the loop below, before their use, each as soon as its place is free.
+    PackedWords<T, P> next[kStride][kInputs];
+    auto load = [&](PackedWords<T, P>(&to)[kInputs], int j, int ahead) {
+      const int row = in_row + ahead;
+      if (row >= 0 && row <= last_row && inside[j])
+        to[j] = PackedWords<T, P>::of(Packed::load(in + ahead * in_stride + j * channels));
     };
     // What is outside the image adds nothing: the branches part threads only at its border.
     float sums[3][kColumns][P];  // of three output rows, the first of which is complete next
     auto add_row = [&](int first_tap_row, int rows) {
+      PackedWords<T, P>(&mine)[kInputs] = next[kStride == 1 ? 0 : first_tap_row % 2];
       const bool row_inside = in_row >= 0 && in_row < p.height;
 #pragma unroll
       for (int j = 0; j < kInputs; ++j) {
+        const Packed now = mine[j].pack();
+        load(mine, j, kStride);
         if (!row_inside || !inside[j]) continue;
 #pragma unroll
         for (int i = 0; i < P; ++i) {
-          const float x = to_float(next[j].v[i]);
+          const float x = to_float(now.v[i]);
           const float a = kOnLoad ? norm_act(x, i) : x;
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
@@ -90,16 +94,17 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
           }
         }
       }
-      // Loaded before the products, it would need more registers than there are.
       ++in_row;
       in += in_stride;
-      load();
     };
 
     for (int r = 0; r < 3; ++r)
       for (int o = 0; o < kColumns; ++o)
         for (int i = 0; i < P; ++i) sums[r][o][i] = 0.0f;
-    load();
+#pragma unroll
+    for (int ahead = 0; ahead < kStride; ++ahead)
+#pragma unroll
+      for (int j = 0; j < kInputs; ++j) load(next[ahead], j, ahead);
     // The rows before, which only the chunk's first output rows see.
     add_row(0, 1);
     if (kStride == 1) add_row(1, 2);

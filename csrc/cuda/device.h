@@ -20,11 +20,17 @@ using bfloat16 = __nv_bfloat16;
 // Operands that float32 products see rounded to TF32 (10 bits of mantissa); in memory a float.
 struct tf32 {};
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 }  // namespace mx::cuda
 
 #if !defined(__CUDACC__)
 #include <emulated_device.h>
 #else
+#include "launch.h"
 
 namespace mx::cuda {
 
@@ -35,18 +41,9 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(args...); more than 48 KiB of shared memory is asked for.
-template <class... Parameters, class... Args>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Args... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(args)...);
-  return cudaGetLastError();
-}
+// In place of a kernel that this architecture does not have: an error of the launch, for outputs would stay as they
+// are.
+__device__ __forceinline__ void not_compiled() { asm volatile("trap;"); }
 
 // threadIdx.x, read again instead of kept in a register from before a loop.
 __device__ __forceinline__ unsigned reread_thread() {
@@ -182,16 +179,12 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 
 namespace mx::cuda {
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 // Hides from the compiler where x comes from: what is computed from x after this is not kept in registers from before.
 __device__ __forceinline__ void make_opaque(int& x) { asm volatile("" : "+r"(x)); }
 
 // Whether a launcher may ask this architecture for products of T by tensor cores of kind Math (float: by plain exact
-// products). Kernels that it never asks for are compiled empty.
+// products). Kernels that it never asks for are compiled to a fault (not_compiled). The architecture is that of the
+// code, which Gpu::architecture is too, and not the GPU's.
 // kLargeShared: whether it may ask for more than 64 KiB of shared memory.
 #if !defined(__CUDA_ARCH__)
 template <class T, class Math>

@@ -10,11 +10,20 @@
 
 namespace mx::cuda {
 
+struct Gpu {
+  // 10*major + minor of the compute capability that the code it runs was compiled for: 75, 80, 90. The GPU may be
+  // newer: of PTX for 7.5 the driver makes code for any, without what the kernels have for 8.0.
+  int architecture;
+  int multiprocessors;  // kernels with partial results start a few programs on each, whatever the tensor's size
+};
+
+// `device` is the current one.
+cudaError_t look_at(int device, Gpu& gpu);
+
 struct Launch {
   cudaStream_t stream;
-  int capability;       // 10*major + minor of the device's compute capability: 75, 80, 90
-  int multiprocessors;  // kernels with partial results start a few programs on each, whatever the tensor's size
-  bool tf32;            // products of float32 may round their operands to TF32
+  Gpu gpu;
+  bool tf32;  // products of float32 may round their operands to TF32
   // Temporary device memory, 256-byte aligned, for the kernels queued by this launcher.
   void* (*allocate)(void* state, size_t bytes);
   void* state;

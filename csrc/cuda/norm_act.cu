@@ -166,7 +166,7 @@ cudaError_t start_backward(const NormActArgs& args, const Launch& on) {
   Problem p = problem_of(args);
   const int packs = p.channels / P;
   Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 65535, P);
-  const unsigned enough = 4u * on.multiprocessors / grid.blocks.x;
+  const unsigned enough = 4u * on.gpu.multiprocessors / grid.blocks.x;
   if (grid.blocks.y > enough) grid.blocks.y = enough > 1 ? enough : 1;
   const int programs = p.rows == 0 ? 0 : int(grid.blocks.y);
   p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * p.channels);

@@ -71,21 +71,21 @@ __device__ __forceinline__ void to_floats(const Pack<T, N>& p, float (&v)[N]) {
   for (int i = 0; i < N; ++i) v[i] = to_float(p.v[i]);
 }
 
-// A pack of 16 bytes between its load and its use, as four words: nvcc would take a Pack<half> apart into eight
-// registers as soon as it is loaded.
-template <class T>
+// A pack between its load and its use, as 32-bit words: nvcc would take a Pack<half, 8> apart into eight registers as
+// soon as it is loaded, and so wait for it there.
+template <class T, int N = 16 / sizeof(T)>
 struct PackedWords {
-  uint32_t word[4];
+  uint32_t word[(N * sizeof(T) + 3) / 4];
 
-  static MX_HOST_DEVICE PackedWords zero() { return {{0, 0, 0, 0}}; }
-  static MX_HOST_DEVICE PackedWords of(const Pack<T, 16 / sizeof(T)>& p) {
-    PackedWords w;
-    memcpy(w.word, &p, 16);
+  static MX_HOST_DEVICE PackedWords zero() { return {}; }
+  static MX_HOST_DEVICE PackedWords of(const Pack<T, N>& p) {
+    PackedWords w = zero();
+    memcpy(w.word, &p, sizeof(p));
     return w;
   }
-  MX_HOST_DEVICE Pack<T, 16 / sizeof(T)> pack() const {
-    Pack<T, 16 / sizeof(T)> p;
-    memcpy(&p, word, 16);
+  MX_HOST_DEVICE Pack<T, N> pack() const {
+    Pack<T, N> p;
+    memcpy(&p, word, sizeof(p));
     return p;
   }
 };

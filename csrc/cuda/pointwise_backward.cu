@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kColumns > 64 ? 1 : 2)
   if constexpr (S::kAvailable) {
     InputGradient<S> output(args);
     product<S, true>(dy, weight, args.tiling, output);
+  } else {
+    not_compiled();
   }
 }
 
@@ -110,7 +112,11 @@ template <class S, bool kWide, class T = typename S::T>
 __global__ void __launch_bounds__(S::kThreads, 2)
     weight_kernel(const OutputGradient<T, kWide> dy, const NormActInput<T, kWide> a, const WeightTiling tiling,
                   float* partial) {
-  if constexpr (S::kAvailable) weight_product<S>(dy, a, tiling, partial);
+  if constexpr (S::kAvailable) {
+    weight_product<S>(dy, a, tiling, partial);
+  } else {
+    not_compiled();
+  }
 }
 
 // Queues the kernel of dz_u, which leaves `sums`.

@@ -14,6 +14,8 @@ __global__ void __launch_bounds__(S::kThreads, 2)
   if constexpr (S::kAvailable) {
     Output output(args);
     product<S, false>(input, weight, args.tiling, output);
+  } else {
+    not_compiled();
   }
 }
 

@@ -355,7 +355,7 @@ Tiling tiling_of(int64_t rows, int64_t depth, int64_t columns, const Launch& on)
   tiling.rows = rows, tiling.depth = int(depth), tiling.columns = int(columns);
   tiling.tiles = int((rows + S::kRows - 1) / S::kRows);
   tiling.column_blocks = int((columns + S::kColumns - 1) / S::kColumns);
-  const int enough = 2 * on.multiprocessors / tiling.column_blocks;  // two blocks fit a multiprocessor
+  const int enough = 2 * on.gpu.multiprocessors / tiling.column_blocks;  // two blocks fit a multiprocessor
   tiling.programs = tiling.tiles == 0 ? 0 : enough < 1 ? 1 : min_of(tiling.tiles, enough);
   return tiling;
 }
@@ -378,7 +378,7 @@ struct Kind {
 
 template <class F>
 cudaError_t with_kind(Dtype dtype, const Launch& launch, const F& f) {
-  const bool sm_80 = launch.capability >= 80;
+  const bool sm_80 = launch.gpu.architecture >= 80;
   switch (dtype) {
     case Dtype::f16:
       return f(Kind<half, half>());
@@ -409,8 +409,8 @@ cudaError_t choose_shape(Dtype dtype, int64_t rows, int64_t depth, int64_t colum
     if (!all_packs<T>(depth, columns, pointers)) return start.template run<Shape<T, Math, false, 64>>();
     // Few tiles: narrower ones keep more multiprocessors busy. Before sm_80 a block has 64 KiB of shared memory in
     // all.
-    const bool wide = launch.capability >= 80 && columns > 64 &&
-                      (rows + 127) / 128 * ((columns + 127) / 128) >= launch.multiprocessors;
+    const bool wide = launch.gpu.architecture >= 80 && columns > 64 &&
+                      (rows + 127) / 128 * ((columns + 127) / 128) >= launch.gpu.multiprocessors;
     return wide ? start.template run<Shape<T, Math, true, 128>>() : start.template run<Shape<T, Math, true, 64>>();
   });
 }

@@ -14,23 +14,15 @@ namespace {
 
 std::atomic<bool> tf32_allowed{false};
 
-struct Properties {
-  int capability, multiprocessors;
-};
-
-// cudaDeviceGetAttribute takes no part in a stream capture and does not synchronise; its answers are kept, for every
-// call needs them.
-Properties properties_of(int device) {
+// Asked for once, for every call needs it. Neither question synchronises or takes part in a stream capture.
+Gpu gpu_of(int device) {
   constexpr int kDevices = 128;
   static std::atomic<uint64_t> known[kDevices];  // 0: not asked yet
   uint64_t packed = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (packed == 0) {
-    int major = 0, minor = 0, multiprocessors = 0;
-    Runtime::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device properties");
-    Runtime::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device properties");
-    Runtime::check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                   "device properties");
-    packed = uint64_t(10 * major + minor) << 32 | uint64_t(multiprocessors);
+    Gpu gpu{};
+    Runtime::check(look_at(device, gpu), "properties of the GPU");
+    packed = uint64_t(gpu.architecture) << 32 | uint64_t(gpu.multiprocessors);
     if (device < kDevices) known[device].store(packed, std::memory_order_relaxed);
   }
   return {int(packed >> 32), int(packed & 0xffffffff)};
@@ -57,15 +49,10 @@ struct Runtime::State {
 
 Runtime::Runtime(const torch::stable::Tensor& tensor) : state_(std::make_unique<State>(tensor.device())) {
   const int index = int(state_->device.index());
-  const Properties properties = properties_of(index);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  launch_ = Launch{static_cast<cudaStream_t>(stream),
-                   properties.capability,
-                   properties.multiprocessors,
-                   tf32_allowed.load(std::memory_order_relaxed),
-                   &State::allocate,
-                   state_.get()};
+  launch_ = Launch{static_cast<cudaStream_t>(stream), gpu_of(index), tf32_allowed.load(std::memory_order_relaxed),
+                   &State::allocate, state_.get()};
 }
 
 Runtime::~Runtime() = default;

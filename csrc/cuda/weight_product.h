@@ -194,7 +194,7 @@ cudaError_t start_weight_product(void (*kernel)(SourceDy, SourceA, WeightTiling,
   tiling.steps = int((rows + S::kRows - 1) / S::kRows);
   tiling.column_blocks = (depth + S::kSide - 1) / S::kSide;
   const int blocks = (outputs + S::kSide - 1) / S::kSide * tiling.column_blocks;
-  const int enough = 2 * on.multiprocessors / blocks;  // two blocks fit a multiprocessor
+  const int enough = 2 * on.gpu.multiprocessors / blocks;  // two blocks fit a multiprocessor
   tiling.programs = tiling.steps == 0 ? 0 : enough < 1 ? 1 : min_of(tiling.steps, enough);
   partial.programs = tiling.programs;
   partial.data = on.temporary<float>(size_t(tiling.programs) * outputs * depth);

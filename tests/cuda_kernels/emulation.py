@@ -31,11 +31,11 @@ def why_not() -> str | None:
 def build() -> Path:
     """The library of the whole backend; what has not changed is not compiled again."""
     kernels = sorted((SOURCES / "cuda").glob("*.cu"))
-    return compile_library("backend", [*kernels, SOURCES / "cuda" / "bindings.cpp", EMULATOR / "runtime.cpp"])
+    return compile_library("backend", [*kernels, SOURCES / "cuda" / "bindings.cpp", EMULATOR / "runtime.cpp"], True)
 
 
-def compile_library(name: str, sources: list[Path], torch_library: bool = True) -> Path:
-    """Compiles ``sources`` with the emulator into a library under ``build/``."""
+def compile_library(name: str, sources: list[Path], torch_library: bool = False, emulated: bool = True) -> Path:
+    """Compiles ``sources``, with the emulator if ``emulated``, into a library under ``build/``."""
     folder = ROOT / "build" / f"cuda-emulation-torch{torch.__version__}" / name
     folder.mkdir(parents=True, exist_ok=True)
     cuda = find_cuda_toolkit().home / "include"
@@ -45,7 +45,8 @@ def compile_library(name: str, sources: list[Path], torch_library: bool = True) 
         includes += [f"-isystem {path}" for path in cpp_extension.include_paths()]
         link = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch -ltorch_cpu -lc10"]
     compiler = sysconfig.get_config_var("CXX").split()[0]
-    objects = {folder / (source.name + ".o"): source for source in [*sources, EMULATOR / "emulator.cpp"]}
+    sources = [*sources, EMULATOR / "emulator.cpp"] if emulated else sources
+    objects = {folder / (source.name + ".o"): source for source in sources}
     library = folder / f"lib{name}.so"
     lines = [
         "rule compile",
@@ -65,10 +66,16 @@ def compile_library(name: str, sources: list[Path], torch_library: bool = True) 
     return library
 
 
-def set_device(library: Path, capability: int = 90, multiprocessors: int = 2, order: int = 1) -> None:
-    """What the emulated device pretends to be; ``order`` -1 runs the threads of a block from the last to the first."""
+def set_device(
+    library: Path, capability: int = 90, compiled_for: int | None = None, multiprocessors: int = 2, order: int = 1
+) -> None:
+    """What the emulated device pretends to be.
+
+    Its code was compiled for ``compiled_for``, else for its own capability; ``order`` -1 runs the threads of a block
+    from the last to the first.
+    """
     loaded = ctypes.CDLL(str(library))
-    loaded.mx_emulator_device(capability, multiprocessors)
+    loaded.mx_emulator_device(capability, compiled_for or capability, multiprocessors)
     loaded.mx_emulator_order(order)
 
 

@@ -19,7 +19,7 @@ THREADS = 64
 def planted() -> Path:
     if reason := emulation.why_not():
         pytest.skip(reason)
-    return emulation.compile_library("planted", [Path(__file__).with_name("planted.cu")], torch_library=False)
+    return emulation.compile_library("planted", [Path(__file__).with_name("planted.cu")])
 
 
 def run(library: Path, name: str, *inputs: torch.Tensor, shape: tuple[int, ...] = (THREADS,)) -> torch.Tensor:

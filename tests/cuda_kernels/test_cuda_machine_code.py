@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 ARCHITECTURES = (75, 80, 90)
 PRODUCTS = ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference")
-FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", *PRODUCTS)
+FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", "gpu", *PRODUCTS)
 
 Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
 
@@ -83,8 +83,28 @@ def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int)
     check(wide, lambda code: sass.narrow(code, bits))
 
 
+@pytest.mark.parametrize(
+    ("file", "pattern", "loads", "far"),
+    [
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 1, \w+>", 4, 250),
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 2, \w+>", 6, 150),
+        ("depthwise_forward", r"forward<float, 4, 1, \w+>", 4, 75),
+        ("depthwise_forward", r"forward<float, 4, 2, \w+>", 6, 85),
+        ("depthwise_backward", r"stride_1<(__half|__nv_bfloat16), 4>", 10, 300),
+        ("depthwise_backward", r"stride_1<float, 4>", 12, 200),  # of u a second time
+        ("depthwise_backward", r"stride_2<.*, 4>", 8, 300),
+    ],
+)
+def test_loads_are_in_flight_over_a_row(kernels: Kernels, file: str, pattern: str, loads: int, far: int) -> None:
+    """Those of a row are all under way before one is waited for: the first reader is most of a row's work away."""
+    mine = {name: code.in_flight for name, code in kernels.items() if name[0] == file and re.fullmatch(pattern, name[1])}
+    assert mine
+    waits = {name: flight for name, flight in mine.items() if len(flight) != loads or min(flight) < far}
+    assert not waits, waits
+
+
 def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> None:
-    """Those of float32 that must be exact do not; those that a GPU cannot have are empty."""
+    """Those of float32 that must be exact do not; those that a GPU cannot have are a fault."""
     products = {
         name: (*operands.groups(), code)
         for name, code in kernels.items()
@@ -98,7 +118,7 @@ def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> No
         else:
             available = (dtype, kind) != ("__nv_bfloat16", "float")
         if not available:
-            assert len(code.instructions) < 32, name
+            assert len(code.instructions) < 32 and code.matching("BPT.TRAP"), name
         elif kind == "float":
             assert not code.matching("HMMA.*") and code.matching("FFMA.*"), name
         else:

@@ -38,7 +38,7 @@ OTHER_BATCHES = (1024, 128, 32)
 # one architecture float16 is compiled as well, at one width, and float32 without tensor cores.
 NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
-TENSOR_CORES = {80: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
+TENSOR_CORES = {80: "HMMA.*", 86: "HMMA.*", 120: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
 Kernels = list[tuple[Launch, CompiledLaunch]]
 # One GPU is compiled for in plain runs. All GPUs are in slow ones, this one for all kinds of kernels.
 FIRST = "sm_90"

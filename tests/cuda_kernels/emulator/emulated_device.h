@@ -6,7 +6,8 @@
 //   - shared memory starts as NaN bits, and a copy_async arrives only when it is waited for;
 //   - threads run one after the other, in either order (order(-1) for the last one first): a race gives two results;
 //   - threads at different barriers, a thread that returned while others wait for it, an address that is not aligned or
-//     not in the block's shared memory, a launch beyond CUDA's limits: the process aborts with a message.
+//     not in the block's shared memory, a launch beyond CUDA's limits, tensor cores or shared memory that the
+//     architecture which the code was compiled for does not have: the process aborts with a message.
 // It says nothing about speed, nor about accesses of global memory out of bounds.
 #pragma once
 #include <math.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #include <functional>
+#include <string>
 
 // CUDA's headers define these as attributes that only nvcc knows.
 #undef __launch_bounds__
@@ -30,6 +32,10 @@ struct Thread {
 // The thread that runs; changes at every operation below that waits.
 extern thread_local Thread* current;
 
+// Of the code: what it was compiled for, and not the GPU, says which instructions there are.
+void require_architecture(int needed, const char* operation);
+
+[[noreturn]] void fail(const std::string& what);
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void* shared_bytes();
 void block_barrier();
@@ -95,6 +101,7 @@ inline uint32_t __float_as_uint(float x) {
 
 namespace mx::cuda {
 
+inline void not_compiled() { emulator::fail("a kernel that is not compiled"); }
 inline unsigned reread_thread() { return threadIdx.x; }
 
 template <class T>
@@ -171,6 +178,7 @@ struct Fragments {
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   constexpr bool is_tf32 = sizeof(T) == 1;
+  if (!kSame<T, half>) emulator::require_architecture(80, "mma");
   constexpr int kDepth = is_tf32 ? 8 : 16;
   constexpr int kHalf = kDepth / 2;          // A's columns 0..kHalf-1 are in registers 0 and 1
   constexpr int kPerLane = is_tf32 ? 1 : 2;  // neighbours in one register

@@ -13,6 +13,13 @@
 namespace mx::cuda::emulator {
 
 thread_local Thread* current = nullptr;
+int capability = 90, architecture = 90, multiprocessors = 2;
+
+void fail(const std::string& what) {
+  fprintf(stderr, "emulated device: %s\n", what.c_str());
+  fflush(stderr);
+  abort();
+}
 
 namespace {
 
@@ -20,12 +27,6 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kGuardBytes = 1024;  // after the shared memory; written there, it is noticed
 constexpr size_t kMaxShared = 227 * 1024;
 constexpr unsigned char kGuard = 0xa5;
-
-[[noreturn]] void fail(const std::string& what) {
-  fprintf(stderr, "emulated device: %s\n", what.c_str());
-  fflush(stderr);
-  abort();
-}
 
 std::string text(dim3 d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
@@ -167,12 +168,19 @@ void prepare(size_t threads, size_t shared_size) {
 
 }  // namespace
 
+void require_architecture(int needed, const char* operation) {
+  if (architecture < needed)
+    fail(std::string(operation) + " in code for " + std::to_string(architecture) + ", " + std::to_string(needed) +
+         " is needed");
+}
+
 void run(dim3 grid, dim3 block, size_t shared_size, const std::function<void()>& kernel) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || threads % 32 != 0) fail("a block of " + text(block) + " threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffff)
     fail("a grid of " + text(grid) + " blocks");
-  if (shared_size > kMaxShared) fail(std::to_string(shared_size) + " bytes of shared memory");
+  const size_t most = architecture < 80 ? 64 * 1024 : kMaxShared;
+  if (shared_size > most) fail(std::to_string(shared_size) + " bytes of shared memory");
   if (device.running) fail("a launch inside a kernel");
   device.running = true;
   prepare(threads, shared_size);
@@ -259,4 +267,37 @@ void copy_wait(int pending) {
 // 1: a block's threads run in their order, -1: the last one first. A race shows as a different result.
 extern "C" __attribute__((visibility("default"))) void mx_emulator_order(int direction) {
   mx::cuda::emulator::device.direction = direction;
+}
+
+// The GPU, and what its code was compiled for. Few multiprocessors make few programs, each with several tiles.
+extern "C" __attribute__((visibility("default"))) void mx_emulator_device(int capability, int architecture,
+                                                                          int multiprocessors) {
+  mx::cuda::emulator::capability = capability;
+  mx::cuda::emulator::architecture = architecture;
+  mx::cuda::emulator::multiprocessors = multiprocessors;
+}
+
+// CUDA's runtime, as far as the launchers ask it.
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  using namespace mx::cuda::emulator;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessors;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->ptxVersion = mx::cuda::emulator::architecture;
+  attributes->binaryVersion = mx::cuda::emulator::capability;
+  return cudaSuccess;
 }

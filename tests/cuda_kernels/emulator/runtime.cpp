@@ -10,7 +10,6 @@
 namespace mx::cuda {
 namespace {
 
-int capability = 90, multiprocessors = 2;
 bool tf32_allowed = false;
 
 }  // namespace
@@ -31,7 +30,9 @@ struct Runtime::State {
 };
 
 Runtime::Runtime(const torch::stable::Tensor&) : state_(std::make_unique<State>()) {
-  launch_ = Launch{nullptr, capability, multiprocessors, tf32_allowed, &State::allocate, state_.get()};
+  Gpu gpu{};
+  check(look_at(0, gpu), "properties of the GPU");
+  launch_ = Launch{nullptr, gpu, tf32_allowed, &State::allocate, state_.get()};
 }
 
 Runtime::~Runtime() = default;
@@ -44,10 +45,4 @@ void Runtime::check(cudaError_t error, const char* op) {
 
 extern "C" __attribute__((visibility("default"))) void mx_cuda_allow_tf32(bool allow) {
   mx::cuda::tf32_allowed = allow;
-}
-
-// Few multiprocessors make few programs, each with several tiles.
-extern "C" __attribute__((visibility("default"))) void mx_emulator_device(int capability, int multiprocessors) {
-  mx::cuda::capability = capability;
-  mx::cuda::multiprocessors = multiprocessors;
 }
