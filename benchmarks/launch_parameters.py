@@ -75,7 +75,10 @@ def replaced(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
 def _grid(**choices: tuple) -> Iterator[Any]:
     """Every combination, as a namespace."""
     for values in itertools.product(*choices.values()):
-        yield argparse.Namespace(**dict(zip(choices, values, strict=True)))
+        choice = argparse.Namespace(**dict(zip(choices, values, strict=True)))
+        if "waves" in choices and "registers" not in choices:
+            choice.registers = heuristics.registers(choice.warps, choice.waves)
+        yield choice
 
 
 def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
@@ -83,7 +86,9 @@ def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
         rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, processors: int, memory: int
     ) -> tuple[Config]:
         whole = channels <= c.K
-        kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole)
+        kernel = config(
+            c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole
+        )
         count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), processors, c.waves)
         return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "kernel": kernel},)
 
@@ -146,7 +151,7 @@ def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., 
 def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
     def choose(rows: int, channels: int, outputs: int, processors: int) -> dict[str, Any]:
         columns = cdiv(channels, c.K)
-        kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
+        kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
         count = programs(cdiv(rows, c.M), columns, processors, c.waves)
         return {"STORED_DY": c.stored, "input": {"PROGRAMS": count, "kernel": kernel}}
 
@@ -156,7 +161,7 @@ def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
 def pointwise_input(layer: Layer) -> Iterator[Candidate]:
     k = layer.in_channels
     for c in _grid(
-        M=(64, 128, 256), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(3, 4, 5), waves=(1, 2, 3),
+        M=(64, 128), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2, 3),
         stored=(True, False),
     ):  # fmt: skip
         shared = c.stages * (c.M * c.N * (1 if c.stored else 2) + c.N * c.K) * 2
@@ -171,7 +176,7 @@ def pointwise_input(layer: Layer) -> Iterator[Candidate]:
 def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
     k, n = layer.in_channels, layer.out_channels
     for c in _grid(
-        M=(32, 64, 128), N=(64, 128, 256), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2),
+        M=(32, 64, 128), N=(128, 256), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2),
         stored=(True, False),
     ):  # fmt: skip
         shared = c.stages * c.M * (c.N + c.K) * 2
@@ -182,7 +187,7 @@ def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
             continue
 
         def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
-            kernel = config(c.warps, c.stages, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
+            kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
             blocks = cdiv(outputs, c.N) * cdiv(channels, c.K)
             count = programs(cdiv(rows, c.M), blocks, processors, c.waves)
             return {"weight": {"PROGRAMS": count, "STORED_A": c.stored, "kernel": kernel}}
@@ -194,7 +199,7 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
     k, n = layer.in_channels, layer.out_channels
     if k * n > 128 * 256:
         return
-    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 3, 4), stored=(False,)):
+    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 4), stored=(False,)):
         c.N, c.K = (max(32, size) for size in (n, k))
         shared = (c.stages * c.M * (2 * c.N + c.K) + c.N * c.K) * 2
         accumulators = (c.N + c.M) * c.K // (c.warps * 32)
@@ -205,7 +210,9 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
 
 
 def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], bounded: bool) -> Iterator[Candidate]:
-    for c in _grid(elements=elements, warps=(2, 4, 8), C=(16, 32, 64, 128), rows=(0, 28, 14), waves=(2, 3, 4, 6, 8)):
+    for c in _grid(
+        elements=elements, warps=(2, 4, 8), C=(32, 64, 128), rows=(0, 28, 14), waves=(1, 2, 3, 4, 6), registers=(255,)
+    ):
         if c.C > max(16, layer.in_channels) or c.rows >= layer.size or (not bounded and c.waves > 2):
             continue
 
@@ -246,7 +253,7 @@ def dense_forward(layer: Layer) -> Iterator[Candidate]:
 
 
 def dense_backward(layer: Layer) -> Iterator[Candidate]:
-    for c in _grid(pixels=(16, 32, 64, 128), warps=(1, 2, 4, 8), waves=(8, 16, 24, 32)):
+    for c in _grid(pixels=(16, 32, 64, 128), warps=(1, 2, 4), waves=(8, 16, 24, 32), registers=(255,)):
 
         def replacement(images, height, width, channels, filters, itemsize, processors, c=c) -> tuple[Config]:
             h, w = heuristics.rectangle(c.pixels, height, width)
@@ -260,7 +267,7 @@ def dense_backward(layer: Layer) -> Iterator[Candidate]:
 
 def block_inference(layer: Layer) -> Iterator[Candidate]:
     yield Candidate({"two": True}, {"block_inference": lambda *args: (heuristics.TWO_KERNELS,)})
-    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(32,), warps=(4, 8), registers=(128, 168, 255)):
+    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(32,), warps=(4, 8), registers=(168, 255)):
         if c.N > layer.out_channels or c.H * c.W * c.N // (c.warps * 32) > 128 or c.registers * c.warps > 1024:
             continue
         if layer.in_channels > 256:

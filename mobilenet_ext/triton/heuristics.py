@@ -33,6 +33,12 @@ def merge(columns: int, programs: int) -> Config:
     return config(num_warps=1, BLOCK_P=16, BLOCK_C=4) if programs <= 16 else config(8, BLOCK_P=128, BLOCK_C=4)
 
 
+def registers(num_warps: int, waves: int) -> int:
+    """The most that a thread can have where ``waves`` programs are to run on a multiprocessor at once. Without a limit
+    ptxas would rather use all of them than have more programs."""
+    return min(255, 65536 // (32 * num_warps * waves) // 8 * 8)
+
+
 def programs(tiles: int, columns: int, multiprocessors: int, waves: int) -> int:
     """How many programs share ``tiles`` in each of ``columns`` columns of the grid: about ``waves`` per multiprocessor
     in all, each with as many tiles as the others where that can be."""
@@ -93,8 +99,8 @@ def depthwise_grid(
     """(rows, programs): the rows a tile walks down at a time, and the programs for a block of channels, where an image
     has ``height`` rows of ``lanes``.
 
-    Chunks of rows give the programs work of even size, at the price of two more rows to load in each. ``bounded``: as
-    few programs as fill the GPU some times over, because each leaves a row of partial results.
+    Chunks of rows give the programs work of even size, at the price of two more rows to load in each. ``bounded``: only
+    as many programs as run at once, two per multiprocessor, because each leaves a row of partial results.
     """
     block_p, block_c = tile
     blocks, strips = -(-channels // block_c), -(-images * lanes // block_p)
@@ -102,7 +108,7 @@ def depthwise_grid(
     while rows > 1 and blocks * strips * -(-height // rows) < (12 if rows > 8 else 2) * multiprocessors:
         rows = (rows + 1) // 2
     tasks = strips * -(-height // rows)
-    return rows, min(tasks, max(1, 4 * multiprocessors // blocks) if bounded else GRID_Y)
+    return rows, min(tasks, max(1, 2 * multiprocessors // blocks) if bounded else GRID_Y)
 
 
 @cache
@@ -120,18 +126,23 @@ def dense_forward(
 
     float32 products take their operands from registers, where they need smaller blocks.
     """
+    # pixels; warps, registers, programs per multiprocessor
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
-    block_k = 16 if itemsize == 4 or 9 * channels <= 32 else 64
+    block_k = 16 if itemsize == 4 else 32 if 9 * channels <= 32 else 64
     candidates = []
-    # 168 registers per thread leave room for three programs of four warps on a multiprocessor; they do not suffice for
-    # all 27 products of an RGB image at once.
-    for pixels, warps, registers in ((64, 4, 168), (32, 4, 128)) if itemsize == 2 else ((64, 4, 255), (64, 8, 255)):
+    if itemsize == 4:
+        shapes = [(64, 4, 255, 3), (64, 8, 255, 1)]
+    elif block_n <= 32:
+        shapes = [(64, 2, 255, 4), (32, 4, 128, 3)]
+    else:
+        shapes = [(64, 4, 168, 3), (32, 4, 128, 3)]
+    for pixels, warps, registers, waves in shapes:
         block_h, block_w = rectangle(pixels, height, width)
         tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
         kernel = config(
             num_warps=warps, maxnreg=registers, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k
         )
-        count = programs(tiles, cdiv(filters, block_n), multiprocessors, 12 // warps)
+        count = programs(tiles, cdiv(filters, block_n), multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "kernel": kernel})
     return tuple(candidates)
 
@@ -144,12 +155,18 @@ def dense_weight_gradient(
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
     block_k = max(16, min(64 if itemsize == 2 else 32, next_power_of_2(9 * channels)))
     candidates = []
-    for pixels, warps in ((64, 4), (32, 4), (32, 2)) if itemsize == 2 else ((32, 4), (16, 2)):
+    if itemsize == 4:
+        shapes = [(32, 4, 4), (16, 2, 8)]
+    elif block_n <= 32:
+        shapes = [(16, 4, 6), (32, 4, 4)]
+    else:
+        shapes = [(64, 4, 4), (32, 4, 4)]
+    for pixels, warps, waves in shapes:
         block_h, block_w = rectangle(pixels, height, width)
         tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
         kernel = config(num_warps=warps, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k)
         blocks = cdiv(filters, block_n) * cdiv(9 * channels, block_k)
-        candidates.append({"PROGRAMS": programs(tiles, blocks, multiprocessors, 16 // warps), "kernel": kernel})
+        candidates.append({"PROGRAMS": programs(tiles, blocks, multiprocessors, waves), "kernel": kernel})
     return tuple(candidates)
 
 
@@ -219,7 +236,7 @@ def pointwise_forward(
         if not ieee:
             shapes = [(64, 128, 32, 8, 3, 2, False), (64, 64, 32, 8, 2, 2, False)][0 if outputs > 64 else 1 :]
     elif channels > 128:
-        stored = [(128, 128, 64, 4, 4, 2, normalised), (128, 256, 64, 8, 4, 1, normalised)]
+        stored = [(128, 128, 64, 8, 3, 2, normalised), (128, 256, 64, 8, 4, 1, normalised)]
         on_load = [(64, 128, 64, 4, 4, 2, False), (64, 64, 64, 4, 3, 4, False)]
         if shared_memory > 200 * 1024:
             shapes = stored + on_load
@@ -231,8 +248,6 @@ def pointwise_forward(
         shapes = [(128, 64, 32, 4, 1, 2, False), (64, 64, 32, 4, 1, 4, False)]
     if len(shapes) > 1 and cdiv(rows, shapes[0][0]) * cdiv(outputs, shapes[0][1]) < multiprocessors:
         shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
-    # Without this ptxas would rather spill a few registers than have fewer programs per multiprocessor.
-    registers = {"maxnreg": 255} if ieee else {}
     candidates = []
     for block_m, block_n, block_k, warps, stages, waves, stored_a in shapes:
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
@@ -240,7 +255,8 @@ def pointwise_forward(
         kernel = config(
             num_warps=warps, num_stages=1 if whole else stages,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WHOLE_K=whole, FOLD=whole,
-            **registers,
+            # On the FMA units ptxas would rather spill a few registers than have fewer programs.
+            maxnreg=255 if ieee else registers(warps, waves),
         )  # fmt: skip
         count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "kernel": kernel})
@@ -264,7 +280,7 @@ def pointwise_backward(
         by_weight = (32, 64, 64, 8, 2, 2)
         one_pass = [] if ieee else [(32, 64, 32, 8, 2, 1)]
     else:
-        by_input = (128, 64, 128, 4, 4, 2) if large else (64, 32, 128, 8, 3, 2)
+        by_input = (128, 64, 128, 8, 3, 2) if large else (64, 32, 128, 8, 3, 2)
         by_weight = (32, 128, 128, 8, 3, 2)
         one_pass = [(16, 64, 32, 4, 3, 4), (64, 64, 32, 4, 2, 2)]
         if large:
@@ -278,7 +294,7 @@ def pointwise_backward(
             "PROGRAMS": programs(cdiv(rows, block_m), columns, multiprocessors, waves),
             "kernel": config(
                 num_warps=warps, num_stages=stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **constants,
-                **({"maxnreg": 255} if ieee else {}),
+                maxnreg=255 if ieee else registers(warps, waves),
             ),
         }  # fmt: skip
 

@@ -177,7 +177,7 @@ def _input(
 
     for tile in range(program, tiles_of(rows, BLOCK_M), programs):
         row_inside = _row_inside(tile, rows, BLOCK_M)
-        if bn_u_ptr is not None or WEIGHT:
+        if WHOLE_N and (bn_u_ptr is not None or WEIGHT):
             u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
         da = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         if WHOLE_N:
@@ -201,6 +201,8 @@ def _input(
                 if dy_ptr is not None:
                     store_tile(dy_ptr, tile, tl.where(block == 0, rows, 0), outputs, n0 + n, dy, BLOCK_M)
                 da = dot(dy, weight, da, PRECISION)
+            if bn_u_ptr is not None:  # not before the products, which need the registers
+                u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
 
         if bn_u_ptr is not None:
             da = activate_backward(normalise(u, norm_u), da, ACT_U)
