@@ -1,4 +1,4 @@
-"""The machine code of every kernel launch of the network, for three generations of GPUs; no GPU is needed.
+"""The machine code of every kernel launch of the network, for five architectures of GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
 and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
@@ -38,7 +38,7 @@ OTHER_BATCHES = (1024, 128, 32)
 # one architecture float16 is compiled as well, at one width, and float32 without tensor cores.
 NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
-TENSOR_CORES = {80: "HMMA.*", 86: "HMMA.*", 120: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*"}
+TENSOR_CORES = {80: "HMMA.*", 86: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*", 120: "HMMA.*"}
 Kernels = list[tuple[Launch, CompiledLaunch]]
 # One GPU is compiled for in plain runs. All GPUs are in slow ones, this one for all kinds of kernels.
 FIRST = "sm_90"
