@@ -33,8 +33,8 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # libtorch's stable ABI as of torch 2.11
-# Built for where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says otherwise; of these, what nvcc knows. From the PTX,
-# which is of one that every nvcc knows, the driver compiles for GPUs that no machine code is of (11.0).
+# Built for where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says otherwise; of these, what nvcc knows. The PTX is
+# of one that every nvcc knows: from it the driver compiles for GPUs that no machine code is of (11.0).
 CUDA_ARCHITECTURES = ("7.5", "8.0", "9.0+PTX", "10.0", "12.0")
 
 # No -ffast-math: NaN and Inf must go where PyTorch sends them. Contraction to FMA and a math library that leaves errno
