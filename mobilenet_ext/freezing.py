@@ -34,7 +34,8 @@ def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
             captures it; the last 8 kinds are kept, with the memory of their activations. The output is a tensor of its
             own, as without. Where gradients are wanted, somebody traces or captures, or another thread is in the same
             container, a call runs as without; after a change of a tensor or module, until it is captured anew. Python
-            code of your own modules does not run in a replay.
+            code of your own modules does not run in a replay. While a call captures, which takes some milliseconds, no
+            other thread may wait for the whole device (``torch.cuda.synchronize()``).
 
     Returns:
         A module with the outputs of ``model.eval()``.

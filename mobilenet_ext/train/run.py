@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mobilenet_ext import cuda_graph
 from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.checkpoint import load_checkpoint, load_state, load_weights, save_checkpoint, wrong_entry
 from mobilenet_ext.train.errors import TrainError, reason
@@ -217,7 +218,7 @@ def _captures(recipe: Recipe, options: RunOptions) -> bool:
         TrainError: ``options`` say so, and it cannot.
     """
     why_not = None
-    if options.device.type != "cuda":
+    if not cuda_graph.is_for(options.device):
         why_not = f"expected a CUDA device, got {options.device}"
     elif recipe.amp == "fp16":
         why_not = "expected --amp off or bf16, got fp16, whose gradient scaler decides on the host"

@@ -41,7 +41,7 @@ class StepGraph:
     tracers), compiled or distributed, where it has a BatchNorm with ``momentum=None``, which reads its count on the
     host, or where the capture fails: because a module or the loss function waits for the device, or for want of memory.
     Python code of modules and of the loss function does not run in a replay; what it does to attributes of modules is
-    noticed, other effects are not.
+    noticed, other effects are not. While a step is captured no other thread may wait for the whole device.
 
     Args:
         tell: is called with a sentence.

@@ -153,17 +153,18 @@ def test_frozen_on_streams_of_several_threads(backend: str) -> None:
     xs = [torch.randn(BATCH, 3, SIZE, SIZE, device="cuda") for _ in range(3)]
     wanted = [expected(x) for x in xs]
     outputs: list[list[Tensor]] = [[] for _ in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
 
     def work(i: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(streams[i]):
             outputs[i] = [frozen(xs[i]) for _ in range(30)]
-        torch.cuda.synchronize()
+        streams[i].synchronize()
 
-    # One after the other for the captures: in the whole process there can be one at a time, and no device-wide wait.
     for i in range(len(xs)):
         work(i)
         assert_same_bits(outputs[i], [wanted[i]] * 30)
+    assert len(frozen.plans._graphs._kept) == 3
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
     for thread in threads:
         thread.start()

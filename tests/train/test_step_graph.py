@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,6 +291,36 @@ def test_a_scaler_decides_on_the_host(graphs: list[Graph]) -> None:
         training.models[0], batches(), training.optimizers[0], scaler=next(scalers), step_graph=training.step_graph
     )
     assert not graphs and stats.batches == 6
+
+
+def test_a_run_and_its_resumption(graphs: list[Graph], images: Path, tmp_path: Path) -> None:
+    """As the command line trains: the history and ``last.pt`` are those of a run without graphs, also resumed."""
+    settings = {"width": 0.125, "resolution": 40, "batch_size": 5, "lr": 0.05}  # 24 images: the last batch has 4
+    recipe = default_recipe(str(images), epochs=4, **settings)
+    plain = run_training(recipe, tmp_path / "plain", RunOptions(workers=0, cuda_graph=False))
+    assert graphs == []
+    whole = run_training(recipe, tmp_path / "whole", RunOptions(workers=0))
+    assert [graph.replays for graph in graphs] == [2 + 3 * 4, 1, 3, 3, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        original = mx.train.run._Run._one_epoch
+
+        def one_epoch(run: Any, interrupt: Any) -> None:
+            original(run, interrupt)
+            interrupt.requested = run.epoch == 2
+
+        patch.setattr(mx.train.run._Run, "_one_epoch", one_epoch)
+        run_training(recipe, tmp_path / "resumed", RunOptions(workers=0))
+    resumed = run_training(recipe, tmp_path / "resumed", RunOptions(workers=0), resume=True)
+    columns = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    histories = [[[row[name] for name in columns] for row in run.history] for run in (plain, whole, resumed)]
+    assert histories[0] == histories[1] == histories[2] and len(histories[0]) == 4
+    first, *others = (
+        torch.load(tmp_path / name / "last.pt", weights_only=False) for name in ("plain", "whole", "resumed")
+    )
+    for other in others:
+        torch.testing.assert_close(other["model"], first["model"], rtol=0, atol=0)
+        torch.testing.assert_close(other["optimizer"], first["optimizer"], rtol=0, atol=0)
+        assert torch.equal(other["rng"]["cpu"], first["rng"]["cpu"])
 
 
 def test_nothing_is_captured_on_a_cpu() -> None:
