@@ -13,7 +13,7 @@ from mobilenet_ext import fusion, storage
 from mobilenet_ext.plans import FoldedChain, Plans, parts_of
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
     """An inference copy of ``model``: BatchNorm folded, a depthwise and a pointwise unit in one kernel.
 
     The copy shares nothing with ``model`` and is in eval mode for good: ``.train()``, its own or that of a model that
@@ -28,26 +28,39 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Args:
         model: a :class:`~mobilenet_ext.MobileNetV1`, a module of :mod:`mobilenet_ext.nn`, or a module containing some.
+        cuda_graph: on a GPU, launch a :class:`~mobilenet_ext.MobileNetV1` or a container from :mod:`mobilenet_ext.nn`
+            (the outermost, where they are nested) as one CUDA graph, and not kernel by kernel, which at small batches
+            takes most of the time. The second call with a kind of input (shape, strides, dtype, autocast, stream)
+            captures it; the last 8 kinds are kept, with the memory of their activations. The output is a tensor of its
+            own, as without. Where gradients are wanted, somebody traces or captures, or another thread is in the same
+            container, a call runs as without; after a change of a tensor or module, until it is captured anew. Python
+            code of your own modules does not run in a replay. While a call captures, which takes some milliseconds, no
+            other thread may wait for the whole device (``torch.cuda.synchronize()``).
 
     Returns:
         A module with the outputs of ``model.eval()``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or ``cuda_graph`` neither True nor False.
         RuntimeError: the storage of one of its tensors was freed (as FSDP does to a sharded parameter).
 
     Warns:
-        UserWarning: nothing in ``model`` could be folded, so the copy is no faster.
+        UserWarning: nothing in ``model`` could be folded, so the copy is no faster. At a later call: something in it
+            cannot be captured in a CUDA graph, so it goes on without.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
     storage.check(*model.parameters(), *model.buffers())  # PyTorch's copy would read memory that is gone
     with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
     folds = False
+    staged = [module for module in frozen.modules() if fusion.calls_its_stages(module)]
+    inner = {child for module in staged for child in module.modules() if child is not module}
     for module in frozen.modules():
         if fusion.calls_its_stages(module):
-            module.plans = Plans()
+            module.plans = Plans(cuda_graph and module not in inner)
             folds = folds or any(isinstance(part, FoldedChain) for part in parts_of(module))
         if not isinstance(module, torch.jit.ScriptModule):
             module.train = _StayInEval(module)  # on each: dropout in a parent must not come back either

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mobilenet_ext import _host, backends, chain, fusion
 from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, Act, acc_dtype
+from mobilenet_ext.frozen_graphs import Graphs, TensorsState
 from mobilenet_ext.fusion import UnitModules
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
 
@@ -24,25 +25,34 @@ Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is 
 
 
 class Plans:
-    """Runs a frozen :class:`~mobilenet_ext.fusion.Staged` module as its parts; copies and pickles of it start empty."""
+    """Runs a frozen :class:`~mobilenet_ext.fusion.Staged` module as its parts; copies and pickles of it start empty.
 
-    def __init__(self) -> None:
+    Args:
+        cuda_graph: whether to do so from CUDA graphs, on a GPU.
+    """
+
+    def __init__(self, cuda_graph: bool = False) -> None:
         self._decision: _Decision | None = None
+        self._graphs = Graphs() if cuda_graph else None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Plans, ()  # another machine may want other plans, and a copy has modules of its own
+        return Plans, (
+            self._graphs is not None,
+        )  # another machine may want other plans, and a copy has modules of its own
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         decision = self._decision
         if decision is None or not decision.holds(module):
             before = () if decision is None else decision.chains()
             decision = self._decision = _Decision(module, lambda: [_known(part, before) for part in parts_of(module)])
-        for part in decision.parts:
-            x = part(x)
-        return x
+        if self._graphs is not None:
+            return self._graphs.run(decision, x)
+        return decision.run(x)
 
     def convert(self, module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor]) -> nn.Module:
         """``module._apply``: the weights follow ``fn``, BatchNorm's vectors stay in the accumulation dtype."""
+        if self._graphs is not None:
+            self._graphs = Graphs()  # the others are of no use any more, but have memory
         with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
             return apply(exact_batch_norms(module, fn))
 
@@ -82,7 +92,16 @@ class _Decision:
         slots = [s for m in modules for s in (m._modules, m._parameters, m._buffers)]
         self._slots = (self._children, *filter(None, slots))
         self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
+        self.tensors = tuple(dict.fromkeys(each for each in self._contents if isinstance(each, Tensor)))
         self.parts = decide()  # last: what another thread changes meanwhile is then noticed at the next call
+
+    def run(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def in_use(self) -> object:
+        return [chain.prepared for chain in self.chains()]
 
     def chains(self) -> list[FoldedChain]:
         return [part for part in self.parts if isinstance(part, FoldedChain)]
@@ -96,20 +115,14 @@ class _Decision:
         )
 
 
-class _Prepared:
+class _Prepared(TensorsState):
     """What was made for one state of a chain's tensors. A thread that is late adds to a state that has passed."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        # Changes that leave no version are not noticed: through ``.data``, NumPy or another process. Another address
-        # is: ``module.to()`` goes through ``.data``.
-        self._tensors = tensors
-        self._state = tuple(answer for t in tensors for answer in (t._version, t.data_ptr()))
+        super().__init__(tensors)
         self.plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
         # The last input's layout and settings, and what runs an input like it.
         self.last: tuple[object, Callable[[Tensor], Tensor] | None] = (None, None)
-
-    def holds(self) -> bool:
-        return _host.tensors_answer(self._tensors, Tensor._version, Tensor.data_ptr, self._state)
 
 
 class FoldedChain:
@@ -130,16 +143,16 @@ class FoldedChain:
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
-        self._prepared: _Prepared | None = None
+        self.prepared: _Prepared | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         # As few questions as there can be: after a run, whose weights push Python out of the cache, each takes ten
         # times as long as it does in a loop.
         if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
             return fusion.run_modules(self.modules, x)
-        prepared = self._prepared
-        if prepared is None or not prepared.holds():
-            prepared = self._prepared = _Prepared(self._tensors)
+        prepared = self.prepared
+        if prepared is None or not prepared.hold():
+            prepared = self.prepared = _Prepared(self._tensors)
         autocast = torch._C._is_any_autocast_enabled() and chain.is_autocast(x)
         cast_to = chain.compute_dtype(x) if autocast else None
         layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen())

@@ -4,11 +4,12 @@ In a loop of one's own::
 
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
-    from mobilenet_ext.train import InMemoryImagenette, RandomResize, choose_device, evaluate, train_one_epoch
+    from mobilenet_ext.train import InMemoryImagenette, RandomResize, StepGraph, choose_device, train_one_epoch
 
     augment = v2.Compose([RandomResize((256, 296, 384)), v2.RandomCrop(224), v2.ToDtype(torch.float32, scale=True)])
     loader = DataLoader(InMemoryImagenette("data", "train", transform=augment), batch_size=128, shuffle=True)
-    stats = train_one_epoch(model, loader, optimizer, device=choose_device())
+    step_graph = StepGraph()  # on a GPU: replays training steps from CUDA graphs; one for all epochs
+    stats = train_one_epoch(model, loader, optimizer, device=choose_device(), step_graph=step_graph)
     print(stats.loss, stats.accuracy, stats.seconds)
 
 The whole recipe, as the command line runs it::
@@ -33,6 +34,7 @@ from mobilenet_ext.train.loop import (
 )
 from mobilenet_ext.train.recipe import Recipe, default_recipe
 from mobilenet_ext.train.run import RunOptions, RunResult, run_training
+from mobilenet_ext.train.step_graph import StepGraph
 from mobilenet_ext.train.sweep import SweepRow, run_sweep
 from mobilenet_ext.train.transforms import EvalTransform, Normalise, RandomResize, TrainTransform
 
@@ -51,6 +53,7 @@ __all__ = [
     "RunOptions",
     "RunResult",
     "RunningStats",
+    "StepGraph",
     "SweepRow",
     "TrainError",
     "TrainTransform",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilenet_ext.train.errors import TrainError
+from mobilenet_ext.train.step_graph import StepGraph
 
 TOP_K = 5
 NO_LABEL = -100  # what PyTorch's losses ignore if nothing else is said
@@ -68,10 +69,11 @@ class RunningStats:
     def add(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> None:
         """Adds a batch: its loss, ``outputs [N, classes]`` and ``labels``, ``[N]`` or the probabilities
         ``[N, classes]``."""
+        self.add_measured(self.measure(loss, outputs, labels), len(labels))
+
+    def measure(self, loss: Tensor, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of a batch, for ``add_measured``, as new tensors; nothing else changes."""
         outputs, classes = outputs.detach(), outputs.shape[1]
-        if self._sums is None:
-            self._sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
-            self._hits = torch.zeros(3, classes, dtype=torch.int64, device=outputs.device)
         if labels.is_floating_point():
             labels, counted = labels.argmax(dim=1), torch.ones(len(labels), dtype=torch.bool, device=labels.device)
             weight = counted.sum().double()
@@ -82,13 +84,22 @@ class RunningStats:
             weight = (counted if self._class_weights is None else self._class_weights[labels] * counted).sum().double()
         total = loss.detach().double() * (1 if self._summed else weight)
         # Of no targets the mean is NaN, which says nothing about the others.
-        self._sums += torch.stack([total.masked_fill(weight == 0, 0), weight])
+        sums = torch.stack([total.masked_fill(weight == 0, 0), weight])
         best = outputs.topk(min(TOP_K, classes), dim=1).indices
         right = (best == labels[:, None]) & counted[:, None]
         rows = torch.stack([right[:, 0], right.any(dim=1), counted])
         # Integers, so the order in which scatter adds them does not matter.
-        self._hits.scatter_add_(1, labels.expand(3, -1), rows.long())
-        self.images += len(labels)
+        hits = torch.zeros(3, classes, dtype=torch.int64, device=outputs.device)
+        return sums, hits.scatter_add_(1, labels.expand(3, -1), rows.long())
+
+    def add_measured(self, measured: tuple[Tensor, Tensor], images: int) -> None:
+        """Adds a batch of so many images."""
+        if self._sums is None:
+            self._sums, self._hits = (each.clone() for each in measured)
+        else:
+            self._sums += measured[0]
+            self._hits += measured[1]
+        self.images += images
         self.batches += 1
 
     @property
@@ -139,6 +150,7 @@ def train_one_epoch(
     prepare: Callable[[Tensor], Tensor] | None = None,
     amp_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    step_graph: StepGraph | None = None,
     on_batch: Callable[[RunningStats], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> EpochStats:
@@ -156,6 +168,8 @@ def train_one_epoch(
             unchanged if None.
         amp_dtype: autocast to this dtype; None for none.
         scaler: scales the loss for float16; None for none.
+        step_graph: replays the steps on a GPU from CUDA graphs, see ``StepGraph``; one for all passes of a training.
+            None, or with a ``scaler``, which decides on the host: every step runs as it is.
         on_batch: called after each batch.
         should_stop: asked before each batch; True ends the pass there.
 
@@ -167,24 +181,34 @@ def train_one_epoch(
         TrainError: a batch holds a label that the model has no output for; the outputs are not ``[N, classes]``, or the
             loss is no scalar.
     """
-    loss_function = loss_function or nn.CrossEntropyLoss()
+    loss_function = loss_function or nn.functional.cross_entropy  # the same one in every pass, for ``step_graph``
     model.train()
     running, complete = RunningStats(loss_function), True
+
+    def compute(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, loss = _forward(model, images, labels, loss_function, amp_dtype)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return running.measure(loss, outputs, labels)
+
     for images, labels in loader:
         if should_stop is not None and should_stop():
             complete = False
             break
         images, labels = _to_device(images, labels, device, prepare)
-        optimizer.zero_grad(set_to_none=True)
-        outputs, loss = _forward(model, images, labels, loss_function, amp_dtype)
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
+        if step_graph is None or scaler is not None:
+            optimizer.zero_grad(set_to_none=True)
+            measured = compute(images, labels)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
         else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        running.add(loss, outputs, labels)
+            modules = [each for each in (model, loss_function) if isinstance(each, nn.Module)]
+            measured = step_graph.step(
+                compute, optimizer, images, labels, modules=modules, others=(loss_function, amp_dtype)
+            )
+        running.add_measured(measured, len(labels))
         if on_batch is not None:
             on_batch(running)
     return running.finish(complete)

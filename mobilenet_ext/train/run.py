@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mobilenet_ext import cuda_graph
 from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.checkpoint import load_checkpoint, load_state, load_weights, save_checkpoint, wrong_entry
 from mobilenet_ext.train.errors import TrainError, reason
@@ -27,6 +28,7 @@ from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.records import EVENTS_PREFIX, METRICS, PICTURE, Records
 from mobilenet_ext.train.report import Progress, epoch_line, note, progress_missing, say
 from mobilenet_ext.train.sources import Source, make_loader, open_source
+from mobilenet_ext.train.step_graph import StepGraph
 from mobilenet_ext.train.transforms import Normalise
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.json"
@@ -43,6 +45,8 @@ class RunOptions:
         workers: data loading processes; None for a default by the kind of data.
         data_dir: where Imagenette lies, or is to be put.
         corrupt: what to do with unreadable images: ``"skip"`` or ``"refuse"``.
+        cuda_graph: whether training steps are replayed from CUDA graphs, see ``StepGraph``; None for where they can be:
+            on a GPU, if no gradient scaler is at work.
     """
 
     device: torch.device = torch.device("cpu")
@@ -50,6 +54,7 @@ class RunOptions:
     workers: int | None = None
     data_dir: str = "data"
     corrupt: str = "skip"
+    cuda_graph: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +204,27 @@ def run_training(
             with Interrupt() as interrupt:
                 run.go(interrupt)
         except torch.OutOfMemoryError as error:
-            raise TrainError(f"out of memory on {options.device}: try a smaller --batch-size") from error
+            instead = "a smaller --batch-size" + (" or --no-cuda-graph" if run.step_graph is not None else "")
+            raise TrainError(f"out of memory on {options.device}: try {instead}") from error
         finally:
             run.records.close()
         return RunResult(out, run.parameters, run.history, interrupt.requested)
+
+
+def _captures(recipe: Recipe, options: RunOptions) -> bool:
+    """Whether a run replays its steps from CUDA graphs.
+
+    Raises:
+        TrainError: ``options`` say so, and it cannot.
+    """
+    why_not = None
+    if not cuda_graph.is_for(options.device):
+        why_not = f"expected a CUDA device, got {options.device}"
+    elif recipe.amp == "fp16":
+        why_not = "expected --amp off or bf16, got fp16, whose gradient scaler decides on the host"
+    if options.cuda_graph and why_not is not None:
+        raise TrainError(f"--cuda-graph: {why_not}")
+    return why_not is None and options.cuda_graph is not False
 
 
 class _Run:
@@ -210,6 +232,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, out: Path, options: RunOptions, content: dict[str, Any] | None) -> None:
         self.recipe, self.out, self.device = recipe, out, options.device
+        self.step_graph = StepGraph(note) if _captures(recipe, options) else None
         opening = {"data_dir": options.data_dir, "corrupt": options.corrupt}
         train_source = open_source(recipe, "train", **opening)
         val_source = open_source(recipe, "val", classes=train_source.classes, **opening)
@@ -335,7 +358,13 @@ class _Run:
         self.train_loader.set_epoch(epoch)
         with Progress(f"{epoch}/{epochs} train", len(self.train_loader)) as bar:
             train = train_one_epoch(
-                self.model, self.train_loader, self.optimizer, scaler=self.scaler, on_batch=bar, **passes
+                self.model,
+                self.train_loader,
+                self.optimizer,
+                scaler=self.scaler,
+                step_graph=self.step_graph,
+                on_batch=bar,
+                **passes,
             )
         val = None
         if train.complete:
