@@ -209,34 +209,34 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
         yield Candidate(vars(c), _backward(lambda *a, one_pass=one_pass: {**one_pass(*a), "weight": None}))
 
 
-def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], bounded: bool) -> Iterator[Candidate]:
+def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], waves: tuple[int, ...]) -> Iterator[Candidate]:
     for c in _grid(
-        elements=elements, warps=(2, 4, 8), C=(32, 64, 128), rows=(0, 28, 14), waves=(1, 2, 3, 4, 6), registers=(255,)
+        elements=elements, warps=(2, 4, 8), C=(32, 64, 128), rows=(0, 28, 14), waves=waves, registers=(255,)
     ):
-        if c.C > max(16, layer.in_channels) or c.rows >= layer.size or (not bounded and c.waves > 2):
+        if c.C > max(16, layer.in_channels) or c.rows >= layer.size:
             continue
+        kernel = config(c.warps, BLOCK_P=c.warps * 32 * c.elements // c.C, BLOCK_C=c.C)
 
-        def tile(channels: int, itemsize: int, c=c) -> tuple[Config]:
-            return (config(c.warps, BLOCK_P=c.warps * 32 * c.elements // c.C, BLOCK_C=c.C),)
-
-        def grid(images, channels, height, lanes, processors, tile, bounded, c=c) -> tuple[int, int]:
+        def grid(images, channels, height, lanes, processors, tile, waves, c=c) -> tuple[int, int]:
             rows = min(height, c.rows) if c.rows else height
             tasks = -(-images * lanes // tile[0]) * -(-height // rows)
-            return rows, min(tasks, max(1, c.waves * processors // -(-channels // tile[1])) if bounded else 65535)
+            return rows, min(tasks, max(1, waves * processors // -(-channels // tile[1])) if waves else 65535)
 
+        chosen = {"waves": c.waves, "kernel": kernel}
+        tile = lambda *problem, chosen=chosen: (chosen,)  # noqa: E731
         yield Candidate(vars(c), {heuristic: tile, "depthwise_grid": grid})
 
 
 def depthwise_forward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), bounded=True)
+    yield from _depthwise(layer, "depthwise_forward", (4, 8), (1, 2, 3, 4, 6))
 
 
 def depthwise_inference(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), bounded=False)
+    yield from _depthwise(layer, "depthwise_forward", (4, 8), (0,))
 
 
 def depthwise_backward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_backward", (2, 4), bounded=True)
+    yield from _depthwise(layer, "depthwise_backward", (2, 4), (1, 2, 3, 4, 6))
 
 
 def dense_forward(layer: Layer) -> Iterator[Candidate]:

@@ -41,8 +41,8 @@ def block_inference(
         if y.numel() == 0:
             return y
         unit, filter_unit = math.gcd(channels, 8), math.gcd(filters, 8)
-        tiles = n * triton.cdiv(out_h, config["BLOCK_H"]) * triton.cdiv(out_w, config["BLOCK_W"])
-        _kernel[(triton.cdiv(filters, config["BLOCK_N"]) * tiles,)](
+        tiles = n * heuristics.cdiv(out_h, config["BLOCK_H"]) * heuristics.cdiv(out_w, config["BLOCK_W"])
+        _kernel[(heuristics.cdiv(filters, config["BLOCK_N"]) * tiles,)](
             x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y,
             height, width, out_h, out_w, channels // unit, filters // filter_unit,
             UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, DEPTHWISE_ACT=depthwise_act, POINTWISE_ACT=pointwise_act,

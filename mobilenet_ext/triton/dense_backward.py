@@ -48,7 +48,11 @@ def _weight_gradient(
         kernel, programs = config["kernel"], config["PROGRAMS"] if dz.numel() else 0
         partial = u.new_empty((programs, *weight.shape), dtype=torch.float32)
         if programs:
-            grid = (triton.cdiv(9 * channels, kernel["BLOCK_K"]), triton.cdiv(filters, kernel["BLOCK_N"]), programs)
+            grid = (
+                heuristics.cdiv(9 * channels, kernel["BLOCK_K"]),
+                heuristics.cdiv(filters, kernel["BLOCK_N"]),
+                programs,
+            )
             _weight_kernel[grid](
                 dz, y, grad_bn_y, u, partial, n, height, width, out_h, out_w, filters // unit, padding,
                 CHANNELS=channels, UNIT=unit, STRIDE=stride, PRECISION=gpu.product_precision(u.dtype), **kernel,
@@ -68,8 +72,8 @@ def _input_gradient(
     if u.numel():
         kernel = heuristics.dense_input_gradient(height, width, channels, filters, u.dtype.itemsize)
         unit = math.gcd(filters, 8)
-        tiles = n * triton.cdiv(height, kernel["BLOCK_H"]) * triton.cdiv(width, kernel["BLOCK_W"])
-        _input_kernel[(tiles, triton.cdiv(channels, kernel["BLOCK_C"]))](
+        tiles = n * heuristics.cdiv(height, kernel["BLOCK_H"]) * heuristics.cdiv(width, kernel["BLOCK_W"])
+        _input_kernel[(tiles, heuristics.cdiv(channels, kernel["BLOCK_C"]))](
             dz, y, grad_bn_y, weight, dz_u, height, width, out_h, out_w, channels, filters // unit, padding,
             UNIT=unit, STRIDE=stride, PRECISION=gpu.product_precision(u.dtype), **kernel,
         )  # fmt: skip

@@ -55,7 +55,7 @@ def _run(
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         kernel, programs = config["kernel"], config["PROGRAMS"]
         partial = merge.empty_statistics(u, programs, filters) if stats else None
-        _kernel[(triton.cdiv(filters, kernel["BLOCK_N"]), programs)](
+        _kernel[(heuristics.cdiv(filters, kernel["BLOCK_N"]), programs)](
             u, weight, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, padding,
             CHANNELS=channels, UNIT=unit, STRIDE=stride, ACT_Y=act_y, PRECISION=gpu.product_precision(u.dtype),
             **kernel,

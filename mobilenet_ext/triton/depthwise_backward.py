@@ -67,15 +67,16 @@ def depthwise_backward(
     want_sums = need_input and bn_u is not None
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor, Tensor]:
-        tile = (config["BLOCK_P"], config["BLOCK_C"])
-        rows_at_once, programs = heuristics.depthwise_grid(n, channels, rows, lanes, multiprocessors, tile, True)
+        sizes, waves = config["kernel"], config["waves"]
+        tile = (sizes["BLOCK_P"], sizes["BLOCK_C"])
+        rows_at_once, programs = heuristics.depthwise_grid(n, channels, rows, lanes, multiprocessors, tile, waves)
         sums = merge.empty_sums(u, programs, channels) if want_sums else None
         partial = u.new_empty((programs, channels, 9), dtype=torch.float32) if need_weight else None
         if programs:
-            kernel[(triton.cdiv(channels, config["BLOCK_C"]), programs)](
+            kernel[(heuristics.cdiv(channels, sizes["BLOCK_C"]), programs)](
                 dz, y if grad_bn_y is not None else None, grad_bn_y, u, bn_u, weight, dz_u if need_input else None,
                 sums, partial, n, height, width, channels // unit, *dz.shape[2:], padding, rows_at_once,
-                UNIT=unit, ACT_U=act_u, **config,
+                UNIT=unit, ACT_U=act_u, **sizes,
             )  # fmt: skip
         count = n * height * width
         return dz_u, grad_weight, merge.gradients(sums, bn_u, batch_stats_u, count, partial, grad_weight)

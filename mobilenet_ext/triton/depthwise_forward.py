@@ -55,15 +55,16 @@ def _run(
     unit = math.gcd(channels, 8)
     lanes = (out_w + 1) // 2 if stride == 1 else out_w
     multiprocessors = gpu.of(u).multiprocessors
-    candidates = heuristics.depthwise_forward(channels, u.dtype.itemsize)
+    candidates = heuristics.depthwise_forward(channels, u.dtype.itemsize, stride, stats)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
-        tile = (config["BLOCK_P"], config["BLOCK_C"])
-        rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, stats)
+        kernel = config["kernel"]
+        tile = (kernel["BLOCK_P"], kernel["BLOCK_C"])
+        rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, config["waves"])
         partial = merge.empty_statistics(u, programs, channels) if stats else None
-        _kernel[(triton.cdiv(channels, config["BLOCK_C"]), programs)](
+        _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
             u, bn_u, weight, y, partial, bn_y, n, height, width, channels // unit, out_h, out_w, padding, rows,
-            UNIT=unit, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **config,
+            UNIT=unit, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
         )  # fmt: skip
         return y, partial
 

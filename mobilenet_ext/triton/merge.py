@@ -53,7 +53,7 @@ def statistics(partial: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: 
     programs, _, channels = partial.shape
     bn = partial.new_empty(BN_ROWS, channels)
     config = heuristics.merge(channels, programs)
-    _statistics[(triton.cdiv(channels, config["BLOCK_C"]),)](
+    _statistics[(heuristics.cdiv(channels, config["BLOCK_C"]),)](
         partial, gamma, beta, bn, programs, channels, eps, **config
     )  # fmt: skip
     return bn
@@ -66,7 +66,7 @@ def bn_from_running(
     """``bn`` from running statistics; the kernels leave the convolution's bias out, so it comes off the mean."""
     channels = running_mean.shape[0]
     bn = running_mean.new_empty((BN_ROWS, channels), dtype=torch.float32)
-    _from_running[(triton.cdiv(channels, 256),)](
+    _from_running[(heuristics.cdiv(channels, 256),)](
         running_mean, running_var, gamma, beta, conv_bias, bn, channels, eps, BLOCK_C=256, num_warps=4
     )
     return bn
@@ -93,7 +93,7 @@ def gradients(
     grad_bn = grad_weight.new_empty((GRAD_ROWS, channels) if sums is not None else 0)
     weight_programs, elements = (weight_partial.shape[0], grad_weight.numel()) if weight_partial is not None else (0, 0)
     config = heuristics.merge(max(channels, elements), max(programs, weight_programs))
-    blocks = [triton.cdiv(size, config["BLOCK_C"]) for size in (channels, elements)]
+    blocks = [heuristics.cdiv(size, config["BLOCK_C"]) for size in (channels, elements)]
     if sum(blocks):
         _gradients[(sum(blocks),)](
             sums, bn, grad_bn, programs, channels, 1.0 / max(count, 1) if batch_stats else 0.0,

@@ -34,13 +34,13 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
 
     def launch(config: heuristics.Config) -> Tensor:
         kernel = config["kernel"]
-        grid = (triton.cdiv(n * pixels, kernel["BLOCK_M"]), triton.cdiv(channels, kernel["BLOCK_C"]))
+        grid = (heuristics.cdiv(n * pixels, kernel["BLOCK_M"]), heuristics.cdiv(channels, kernel["BLOCK_C"]))
         _forward[grid](y, bn_y, out, n * pixels, channels // unit, **constants, **kernel)
         return out
 
     def launch_pool(config: heuristics.Config) -> Tensor:
         kernel = config["kernel"]
-        grid = (n, triton.cdiv(channels, kernel["BLOCK_C"]))
+        grid = (n, heuristics.cdiv(channels, kernel["BLOCK_C"]))
         _pool_forward[grid](y, bn_y, out, pixels, channels // unit, **constants, **kernel)
         return out
 
@@ -65,7 +65,7 @@ def norm_act_backward(
         kernel, programs = config["kernel"], config["PROGRAMS"] if y.numel() else 0
         sums = merge.empty_sums(y, programs, channels)
         if programs:
-            grid = (triton.cdiv(channels, kernel["BLOCK_C"]), programs)
+            grid = (heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)
             backward[grid](grad, y, bn_y, dz, sums, *sizes, UNIT=unit, ACT=act, **kernel)
         return dz, merge.gradients(sums, bn_y, batch_stats, n * pixels, None, bn_y)
 

@@ -75,7 +75,7 @@ def pointwise_backward(
                 weight_partial = grad_weight.new_empty(programs, outputs, k)
             dy = torch.empty_like(dz) if by_weight is not None and gradient[1] is not None else None
             if rows:
-                _input[(programs * triton.cdiv(k, kernel["BLOCK_K"]),)](
+                _input[(programs * heuristics.cdiv(k, kernel["BLOCK_K"]),)](
                     *gradient, u, bn_u, weight, dz_u, sums, dy, weight_partial, *sizes, **constants, **kernel
                 )
             if dy is not None:
@@ -83,7 +83,7 @@ def pointwise_backward(
         if by_weight is not None:
             programs, kernel = by_weight["PROGRAMS"], by_weight["kernel"]
             weight_partial = grad_weight.new_empty(programs, outputs, k)
-            blocks = triton.cdiv(outputs, kernel["BLOCK_N"]) * triton.cdiv(k, kernel["BLOCK_K"])
+            blocks = heuristics.cdiv(outputs, kernel["BLOCK_N"]) * heuristics.cdiv(k, kernel["BLOCK_K"])
             if rows:
                 stored = by_weight["STORED_A"] and bn_u is not None
                 operand = (norm_act_forward(u, bn_u, act_u, False), None) if stored else (u, bn_u)
@@ -104,7 +104,7 @@ def _stored_gradient(dz: Tensor, y: Tensor | None, grad_bn_y: Tensor) -> Tensor:
 
     def launch(config: heuristics.Config) -> Tensor:
         kernel = config["kernel"]
-        grid = (triton.cdiv(rows, kernel["BLOCK_M"]), triton.cdiv(outputs, kernel["BLOCK_C"]))
+        grid = (heuristics.cdiv(rows, kernel["BLOCK_M"]), heuristics.cdiv(outputs, kernel["BLOCK_C"]))
         _gradient[grid](dz, y, grad_bn_y, dy, rows, outputs // unit, UNIT=unit, **kernel)
         return dy
 

@@ -78,7 +78,7 @@ def _run(
         if rows:
             operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
-            _kernel[(programs * triton.cdiv(outputs, kernel["BLOCK_N"]),)](
+            _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](
                 *operand, weight, bn_y, y, partial, rows, k // unit, outputs // out_unit,
                 UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
             )  # fmt: skip

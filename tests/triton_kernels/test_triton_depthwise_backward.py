@@ -32,8 +32,8 @@ GRAD_BN_ROWS = ["DZ_COEFFICIENT", "Y_COEFFICIENT", "MEAN", "CONSTANT", "GAMMA", 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles per program, several programs, several chunks of rows and blocks of channels."""
-    tile = heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)
-    monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_: (tile,))
+    choice = {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)}
+    monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_: (choice,))
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 

@@ -34,8 +34,8 @@ GEOMETRIES = list(product([1, 2], [0, 1]))
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a program, several programs, several chunks of rows and blocks of channels."""
-    tile = heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)
-    monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_: (tile,))
+    choice = {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)}
+    monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_: (choice,))
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
@@ -130,8 +130,9 @@ def test_a_column_outside_the_image_may_overflow():
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
 def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
-    tile = [heuristics.depthwise_forward(channels, 4)[0][name] for name in ("BLOCK_P", "BLOCK_C")]
-    _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tuple(tile), stats)
+    choice = heuristics.depthwise_forward(channels, 4, 1, stats)[0]
+    tile = (choice["kernel"]["BLOCK_P"], choice["kernel"]["BLOCK_C"])
+    _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tile, choice["waves"])
     assert 0 < programs <= 65535
 
 
@@ -161,7 +162,7 @@ def test_specials_go_where_the_reference_sends_them(dtype, stride):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_forward(24, 2)
+    candidates = heuristics.depthwise_forward(24, 2, stride, True)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
