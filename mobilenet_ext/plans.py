@@ -36,9 +36,8 @@ class Plans:
         self._graphs = Graphs() if cuda_graph else None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Plans, (
-            self._graphs is not None,
-        )  # another machine may want other plans, and a copy has modules of its own
+        # Another machine may want other plans, and a copy has modules of its own.
+        return Plans, (self._graphs is not None,)
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         decision = self._decision

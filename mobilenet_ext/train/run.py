@@ -45,8 +45,8 @@ class RunOptions:
         workers: data loading processes; None for a default by the kind of data.
         data_dir: where Imagenette lies, or is to be put.
         corrupt: what to do with unreadable images: ``"skip"`` or ``"refuse"``.
-        cuda_graph: whether training steps are replayed from CUDA graphs, see ``StepGraph``; None for where they can be:
-            on a GPU, if no gradient scaler is at work.
+        cuda_graph: whether training steps are replayed from CUDA graphs, see ``StepGraph``: on a GPU, without float16,
+            whose gradient scaler decides on the host.
     """
 
     device: torch.device = torch.device("cpu")
@@ -54,7 +54,7 @@ class RunOptions:
     workers: int | None = None
     data_dir: str = "data"
     corrupt: str = "skip"
-    cuda_graph: bool | None = None
+    cuda_graph: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def run_training(
             with Interrupt() as interrupt:
                 run.go(interrupt)
         except torch.OutOfMemoryError as error:
-            instead = "a smaller --batch-size" + (" or --no-cuda-graph" if run.step_graph is not None else "")
+            instead = "a smaller --batch-size" + (" or no --cuda-graph" if run.step_graph is not None else "")
             raise TrainError(f"out of memory on {options.device}: try {instead}") from error
         finally:
             run.records.close()
@@ -215,16 +215,17 @@ def _captures(recipe: Recipe, options: RunOptions) -> bool:
     """Whether a run replays its steps from CUDA graphs.
 
     Raises:
-        TrainError: ``options`` say so, and it cannot.
+        TrainError: it is to, and cannot.
     """
-    why_not = None
+    if not options.cuda_graph:
+        return False
     if not cuda_graph.is_for(options.device):
-        why_not = f"expected a CUDA device, got {options.device}"
-    elif recipe.amp == "fp16":
-        why_not = "expected --amp off or bf16, got fp16, whose gradient scaler decides on the host"
-    if options.cuda_graph and why_not is not None:
-        raise TrainError(f"--cuda-graph: {why_not}")
-    return why_not is None and options.cuda_graph is not False
+        raise TrainError(f"--cuda-graph: expected a CUDA device, got {options.device}")
+    if recipe.amp == "fp16":
+        raise TrainError(
+            "--cuda-graph: expected --amp off or bf16, got fp16, whose gradient scaler decides on the host"
+        )
+    return True
 
 
 class _Run:

@@ -297,9 +297,9 @@ def test_a_run_and_its_resumption(graphs: list[Graph], images: Path, tmp_path: P
     """As the command line trains: the history and ``last.pt`` are those of a run without graphs, also resumed."""
     settings = {"width": 0.125, "resolution": 40, "batch_size": 5, "lr": 0.05}  # 24 images: the last batch has 4
     recipe = default_recipe(str(images), epochs=4, **settings)
-    plain = run_training(recipe, tmp_path / "plain", RunOptions(workers=0, cuda_graph=False))
+    plain = run_training(recipe, tmp_path / "plain", RunOptions(workers=0))
     assert graphs == []
-    whole = run_training(recipe, tmp_path / "whole", RunOptions(workers=0))
+    whole = run_training(recipe, tmp_path / "whole", RunOptions(workers=0, cuda_graph=True))
     assert [graph.replays for graph in graphs] == [2 + 3 * 4, 1, 3, 3, 3]
     with pytest.MonkeyPatch.context() as patch:
         original = mx.train.run._Run._one_epoch
@@ -309,8 +309,8 @@ def test_a_run_and_its_resumption(graphs: list[Graph], images: Path, tmp_path: P
             interrupt.requested = run.epoch == 2
 
         patch.setattr(mx.train.run._Run, "_one_epoch", one_epoch)
-        run_training(recipe, tmp_path / "resumed", RunOptions(workers=0))
-    resumed = run_training(recipe, tmp_path / "resumed", RunOptions(workers=0), resume=True)
+        run_training(recipe, tmp_path / "resumed", RunOptions(workers=0, cuda_graph=True))
+    resumed = run_training(recipe, tmp_path / "resumed", RunOptions(workers=0, cuda_graph=True), resume=True)
     columns = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
     histories = [[[row[name] for name in columns] for row in run.history] for run in (plain, whole, resumed)]
     assert histories[0] == histories[1] == histories[2] and len(histories[0]) == 4
