@@ -88,6 +88,8 @@ def depthwise_forward(channels: int, itemsize: int, stride: int, stats: bool) ->
     """Tiles in which every thread has one 128-bit access per column, or half of that, which needs half as many
     registers. ``waves``: the programs per multiprocessor, where the number matters because each leaves statistics."""
     whole, half = 16 // itemsize, 8 // itemsize
+    if itemsize == 4:
+        return _depthwise(channels, whole, 4, 2 * stats), _depthwise(channels, half, 4, 3 * stats)
     if not stats:
         return _depthwise(channels, half, 4, 0), _depthwise(channels, whole, 4, 0)
     if stride == 1:
@@ -154,7 +156,7 @@ def dense_forward(
     if itemsize == 4:
         shapes = [(64, 4, 255, 3), (64, 8, 255, 1)]
     elif block_n <= 32:
-        shapes = [(128, 4, 168, 3), (32, 4, 128, 3)]
+        shapes = [(64, 4, 168, 3), (32, 4, 128, 4)]
     else:
         shapes = [(64, 4, 168, 3), (32, 4, 128, 3)]
     for pixels, warps, registers, waves in shapes:
@@ -236,6 +238,13 @@ def block_inference(
     return (*candidates, TWO_KERNELS) if small_problem and channels <= 64 else (TWO_KERNELS, *candidates)
 
 
+def _limit(itemsize: int, ieee: bool, num_warps: int, waves: int) -> Config:
+    """The limit of registers of a product. On the FMA units ptxas would rather spill a few than have fewer programs."""
+    if itemsize == 4:
+        return {"maxnreg": 255} if ieee else {}
+    return {"maxnreg": registers(num_warps, waves)}
+
+
 @cache
 def pointwise_forward(
     rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, multiprocessors: int,
@@ -279,8 +288,7 @@ def pointwise_forward(
         kernel = config(
             num_warps=warps, num_stages=1 if whole else stages,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WHOLE_K=whole, FOLD=whole,
-            # On the FMA units ptxas would rather spill a few registers than have fewer programs.
-            maxnreg=255 if ieee else registers(warps, waves),
+            **_limit(itemsize, ieee, warps, waves),
         )  # fmt: skip
         count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "kernel": kernel})
@@ -322,7 +330,7 @@ def pointwise_backward(
             "PROGRAMS": programs(cdiv(rows, block_m), columns, multiprocessors, waves),
             "kernel": config(
                 num_warps=warps, num_stages=stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **constants,
-                maxnreg=255 if ieee else registers(warps, waves),
+                **({} if constants.get("WHOLE_N") else _limit(itemsize, ieee, warps, waves)),
             ),
         }  # fmt: skip
 
