@@ -70,7 +70,7 @@ inline void check_settings(Conv conv, int64_t stride, int64_t padding) {
 }
 
 inline Act act_of(int64_t act, const char* name) {
-  STD_TORCH_CHECK(act == int(Act::linear) || act == int(Act::relu), name, ": expected an Act of csrc/ops.h, got ", act);
+  STD_TORCH_CHECK(act >= int(Act::linear) && act <= int(Act::silu), name, ": expected an Act of csrc/ops.h, got ", act);
   return Act(act);
 }
 

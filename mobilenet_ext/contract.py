@@ -18,6 +18,9 @@ class Act(IntEnum):
 
     LINEAR = 0
     RELU = 1
+    RELU6 = 2  # min(max(z, 0), 6)
+    HARDSWISH = 3  # z * min(max(z + 3, 0), 6) / 6 (arXiv:1905.02244, section 5.2)
+    SILU = 4  # z * sigmoid(z) (arXiv:1606.08415; swish: arXiv:1710.05941)
 
 
 # Rows of `bn`, acc [5, C]: z = (y - MEAN)*SCALE + SHIFT.

@@ -44,9 +44,27 @@ def _normalise(y: Tensor, bn: Tensor) -> Tensor:
     return (_acc(y) - _channel(mean)) * _channel(scale) + _channel(shift)
 
 
-# The value of each activation, and its derivative times ``da``. NaN stays NaN, in both.
-_ACTIVATE = {Act.LINEAR: lambda z: z, Act.RELU: lambda z: z.masked_fill(z <= 0, 0)}
-_ACTIVATE_BACKWARD = {Act.LINEAR: lambda z, da: da, Act.RELU: lambda z, da: da.masked_fill(z <= 0, 0)}
+def _silu_backward(z: Tensor, da: Tensor) -> Tensor:
+    sigmoid = z.sigmoid()
+    return da * (sigmoid * (1 + z * (1 - sigmoid)))
+
+
+# The value of each activation, and its derivative times ``da``, with PyTorch's values at the corners and for NaN and
+# infinity (a hardswish or silu of -Inf is NaN).
+_ACTIVATE = {
+    Act.LINEAR: lambda z: z,
+    Act.RELU: lambda z: z.masked_fill(z <= 0, 0),
+    Act.RELU6: lambda z: z.clamp(0, 6),
+    Act.HARDSWISH: lambda z: z * (z + 3).clamp(0, 6) / 6,
+    Act.SILU: lambda z: z * z.sigmoid(),
+}
+_ACTIVATE_BACKWARD = {
+    Act.LINEAR: lambda z, da: da,
+    Act.RELU: lambda z, da: da.masked_fill(z <= 0, 0),
+    Act.RELU6: lambda z, da: da.masked_fill((z <= 0) | (z >= 6), 0),
+    Act.HARDSWISH: lambda z, da: torch.where(z < 3, da * (z / 3 + 0.5), da).masked_fill(z <= -3, 0),
+    Act.SILU: _silu_backward,
+}
 
 
 def _norm_act(u: Tensor, bn: Tensor | None, act: int) -> Tensor:
