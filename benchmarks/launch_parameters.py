@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -348,7 +349,8 @@ def compile_share(kernels: list[str], width: float, resolution: int, share: int,
             if index % shares == share:
                 call = call or kernel_call(small, case.pass_, Workload("training", 1, 0, 2, "bfloat16", "cuda"))
                 with replaced(candidate.replaced), contextlib.suppress(Exception):
-                    call()
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        call()
 
 
 def compile_in_parallel(kernels: list[str], width: float, resolution: int) -> None:
@@ -365,7 +367,8 @@ def compile_in_parallel(kernels: list[str], width: float, resolution: int) -> No
 def time_of(call: Callable[[], Any], best: float, other: torch.Tensor) -> float:
     """Microseconds of a call, or infinity where it does not run."""
     try:
-        call()
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints all of what ptxas refuses
+            call()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
