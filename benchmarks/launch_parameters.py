@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from benchmarks.kernels import kernel_call
 from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.timing import CLEARED
 from mobilenet_ext.triton import heuristics, merge
+from mobilenet_ext.triton.gpu import Gpu
 from mobilenet_ext.triton.heuristics import Config, cdiv, config, programs
 
 CALLS = 7  # timed of each candidate; one that is far behind the best gets fewer
@@ -83,13 +85,13 @@ def _grid(**choices: tuple) -> Iterator[Any]:
 
 def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
     def replacement(
-        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, processors: int, memory: int
+        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, gpu: Gpu
     ) -> tuple[Config]:
         whole = channels <= c.K
         kernel = config(
             c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole
         )
-        count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), processors, c.waves)
+        count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), gpu.multiprocessors, c.waves)
         return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "kernel": kernel},)
 
     return {"pointwise_forward": replacement}
@@ -141,9 +143,9 @@ def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., 
     """The heuristics' parameters, of which ``choose`` changes some: from (rows, channels, outputs, processors)."""
     original = heuristics.pointwise_backward
 
-    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, processors, memory):
-        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, processors, memory)[-1]
-        return ({**both, **choose(rows, channels, outputs, processors)},)
+    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, gpu):
+        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, gpu)[-1]
+        return ({**both, **choose(rows, channels, outputs, gpu.multiprocessors)},)
 
     return {"pointwise_backward": replacement}
 
@@ -242,11 +244,16 @@ def depthwise_backward(layer: Layer) -> Iterator[Candidate]:
 def dense_forward(layer: Layer) -> Iterator[Candidate]:
     for c in _grid(pixels=(32, 64, 128), warps=(2, 4, 8), registers=(96, 128, 168, 255), waves=(4, 8, 12, 16)):
 
-        def replacement(images, height, width, channels, filters, itemsize, processors, c=c) -> tuple[Config]:
+        def replacement(images, height, width, channels, filters, itemsize, gpu, c=c) -> tuple[Config]:
             h, w = heuristics.rectangle(c.pixels, height, width)
             kernel = config(c.warps, maxnreg=c.registers, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
             tiles = images * cdiv(height, h) * cdiv(width, w)
-            return ({"PROGRAMS": programs(tiles, cdiv(filters, 32), processors, c.waves // c.warps), "kernel": kernel},)
+            return (
+                {
+                    "PROGRAMS": programs(tiles, cdiv(filters, 32), gpu.multiprocessors, c.waves // c.warps),
+                    "kernel": kernel,
+                },
+            )
 
         if c.waves >= c.warps and c.pixels >= 16 * c.warps / 2 and c.registers * 32 * c.waves <= 2 * REGISTERS:
             yield Candidate(vars(c), {"dense_forward": replacement})
@@ -255,11 +262,11 @@ def dense_forward(layer: Layer) -> Iterator[Candidate]:
 def dense_backward(layer: Layer) -> Iterator[Candidate]:
     for c in _grid(pixels=(16, 32, 64, 128), warps=(1, 2, 4), waves=(8, 16, 24, 32), registers=(255,)):
 
-        def replacement(images, height, width, channels, filters, itemsize, processors, c=c) -> tuple[Config]:
+        def replacement(images, height, width, channels, filters, itemsize, gpu, c=c) -> tuple[Config]:
             h, w = heuristics.rectangle(c.pixels, height, width)
             kernel = config(c.warps, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
             tiles = images * cdiv(height, h) * cdiv(width, w)
-            return ({"PROGRAMS": programs(tiles, 1, processors, c.waves // c.warps), "kernel": kernel},)
+            return ({"PROGRAMS": programs(tiles, 1, gpu.multiprocessors, c.waves // c.warps), "kernel": kernel},)
 
         if c.waves >= c.warps:
             yield Candidate(vars(c), {"dense_weight_gradient": replacement})
@@ -342,7 +349,8 @@ def compile_share(kernels: list[str], width: float, resolution: int, share: int,
             if index % shares == share:
                 call = call or kernel_call(small, case.pass_, Workload("training", 1, 0, 2, "bfloat16", "cuda"))
                 with replaced(candidate.replaced), contextlib.suppress(Exception):
-                    call()
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        call()
 
 
 def compile_in_parallel(kernels: list[str], width: float, resolution: int) -> None:
@@ -359,7 +367,8 @@ def compile_in_parallel(kernels: list[str], width: float, resolution: int) -> No
 def time_of(call: Callable[[], Any], best: float, other: torch.Tensor) -> float:
     """Microseconds of a call, or infinity where it does not run."""
     try:
-        call()
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton prints all of what ptxas refuses
+            call()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()

@@ -164,10 +164,12 @@ class Rounding:
         self.generator = torch.Generator().manual_seed(seed)
 
     def off(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x``, off by a random part of the unit roundoff: equal values by the same, as rounding does it."""
+        """``x``, off by a random part of the unit roundoff: equal values by the same, and values far closer to each
+        other than that by nearly the same, as rounding does it. A sum over many of them has their error many times."""
         info = torch.finfo(dtype)
         amplitude = x.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
-        factor = 2.0**25 * (1 + torch.rand((), dtype=x.dtype, generator=self.generator))
+        # A sawtooth over the mantissas, like that of rounding, of another period; float64 has no bits for its own.
+        factor = min(2 / info.eps, 2.0**25) * (1 + torch.rand((), dtype=x.dtype, generator=self.generator))
         return x + amplitude * ((x.frexp().mantissa * factor).frac() * 2 - torch.sign(x))
 
     def computed(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def block_inference(
     n, channels, height, width = x.shape
     filters = pointwise_weight.shape[0]
     out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, 1) for size in (height, width))
-    problem = (n, out_h, out_w, channels, filters, stride, x.dtype.itemsize, *gpu.of(x))
+    problem = (n, out_h, out_w, channels, filters, stride, x.dtype.itemsize, gpu.of(x))
 
     def launch(config: heuristics.Config) -> Tensor:
         if config == heuristics.TWO_KERNELS:

@@ -42,7 +42,7 @@ def _weight_gradient(
     _, filters, out_h, out_w = dz.shape
     grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=u.device)
     unit = math.gcd(filters, 8)
-    problem = (n, out_h, out_w, channels, filters, u.dtype.itemsize, gpu.of(u).multiprocessors)
+    problem = (n, out_h, out_w, channels, filters, u.dtype.itemsize, gpu.of(u))
 
     def launch(config: heuristics.Config) -> Tensor:
         kernel, programs = config["kernel"], config["PROGRAMS"] if dz.numel() else 0

@@ -50,7 +50,7 @@ def _run(
     if y.numel() == 0:
         return y, merge.empty_statistics(u, 0, filters) if stats else None
     unit = math.gcd(filters, 8)
-    problem = (n, out_h, out_w, channels, filters, u.dtype.itemsize, gpu.of(u).multiprocessors)
+    problem = (n, out_h, out_w, channels, filters, u.dtype.itemsize, gpu.of(u))
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         kernel, programs = config["kernel"], config["PROGRAMS"]

@@ -11,9 +11,15 @@ import torch
 class Gpu(NamedTuple):
     multiprocessors: int
     shared_memory: int  # bytes a program can have
+    capability: int  # 90 for sm_90
+
+    @property
+    def is_hopper(self) -> bool:
+        """Launch parameters have been measured on an H200; other GPUs' are reasoned from their machine code."""
+        return self.capability == 90
 
 
-H100 = Gpu(132, 227 * 1024)
+H100 = Gpu(132, 227 * 1024, 90)
 
 
 def of(tensor: torch.Tensor) -> Gpu:
@@ -24,7 +30,8 @@ def of(tensor: torch.Tensor) -> Gpu:
 @cache
 def _properties(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    capability = 10 * properties.major + properties.minor
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability)
 
 
 def product_precision(dtype: torch.dtype) -> str:

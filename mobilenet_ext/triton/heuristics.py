@@ -11,6 +11,8 @@ from typing import Any
 
 from triton import next_power_of_2
 
+from mobilenet_ext.triton.gpu import Gpu
+
 Config = dict[str, Any]
 
 
@@ -143,7 +145,7 @@ def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
 
 @cache
 def dense_forward(
-    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
+    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, gpu: Gpu
 ) -> tuple[Config, ...]:  # fmt: skip
     """For a dense convolution, forward: ``height`` x ``width`` output pixels, 9*``channels`` products for each filter.
 
@@ -151,28 +153,27 @@ def dense_forward(
     """
     # pixels; warps, registers, programs per multiprocessor
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
-    block_k = 16 if itemsize == 4 else 32 if 9 * channels <= 32 else 64
+    block_k = 16 if itemsize == 4 or 9 * channels <= 32 else 64
     candidates = []
-    if itemsize == 4:
-        shapes = [(64, 4, 255, 3), (64, 8, 255, 1)]
-    elif block_n <= 32:
-        shapes = [(64, 4, 168, 3), (32, 4, 128, 4)]
-    else:
-        shapes = [(64, 4, 168, 3), (32, 4, 128, 3)]
+    # 168 registers per thread leave room for three programs of four warps on a multiprocessor; they do not suffice for
+    # all 27 products of an RGB image at once.
+    shapes = [(64, 4, 255, 3), (64, 8, 255, 1)] if itemsize == 4 else [(64, 4, 168, 3), (32, 4, 128, 3)]
+    if gpu.is_hopper and itemsize == 2 and block_n <= 32:
+        block_k = max(32, block_k)
     for pixels, warps, registers, waves in shapes:
         block_h, block_w = rectangle(pixels, height, width)
         tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
         kernel = config(
             num_warps=warps, maxnreg=registers, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k
         )
-        count = programs(tiles, cdiv(filters, block_n), multiprocessors, waves)
+        count = programs(tiles, cdiv(filters, block_n), gpu.multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "kernel": kernel})
     return tuple(candidates)
 
 
 @cache
 def dense_weight_gradient(
-    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, multiprocessors: int
+    images: int, height: int, width: int, channels: int, filters: int, itemsize: int, gpu: Gpu
 ) -> tuple[Config, ...]:  # fmt: skip
     """For the gradient of its weight: as ``dense_forward``, with the pixels as the products' inner dimension."""
     block_n = _at_most(64 if itemsize == 2 else 32, filters)
@@ -180,16 +181,16 @@ def dense_weight_gradient(
     candidates = []
     if itemsize == 4:
         shapes = [(32, 4, 4), (16, 2, 8)]
-    elif block_n <= 32:
+    elif gpu.is_hopper and block_n <= 32:
         shapes = [(16, 4, 6), (32, 4, 4)]
     else:
-        shapes = [(64, 4, 4), (32, 4, 4)]
+        shapes = [(64, 4, 4), (32, 4, 4), (32, 2, 8)]
     for pixels, warps, waves in shapes:
         block_h, block_w = rectangle(pixels, height, width)
         tiles = images * cdiv(height, block_h) * cdiv(width, block_w)
         kernel = config(num_warps=warps, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_N=block_n, BLOCK_K=block_k)
         blocks = cdiv(filters, block_n) * cdiv(9 * channels, block_k)
-        candidates.append({"PROGRAMS": programs(tiles, blocks, multiprocessors, waves), "kernel": kernel})
+        candidates.append({"PROGRAMS": programs(tiles, blocks, gpu.multiprocessors, waves), "kernel": kernel})
     return tuple(candidates)
 
 
@@ -207,8 +208,7 @@ TWO_KERNELS: Config = {}  # a choice of block_inference: the depthwise kernel, t
 
 @cache
 def block_inference(
-    images: int, height: int, width: int, channels: int, filters: int, stride: int, itemsize: int,
-    multiprocessors: int, shared_memory: int,
+    images: int, height: int, width: int, channels: int, filters: int, stride: int, itemsize: int, gpu: Gpu
 ) -> tuple[Config, ...]:  # fmt: skip
     """For a block of ``height`` x ``width`` output pixels in one kernel, or in two.
 
@@ -228,7 +228,7 @@ def block_inference(
     else:
         shapes = [(8, 8, 64, 32, 4, 168), small]
     tiles = images * cdiv(height, shapes[0][0]) * cdiv(width, shapes[0][1])
-    small_problem = tiles * cdiv(filters, shapes[0][2]) < 2 * multiprocessors
+    small_problem = tiles * cdiv(filters, shapes[0][2]) < 2 * gpu.multiprocessors
     if small_problem:
         shapes = [shapes[-1], *shapes[:-1]]  # more programs, each with less to do
     candidates = [
@@ -238,82 +238,87 @@ def block_inference(
     return (*candidates, TWO_KERNELS) if small_problem and channels <= 64 else (TWO_KERNELS, *candidates)
 
 
-def _limit(itemsize: int, ieee: bool, num_warps: int, waves: int) -> Config:
-    """The limit of registers of a product. On the FMA units ptxas would rather spill a few than have fewer programs."""
-    if itemsize == 4:
-        return {"maxnreg": 255} if ieee else {}
-    return {"maxnreg": registers(num_warps, waves)}
+# A product's block: rows, outputs, channels; warps, stages, programs per multiprocessor.
+Shape = tuple[int, int, int, int, int, int]
 
 
 @cache
 def pointwise_forward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, multiprocessors: int,
-    shared_memory: int,
-) -> tuple[Config, ...]:  # fmt: skip
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, gpu: Gpu
+) -> tuple[Config, ...]:
     """For the product of [rows, channels] with [channels, outputs], where there are many more rows than columns.
 
     ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks. ``normalised``: the
-    rows are to be normalised; with many channels they are, and stored, before the product (``STORED_A``).
+    rows are to be normalised; on Hopper, with many channels, they are, and stored, before the product (``STORED_A``).
     """
-    large = shared_memory > 200 * 1024  # as on sm_90, where the figures behind these were measured
-    # rows, outputs, channels of a block; warps, stages, programs per multiprocessor; whether a is stored before
+    stored: list[Shape] = []
     if itemsize == 4:
-        shapes = [(32, 64, 16, 8, 2, 2, False)]
-        if not ieee:
-            shapes = [(64, 128, 32, 8, 3, 2, False), (64, 64, 32, 8, 2, 2, False)][0 if outputs > 64 else 1 :]
+        on_load = [(64, 128, 32, 8, 3, 2), (64, 64, 32, 8, 2, 2)][0 if outputs > 64 else 1 :]
+        if ieee:
+            on_load = [(32, 64, 16, 8, 2, 2)]
+    elif not gpu.is_hopper:
+        on_load = [(64, 128, 64, 8, 3, 2), (128, 128, 64, 8, 3, 2), (64, 64, 64, 4, 3, 4)]
+        if channels <= 64:
+            on_load = [(64, 128, 64, 8, 1, 2), (64, 64, 64, 8, 1, 2)]
+            if outputs <= 64:
+                on_load = [(64, 64, 64, 4, 1, 4) if channels <= 32 else (64, 64, 64, 8, 1, 2)]
+    elif normalised:
+        if channels <= 64:
+            on_load = [(128, 64, 64, 4, 1, 2), (64, 64, 64, 4, 1, 2)]
+        elif channels <= 128:
+            on_load = [(64, 64, 128, 4, 1, 2), (64, 64, 64, 4, 3, 2)]
+        else:
+            on_load = [(128, 64, 64, 4, 3, 2), (64, 64, 64, 4, 3, 2)]
+            stored = [(64, 128, 64, 4, 4, 2)]
     elif channels <= 32:
-        shapes = [(128, 64, 32, 4, 1, 2, False), (64, 64, 32, 4, 1, 2, False)]
-    elif channels <= 64:
-        shapes = [(128, 64, 64, 4, 1, 2, False), (64, 64, 64, 4, 1, 2, False)]
-        if not normalised:
-            shapes = [(64, 128, 64, 8, 1, 2, False), *shapes]
-    elif not large:
-        shapes = [(64, 128, 64, 8, 3, 2, False), (64, 128, 64, 8, 3, 2, normalised), (64, 64, 64, 4, 3, 2, False)]
-    elif not normalised:
-        shapes = [(128, 128, 64, 8, 4, 1, False), (64, 128, 64, 8, 3, 2, False), (64, 64, 64, 4, 3, 2, False)]
-        if channels <= 128:
-            shapes = [(64, 128, 128, 8, 1, 2, False), (64, 64, 64, 4, 3, 2, False)]
+        on_load = [(128, 64, 32, 4, 1, 2), (64, 64, 32, 4, 1, 2)]
     elif channels <= 128:
-        shapes = [(64, 64, 128, 4, 1, 2, False), (64, 64, 64, 4, 3, 2, False)]
-    elif channels <= 256:
-        shapes = [(128, 64, 64, 4, 3, 2, False), (64, 128, 64, 4, 4, 2, True), (64, 64, 64, 4, 3, 2, False)]
+        on_load = [(64, 128, 128, 8, 1, 2), (64, 64, 64, 4, 3, 2)]
     else:
-        shapes = [(64, 128, 64, 4, 4, 2, True), (128, 64, 64, 4, 3, 2, False), (64, 64, 64, 4, 3, 2, False)]
-    if len(shapes) > 1 and cdiv(rows, shapes[0][0]) * cdiv(outputs, shapes[0][1]) < multiprocessors:
-        shapes = [shapes[-1], *shapes[:-1]]  # a small problem: more programs, each with less to do
+        on_load = [(128, 128, 64, 8, 4, 1), (64, 128, 64, 8, 3, 2), (64, 64, 64, 4, 3, 2)]
+    choices = [(shape, False) for shape in on_load]
+    storing = [(shape, True) for shape in stored]
+    choices = [*storing, *choices] if channels > 256 else [*choices[:1], *storing, *choices[1:]]
+    first, _ = choices[0]
+    if len(choices) > 1 and cdiv(rows, first[0]) * cdiv(outputs, first[1]) < gpu.multiprocessors:
+        choices = [choices[-1], *choices[:-1]]  # a small problem: more programs, each with less to do
     candidates = []
-    for block_m, block_n, block_k, warps, stages, waves, stored_a in shapes:
+    for (block_m, block_n, block_k, warps, stages, waves), stored_a in choices:
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         whole = channels <= block_k and not ieee
         kernel = config(
             num_warps=warps, num_stages=1 if whole else stages,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WHOLE_K=whole, FOLD=whole,
-            **_limit(itemsize, ieee, warps, waves),
+            **_limit(itemsize, ieee, gpu, warps, waves),
         )  # fmt: skip
-        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), multiprocessors, waves)
+        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "kernel": kernel})
     return tuple(candidates)
 
 
+def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> Config:
+    """The limit of registers of a product."""
+    if ieee or num_warps == 4:  # ptxas would rather spill a few registers than have fewer programs
+        return {"maxnreg": 255}
+    return {"maxnreg": registers(num_warps, waves)} if gpu.is_hopper and itemsize == 2 else {}
+
+
 @cache
 def pointwise_backward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool,
-    multiprocessors: int, shared_memory: int,
-) -> tuple[Config, ...]:  # fmt: skip
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool, gpu: Gpu
+) -> tuple[Config, ...]:
     """For the gradients of input and weight: in one pass over the data where a program can hold all of dW, else apart.
 
     Before sm_90 (with less shared memory than that has) tensor cores take both operands from registers, and the weight
     in them leaves less room.
     """
-    large = shared_memory > 200 * 1024
-    stored_dy = large and itemsize == 2
-    stored_a = stored_dy and channels > 256
-    # rows, outputs, channels of a block; warps, stages, programs per multiprocessor
+    stored_dy = stored_a = False
     if itemsize == 4:
         by_input = (32, 16, 64, 8, 2, 2) if ieee else (64, 32, 64, 8, 3, 2)
         by_weight = (32, 64, 64, 8, 2, 2)
         one_pass = [] if ieee else [(32, 64, 32, 8, 2, 1)]
-    elif large:
+    elif gpu.is_hopper:
+        stored_dy, stored_a = True, channels > 256
         by_input = (64, 64, 64, 4, 4, 2)
         by_weight = (64, 128, 256, 8, 4, 1) if stored_a else (64, 256, 128, 8, 3, 1)
         one_pass = [(16, 64, 32, 4, 3, 4), (32, 128, 64, 4, 3, 2), (32, 128, 128, 8, 3, 1)]
@@ -321,16 +326,18 @@ def pointwise_backward(
         by_input = (64, 32, 128, 8, 3, 2)
         by_weight = (32, 128, 128, 8, 3, 2)
         one_pass = [(64, 32, 32, 8, 2, 1), (64, 64, 32, 4, 2, 2)]
+        if gpu.shared_memory > 200 * 1024:
+            one_pass += [(64, 128, 64, 8, 2, 1), (16, 128, 128, 8, 5, 1)]
 
-    def kernel(shape: tuple[int, ...], **constants: int | bool | str) -> Config:
+    def kernel(shape: Shape, **constants: int | bool | str) -> Config:
         block_m, block_n, block_k, warps, stages, waves = shape
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
         columns = cdiv(channels, block_k) * (1 if "WHOLE_N" in constants else cdiv(outputs, block_n))
         return {
-            "PROGRAMS": programs(cdiv(rows, block_m), columns, multiprocessors, waves),
+            "PROGRAMS": programs(cdiv(rows, block_m), columns, gpu.multiprocessors, waves),
             "kernel": config(
                 num_warps=warps, num_stages=stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **constants,
-                **({} if constants.get("WHOLE_N") else _limit(itemsize, ieee, warps, waves)),
+                **({"maxnreg": 255} if ieee else {}),
             ),
         }  # fmt: skip
 

@@ -50,10 +50,9 @@ def pointwise_backward(
     n, k, height, width = u.shape
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
-    processors, shared_memory = gpu.of(u)
     candidates = heuristics.pointwise_backward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", need_input, need_weight,
-        processors, shared_memory,
+        gpu.of(u),
     )  # fmt: skip
     unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
     sizes = (rows, k // unit, outputs // out_unit)

@@ -65,10 +65,9 @@ def _run(
     n, k, height, width = u.shape
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
-    processors, shared_memory = gpu.of(u)
     candidates = heuristics.pointwise_forward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
-        processors, shared_memory,
+        gpu.of(u),
     )  # fmt: skip
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:

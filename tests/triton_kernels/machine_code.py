@@ -41,12 +41,12 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = (
-    Architecture("sm_80", 80, gpu.Gpu(108, 163 * 1024)),
-    Architecture("sm_90", 90, gpu.Gpu(132, 227 * 1024)),
-    Architecture("sm_100", 100, gpu.Gpu(148, 227 * 1024)),
+    Architecture("sm_80", 80, gpu.Gpu(108, 163 * 1024, 80)),
+    Architecture("sm_90", 90, gpu.Gpu(132, 227 * 1024, 90)),
+    Architecture("sm_100", 100, gpu.Gpu(148, 227 * 1024, 100)),
     # Consumer GPUs: little shared memory.
-    Architecture("sm_86", 86, gpu.Gpu(84, 99 * 1024)),
-    Architecture("sm_120", 120, gpu.Gpu(170, 99 * 1024)),
+    Architecture("sm_86", 86, gpu.Gpu(84, 99 * 1024, 86)),
+    Architecture("sm_120", 120, gpu.Gpu(170, 99 * 1024, 120)),
 )
 
 

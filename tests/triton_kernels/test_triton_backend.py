@@ -21,7 +21,7 @@ from mobilenet_ext.triton import gpu
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Few multiprocessors make few programs, each with several tiles; the interpreter runs them one after the other.
-    monkeypatch.setattr(gpu, "H100", gpu.Gpu(4, 227 * 1024))
+    monkeypatch.setattr(gpu, "H100", gpu.Gpu(4, 227 * 1024, 90))
     with mx.backends.use("triton"):
         yield
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
-from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.block_inference import block_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,7 +88,7 @@ def test_linear(fused: bool, acts: tuple[Act, Act], dtype: torch.dtype, monkeypa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, filters in ((1, 72), (500, 136)):
-        problem = (n, 5, 9, 24, filters, 1, dtype.itemsize, 132, 227 * 1024)
+        problem = (n, 5, 9, 24, filters, 1, dtype.itemsize, gpu.H100)
         for config in heuristics.block_inference(*problem):
             choose(monkeypatch, config)
             check((1, 24, filters, 5, 9, 1), dtype)
@@ -96,7 +96,7 @@ def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_kernel_for_a_small_problem_with_few_channels() -> None:
     def is_one_kernel(images: int, size: int, channels: int) -> bool:
-        problem = (images, size, size, channels, 2 * channels, 1, 2, 132, 227 * 1024)
+        problem = (images, size, size, channels, 2 * channels, 1, 2, gpu.H100)
         return heuristics.block_inference(*problem)[0] != heuristics.TWO_KERNELS
 
     assert is_one_kernel(1, 112, 32) and is_one_kernel(1, 56, 64)

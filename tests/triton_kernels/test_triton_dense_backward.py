@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act, conv_output_size
-from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_backward import dense_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,7 +107,7 @@ def test_a_normalisation_on_load_is_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     _, channels, filters, *_ = TILED
-    candidates = heuristics.dense_weight_gradient(2, *out_sizes(TILED), channels, filters, dtype.itemsize, 132)
+    candidates = heuristics.dense_weight_gradient(2, *out_sizes(TILED), channels, filters, dtype.itemsize, gpu.H100)
     for config in candidates[1:]:
         monkeypatch.setattr(heuristics, "dense_weight_gradient", lambda *_, config=config: (config,))
         check_backward(TILED, dtype)

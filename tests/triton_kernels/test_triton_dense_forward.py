@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_SCALE, BN_SHIFT, BN_VAR, Act, conv_output_size
-from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_forward import dense_forward, dense_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,7 +101,7 @@ def test_a_normalisation_on_load_is_refused() -> None:
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, filters, h, w, *geometry = TILED
     out = [conv_output_size(side, 3, *geometry) for side in (h, w)]
-    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, 132)[1:]:
+    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, gpu.H100)[1:]:
         monkeypatch.setattr(heuristics, "dense_forward", lambda *_, config=config: (config,))
         check_forward(TILED, dtype)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import GRAD_ROWS, Act
-from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_backward import pointwise_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,7 +46,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, backward: dict[str, heuristics.Confi
     """Replaces the heuristics; of ``backward`` that part is used which is needed."""
 
     def pointwise_backward(*problem: int) -> tuple[dict, ...]:
-        *_, need_input, need_weight, _, _ = problem
+        *_, need_input, need_weight, _ = problem
         if need_input and need_weight and "both" in backward:
             return ({"STORED_DY": False, "input": backward["both"], "weight": None},)
         needed = {"STORED_DY": True, "input": need_input, "weight": need_weight}
@@ -196,7 +196,7 @@ def test_empty_batch(batch_stats: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, 132, 227 * 1024)
+    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, gpu.H100)
     assert len(candidates) > 1
     for choice in candidates:
         monkeypatch.setattr(heuristics, "pointwise_backward", lambda *_, choice=choice: (choice,))

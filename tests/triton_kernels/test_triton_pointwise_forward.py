@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, Act
-from mobilenet_ext.triton import heuristics
+from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -172,7 +172,7 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, 132, 227 * 1024):
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, gpu.H100):
         monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
         check_forward(40, 32, dtype, size=(1, 9, 10))
 
