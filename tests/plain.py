@@ -17,6 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mobilenet_ext.contract import Act
 
+MODULES = {
+    Act.LINEAR: nn.Identity,
+    Act.RELU: nn.ReLU,
+    Act.RELU6: nn.ReLU6,
+    Act.HARDSWISH: nn.Hardswish,
+    Act.SILU: nn.SiLU,
+}
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 

@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
-from plain import FORWARD, GRADIENT, assert_close, one_thread, randomise_
+from plain import FORWARD, GRADIENT, MODULES, assert_close, one_thread, randomise_
 from torch import Tensor, nn
 
 from mobilenet_ext import chain
 from mobilenet_ext.contract import Act
 
-MODULES = {Act.LINEAR: nn.Identity, Act.RELU: nn.ReLU}
 KINDS = ("dense", "depthwise", "pointwise", "depthwise", "pointwise")
 
 

@@ -37,10 +37,10 @@ class Chain:
         packed = kernels.pack(None, None, pointwise)
         self.steps = [
             ("dense_inference", (bns[0], Act.RELU, weight(16, 3, 3, 3), 2, 1)),
-            ("block_inference", (bns[1], Act.RELU, weights[0], 1, bns[2], Act.RELU, weights[1], block)),
+            ("block_inference", (bns[1], Act.HARDSWISH, weights[0], 1, bns[2], Act.SILU, weights[1], block)),
             ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, 0)),
             ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, 0, packed)),
-            ("norm_act_forward", (bn(24), Act.RELU, True)),
+            ("norm_act_forward", (bn(24), Act.RELU6, True)),
         ]
         arguments = [argument for _, args in self.steps for argument in args]
         self.ops = [name for name, _ in self.steps]

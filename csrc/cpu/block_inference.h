@@ -46,15 +46,14 @@ struct DepthwiseRows {
       }
     }
     const A* const bn = channels + kTaps * pitch + channel;
-    with_act(act, [&](auto constant_act) {
 #pragma GCC unroll 2
-      for (int v = 0; v < N::kVectors; ++v) {
-        const A* const of_vector = bn + v * kLanes<A>;
-        const ChannelNorm<A> norm{load<A>(of_vector), load<A>(of_vector + pitch), load<A>(of_vector + 2 * pitch)};
+    for (int v = 0; v < N::kVectors; ++v) {
+      const A* const of_vector = bn + v * kLanes<A>;
+      const ChannelNorm<A> norm{load<A>(of_vector), load<A>(of_vector + pitch), load<A>(of_vector + 2 * pitch)};
 #pragma GCC unroll 4
-        for (int p = 0; p < pixels; ++p) sums[p][v] = activate<constant_act.value>(norm.z(sums[p][v]));
-      }
-    });
+      for (int p = 0; p < pixels; ++p) sums[p][v] = norm.z(sums[p][v]);
+    }
+    activate_block(act, sums);
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) N::store_in_row(out + p * out_pitch, channel, sums[p]);
   }

@@ -18,16 +18,16 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 constexpr int kBackwardSums = 2 + kTaps;
 
 // What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (a vector a pixel), u[0] and
-// dz_u[0] (`channels` elements per pixel); tap row k belongs to dy[k].
+// dz_u[0] (`pitch` elements per pixel); tap row k belongs to dy[k].
 template <class T>
 struct BackwardRow {
   const Acc<T>* dy[3];
-  const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * channels
+  const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * weight_pitch
   Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * lanes
   const T* u;
   T* dz_u;       // null: not wanted
-  Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN)
-  int64_t channels, lanes, out_w, x_begin, x_end;
+  Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN); only of a normalised input
+  int64_t pitch, weight_pitch, lanes, out_w, x_begin, x_end;
   int padding, count;
   bool streaming;  // dz_u goes past the cache
 };
@@ -37,7 +37,7 @@ template <class T, int stride, int rows, bool partial, Act act>
 inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
   using A = Acc<T>;
   constexpr int kStep = kLanes<A>;
-  const int64_t channels = r.channels, lanes = r.lanes;
+  const int64_t pitch = r.pitch, lanes = r.lanes;
   const int count = r.count, padding = r.padding;
   const bool normalises = input.normalises(), need_input = r.dz_u != nullptr;
   const ChannelNorm<A> norm = normalises ? input.template norm<partial>(0, count) : ChannelNorm<A>{};
@@ -46,7 +46,7 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
   for (int k = 0; k < rows; ++k) {
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
-      w[k][kx] = load_lanes<partial, A>(r.weight[k] + kx * channels, count);
+      w[k][kx] = load_lanes<partial, A>(r.weight[k] + kx * r.weight_pitch, count);
       dw[k][kx] = zero<A>();
     }
   }
@@ -57,7 +57,7 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
   };
   auto begin_pixel = [&](int64_t x) {
     Pixel p;
-    const Vec<A> u = load_lanes<partial, T>(r.u + x * channels, count);
+    const Vec<A> u = load_lanes<partial, T>(r.u + x * pitch, count);
     p.centred = u - norm.mean;
     p.z = norm.of_centred(p.centred);
     p.a = normalises ? activate<act>(p.z) : u;
@@ -68,9 +68,9 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
     if (!need_input) return;
     const Vec<A> dz = normalises ? activate_backward<act>(p.z, p.da) : p.da;
     if (!partial && r.streaming)
-      store_streaming<T>(r.dz_u + x * channels, dz);
+      store_streaming<T>(r.dz_u + x * pitch, dz);
     else
-      store_lanes<partial, T>(r.dz_u + x * channels, dz, count);
+      store_lanes<partial, T>(r.dz_u + x * pitch, dz, count);
     const Vec<A> stored = round_to_storage<T>(dz);
     sum += stored;
     centred_sum = fma(stored, p.centred, centred_sum);
@@ -152,20 +152,78 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
       store<A>(to, load<A>(to) + dw[k][kx]);
     }
   }
+  if (!normalises) return;
   store<A>(r.sums, load<A>(r.sums) + sum);
   store<A>(r.sums + lanes, load<A>(r.sums + lanes) + centred_sum);
 }
 
-template <class T, int stride, bool partial>
+// a of a row of one vector of channels, a vector a pixel.
+template <class T, Act act, bool partial>
+inline void activate_row(const BackwardRow<T>& r, const ChannelNorm<Acc<T>>& norm, Acc<T>* a) {
+  using A = Acc<T>;
+  for (int64_t x = r.x_begin; x < r.x_end; ++x, a += kLanes<A>)
+    store<A>(a, activate<act>(norm.z(load_lanes<partial, T>(r.u + x * r.pitch, r.count))));
+}
+
+// dz_u and its sums from da, a vector a pixel.
+template <class T, Act act, bool partial>
+inline void activate_row_backward(const BackwardRow<T>& r, const ChannelNorm<Acc<T>>& norm, const Acc<T>* da) {
+  using A = Acc<T>;
+  Vec<A> sum = zero<A>(), centred_sum = zero<A>();
+  for (int64_t x = r.x_begin; x < r.x_end; ++x, da += kLanes<A>) {
+    const Vec<A> centred = load_lanes<partial, T>(r.u + x * r.pitch, r.count) - norm.mean;
+    const Vec<A> dz = activate_backward<act>(norm.of_centred(centred), load_lanes<partial, A>(da, r.count));
+    if (!partial && r.streaming)
+      store_streaming<T>(r.dz_u + x * r.pitch, dz);
+    else
+      store_lanes<partial, T>(r.dz_u + x * r.pitch, dz, r.count);
+    const Vec<A> stored = round_to_storage<T>(dz);
+    sum += stored;
+    centred_sum = fma(stored, centred, centred_sum);
+  }
+  store<A>(r.sums, load<A>(r.sums) + sum);
+  store<A>(r.sums + r.lanes, load<A>(r.sums + r.lanes) + centred_sum);
+}
+
+template <class T, int stride, bool partial, Act act>
 inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
-  with_act(input.act, [&](auto act) {
-    if (rows == 1) return depthwise_backward_row<T, stride, 1, partial, act.value>(r, input);
-    if (rows == 2) return depthwise_backward_row<T, stride, 2, partial, act.value>(r, input);
-    if constexpr (stride == 1) {
-      if (rows == 3) return depthwise_backward_row<T, stride, 3, partial, act.value>(r, input);
-    }
-    depthwise_backward_row<T, stride, 0, partial, act.value>(r, input);
-  });
+  if (rows == 1) return depthwise_backward_row<T, stride, 1, partial, act>(r, input);
+  if (rows == 2) return depthwise_backward_row<T, stride, 2, partial, act>(r, input);
+  if constexpr (stride == 1) {
+    if (rows == 3) return depthwise_backward_row<T, stride, 3, partial, act>(r, input);
+  }
+  depthwise_backward_row<T, stride, 0, partial, act>(r, input);
+}
+
+// The same with the activation of a normalised input, and its derivative, in passes of their own: the products take all
+// registers. a has room for two rows.
+template <class T, int stride, bool partial>
+inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input,
+                                             Acc<T>* a) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  A* const da = a + (r.x_end - r.x_begin) * L;
+  const ChannelNorm<A> norm = input.template norm<partial>(0, r.count);
+  with_act(input.act, [&](auto act) { activate_row<T, act.value, partial>(r, norm, a); });
+  BackwardRow<A> products{};
+  for (int k = 0; k < rows; ++k) {
+    products.dy[k] = r.dy[k];
+    products.weight[k] = r.weight[k];
+    products.grad_weight[k] = r.grad_weight[k];
+  }
+  products.u = a - r.x_begin * L;
+  products.dz_u = r.dz_u ? da - r.x_begin * L : nullptr;
+  products.pitch = L;
+  products.weight_pitch = r.weight_pitch;
+  products.lanes = r.lanes;
+  products.out_w = r.out_w;
+  products.x_begin = r.x_begin;
+  products.x_end = r.x_end;
+  products.padding = r.padding;
+  products.count = r.count;
+  depthwise_backward_row_of<A, stride, partial, Act::linear>(rows, products,
+                                                             ChannelNormAct<A>({nullptr, Act::linear}, L));
+  if (r.dz_u) with_act(input.act, [&](auto act) { activate_row_backward<T, act.value, partial>(r, norm, da); });
 }
 
 // Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks
@@ -230,8 +288,11 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   const int64_t out_end = max_of(min_of((t.column_end - 1 + p) / stride + 1, g.out_w), out_begin);
   const int64_t out_columns = out_end - out_begin;
   const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * lanes * out_columns + kBackwardSums * lanes)));
+  const bool in_passes = input.normalises() && !is_simple(input.act);
+  const int64_t pixels = in_passes ? 2 * (t.column_end - t.column_begin) * L : 0;
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * lanes * out_columns + kBackwardSums * lanes + pixels)));
   A* const sums = ring + 3 * lanes * out_columns;
+  A* const row_buffer = sums + kBackwardSums * lanes;
   for (int64_t i = 0; i < kBackwardSums * lanes; ++i) sums[i] = 0;
 
   int64_t next_row = max_of(t.row_begin + p - 2 + stride - 1, 0) / stride;
@@ -262,7 +323,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.u = u + iy * g.w * channels + c;
       r.dz_u = dz_u ? dz_u + iy * g.w * channels + c : nullptr;
       r.sums = sums + c;
-      r.channels = channels;
+      r.pitch = r.weight_pitch = channels;
       r.lanes = lanes;
       r.out_w = g.out_w;
       r.x_begin = t.column_begin;
@@ -270,10 +331,17 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.padding = g.padding;
       r.streaming = streaming;
       r.count = int(min_of(t.channels - c, L));
+      const auto row = [&](auto partial) {
+        if (in_passes)
+          return depthwise_backward_row_in_passes<T, stride, partial.value>(rows, r, input.from(c), row_buffer);
+        with_simple_act(input.act, [&](auto act) {
+          depthwise_backward_row_of<T, stride, partial.value, act.value>(rows, r, input.from(c));
+        });
+      };
       if (r.count == L)
-        depthwise_backward_row_of<T, stride, false>(rows, r, input.from(c));
+        row(Constant<false>{});
       else
-        depthwise_backward_row_of<T, stride, true>(rows, r, input.from(c));
+        row(Constant<true>{});
     }
   }
   if (streaming) finish_streaming();

@@ -48,14 +48,20 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     for (int kx = 0; kx < 3; ++kx)
       w[ky][kx] = r.row[ky] ? load_lanes<partial, A>(r.weight + (ky * 3 + kx) * channels, count) : zero<A>();
   }
-  const bool normalises = output.normalises(), activates = output.act != Act::linear;
+  const bool normalises = output.normalises();
   const ChannelNorm<A> norm = normalises ? output.template norm<partial>(0, count) : ChannelNorm<A>{};
   const Vec<A> shift = load<A>(r.shift);
   Vec<A> sum = zero<A>(), sum_squares = zero<A>();
 
+  auto norm_act = [&](auto& values) {
+    constexpr int pixels = sizeof(values) / sizeof(values[0]);
+    if (normalises) {
+#pragma GCC unroll 4
+      for (int i = 0; i < pixels; ++i) values[i][0] = norm.z(values[i][0]);
+    }
+    activate_block(output.act, values);
+  };
   auto put = [&](int64_t x, Vec<A> v) {
-    if (normalises) v = norm.z(v);
-    if (activates) with_act(output.act, [&](auto act) { v = activate<act.value>(v); });
     if (!partial && r.streaming)
       store_streaming<T>(r.y + x * channels, v);
     else
@@ -65,15 +71,16 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     sum_squares = fma(distance, distance, sum_squares);
   };
   auto border_pixel = [&](int64_t x) {
-    Vec<A> acc = zero<A>();
+    Vec<A> acc[1][1] = {};
 #pragma GCC unroll 3
     for (int kx = 0; kx < 3; ++kx) {
       const int64_t ix = x * stride + kx - g.padding;
       if (ix < 0 || ix >= g.w) continue;
 #pragma GCC unroll 3
-      for (int ky = 0; ky < 3; ++ky) acc = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc);
+      for (int ky = 0; ky < 3; ++ky) acc[0][0] = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc[0][0]);
     }
-    put(x, acc);
+    norm_act(acc);
+    put(x, acc[0][0]);
   };
 
   // Interior pixels have all three columns inside the image.
@@ -84,7 +91,7 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   int64_t x = x_begin;
   for (; x < interior_begin; ++x) border_pixel(x);
   for (; x + kPixels <= interior_end; x += kPixels) {
-    Vec<A> acc[kPixels] = {};
+    Vec<A> acc[kPixels][1] = {};
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
       const A* p = row[ky] + (x * stride - g.padding) * L;
@@ -95,12 +102,13 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
         for (int kx = 0; kx < 3; ++kx) {
           const int offset = i - kx;
           if (offset >= 0 && offset % stride == 0 && offset / stride < kPixels)
-            acc[offset / stride] = fma(a, w[ky][kx], acc[offset / stride]);
+            acc[offset / stride][0] = fma(a, w[ky][kx], acc[offset / stride][0]);
         }
       }
     }
+    norm_act(acc);
 #pragma GCC unroll 4
-    for (int i = 0; i < kPixels; ++i) put(x + i, acc[i]);
+    for (int i = 0; i < kPixels; ++i) put(x + i, acc[i][0]);
   }
   for (; x < x_end; ++x) border_pixel(x);
   store<A>(r.sum, load<A>(r.sum) + sum);

@@ -129,15 +129,33 @@ struct StoreNormAct {
 #pragma GCC unroll 14
           for (int i = 0; i < rows; ++i) sums[i][v] = norm.z(sums[i][v]);
         }
-        with_act(output.act, [&](auto act) {
-#pragma GCC unroll 14
-          for (int i = 0; i < rows; ++i) sums[i][v] = activate<act.value>(sums[i][v]);
-        });
       }
     });
+    activate_block(output.act, sums);
     store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
   }
 };
+
+// da, [rows][vectors], times the derivative of the input's activation, for one that is not simple. `input` is from the
+// panel's first column on, u its first row there.
+template <int vectors, class T>
+__attribute__((noinline)) void activate_rows_backward(const T* u, const ChannelNormAct<Acc<T>>& input, int64_t columns,
+                                                      int rows, Vec<Acc<T>>* da) {
+  using A = Acc<T>;
+  with_act(input.act, [&](auto act) {
+    with_lanes<vectors, A>(columns, [&](auto is_partial) {
+      constexpr bool partial = decltype(is_partial)::value;
+      for (int v = 0; v < vectors; ++v) {
+        const int lanes = lanes_in<partial, A>(columns, v);
+        const ChannelNorm<A> norm = input.template norm<partial>(v * kLanes<A>, lanes);
+        for (int i = 0; i < rows; ++i) {
+          const Vec<A> z = norm.z(load_lanes<partial, T>(u + i * input.channels + v * kLanes<A>, lanes));
+          da[i * vectors + v] = activate_backward<act.value>(z, da[i * vectors + v]);
+        }
+      }
+    });
+  });
+}
 
 // dz_u = the product times the derivative of the input's activation, and the sums of dz_u as stored and of
 // dz_u*(u - MEAN). With a plain input, dz_u is the product.
@@ -155,8 +173,10 @@ struct StoreInputGradient {
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
     const int64_t pitch = input.channels;
-    if (input.normalises())
-      with_act(input.act, [&](auto act) {
+    if (input.normalises()) {
+      const bool simple = is_simple(input.act);
+      if (!simple) activate_block_backward(row, count, sums);
+      with_simple_act(simple ? input.act : Act::linear, [&](auto act) {
         with_lanes<vectors, A>(columns, [&](auto is_partial) {
           constexpr bool partial = decltype(is_partial)::value;
 #pragma GCC unroll 2
@@ -180,7 +200,22 @@ struct StoreInputGradient {
           }
         });
       });
+    }
     store_rows<rows, vectors, T>(dz_u + row * pitch, pitch, columns, count, streaming, sums);
+  }
+
+  template <int rows, int vectors>
+  MX_INLINE void activate_block_backward(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
+    Vec<A> copy[rows][vectors];  // has an address, and so does not stay in registers
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) copy[i][v] = sums[i][v];
+    activate_rows_backward<vectors>(u + row * input.channels, input, columns, count, &copy[0][0]);
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[i][v] = copy[i][v];
   }
 
   void finish(A* sums_out, A* centred_out) const {

@@ -34,7 +34,7 @@ each_shape = cases(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
-@pytest.mark.parametrize("acts", [(Act.RELU, Act.RELU), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
+@pytest.mark.parametrize("acts", [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act]) -> None:
     n, c, h, w, c_out, stride = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)

@@ -119,9 +119,8 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("act_u", "with_grad_bn", "with_y", "batch_stats"),
     [
-        (Act.RELU, True, True, True),
+        *((act, True, True, True) for act in Act),
         (Act.RELU, True, False, False),
-        (Act.LINEAR, True, True, True),
         (Act.RELU, False, False, True),
         (None, True, True, False),
     ],
@@ -153,14 +152,15 @@ def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_outputs_too_large_for_the_cache(stride: int) -> None:
+@pytest.mark.parametrize("act_u", [Act.RELU, Act.SILU])
+def test_outputs_too_large_for_the_cache(stride: int, act_u: Act) -> None:
     # 8 MiB and more are written past the cache, other code than for the small shapes above.
     u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 48, 224, 224, stride, 1), torch.float32)
-    args = (u, bn_u, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    args = (u, bn_u, act_u, weight, stride, 1, None, None, 1e-5, True)
     actual, bn_y = ops.depthwise_forward(*args)
     assert_close(actual, in_float64(reference.depthwise_forward, args)[0], 1e-6)
     assert_close(bn_y, reference._batch_bn(actual.double(), None, None, 1e-5), 1e-5)
-    args = (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, stride, 1, True, True)
+    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, 1, True, True)
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args)
     expected = in_float64(reference.depthwise_backward, args)
     assert_close(dz_u, expected[0], 1e-6)
@@ -200,19 +200,20 @@ def special_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int) -> None:
+@pytest.mark.parametrize("act_u", Act)
+def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = special_inputs(dtype)
     if stride == 2:
         dz, y = (channels_last(t[:, :, ::2, ::2]) for t in (dz, y))
-    args = (u, bn_u, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    args = (u, bn_u, act_u, weight, stride, 1, None, None, 1e-5, True)
     ours, bn_y = ops.depthwise_forward(*args)
     # In float32: in float64 PyTorch multiplies the padding by infinite weights, in other dtypes it leaves it out.
-    theirs = F.conv2d(reference._norm_act(u, bn_u, Act.RELU), weight.float(), stride=stride, padding=1, groups=16)
+    theirs = F.conv2d(reference._norm_act(u, bn_u, act_u), weight.float(), stride=stride, padding=1, groups=16)
     assert_same_specials(ours, theirs.to(dtype).double())
     finite = torch.isfinite(ours).all(3).all(2)[0]
     assert torch.equal(torch.isfinite(bn_y[4]), finite) and finite[0]
 
-    args = (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, stride, 1, True, True)
+    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, 1, True, True)
     ours = ops.depthwise_backward(*args)
     theirs = reference.depthwise_backward(*args)
     assert_same_specials(ours[0], theirs[0].double())
@@ -223,11 +224,12 @@ def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @cases([(1, 264, 7, 7, 1, 1)], (3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1))
-def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("act_u", [Act.RELU, Act.SILU])
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
-    forward = (u, bn_u, Act.RELU, weight, *shape[4:], bn_u[1], bn_u[2], 1e-5, True)
+    forward = (u, bn_u, act_u, weight, *shape[4:], bn_u[1], bn_u[2], 1e-5, True)
     check_threads(ops.depthwise_forward, forward)
-    check_threads(ops.depthwise_backward, (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, *shape[4:], True, True))
+    check_threads(ops.depthwise_backward, (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, *shape[4:], True, True))
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
