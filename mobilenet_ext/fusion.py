@@ -1,6 +1,6 @@
 """Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
 
-A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and ``ReLU`` with settings the kernels
+A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and an activation with settings the kernels
 support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no replaced
 ``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
 """
@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import Kind, Unit
-from mobilenet_ext.contract import DTYPES, KERNEL_SIZE, PADDINGS, STRIDES, conv_output_size
+from mobilenet_ext.contract import DTYPES, KERNEL_SIZE, PADDINGS, STRIDES, Act, conv_output_size
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
 from mobilenet_ext.running_stats import why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
@@ -30,11 +30,12 @@ TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operation
 
 
 class UnitModules(NamedTuple):
-    """The modules of a unit that can be fused; its ReLU has nothing to keep."""
+    """The modules of a unit that can be fused; its activation has nothing to keep."""
 
     kind: Kind
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
+    act: int
 
 
 class Staged(nn.Module):
@@ -58,7 +59,8 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 
 class FusedSequential(Staged, nn.Sequential):
-    """``nn.Sequential`` whose forward runs convolution, BatchNorm and ReLU units through the fused kernels.
+    """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels: ReLU,
+    ReLU6, Hardswish and SiLU.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.
@@ -143,7 +145,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape
-    for _, conv, bn in units:
+    for _, conv, bn, _ in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
         if any(t.device != x.device for t in (*conv_tensors, *vectors)):
@@ -173,7 +175,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     tensors = [as_tensors(unit) for unit in units]
     out = chain.run(x, tensors, pool)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
-    batches = [bn.num_batches_tracked for _, _, bn in units if _tracks(bn) and bn.num_batches_tracked is not None]
+    batches = [bn.num_batches_tracked for _, _, bn, _ in units if _tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
         torch._foreach_add_(batches, 1)
     return match_memory_format(out, gives_channels_last(x, tensors))
@@ -181,7 +183,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
 
 def as_tensors(unit: UnitModules) -> Unit:
     """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
-    kind, conv, bn = unit
+    kind, conv, bn, act = unit
     batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = None
     if _tracks(bn):
@@ -190,7 +192,7 @@ def as_tensors(unit: UnitModules) -> Unit:
             momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
     return Unit(
         kind, conv.stride[0], conv.padding[0], conv.weight, conv.bias, bn.weight, bn.bias,
-        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps,
+        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps, act,
     )  # fmt: skip
 
 
@@ -249,15 +251,31 @@ def conv_kind(conv: nn.Conv2d) -> Kind | None:
     return "dense" if conv.groups == 1 else None
 
 
-def _unit(conv: nn.Module = None, bn: nn.Module = None, relu: nn.Module = None) -> UnitModules | None:
-    if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d) and is_exactly(relu, nn.ReLU)):
+def _unit(conv: nn.Module = None, bn: nn.Module = None, activation: nn.Module = None) -> UnitModules | None:
+    if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d)):
+        return None
+    act = _act_of(activation)
+    if act is None:
         return None
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
     if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     kind = conv_kind(conv)
-    return UnitModules(kind, conv, bn) if kind is not None and _is_consistent(conv, bn) else None
+    return UnitModules(kind, conv, bn, act) if kind is not None and _is_consistent(conv, bn) else None
+
+
+_ACTIVATIONS = {nn.ReLU: Act.RELU, nn.ReLU6: Act.RELU6, nn.Hardswish: Act.HARDSWISH, nn.SiLU: Act.SILU}
+
+
+def _act_of(module: nn.Module | None) -> int | None:
+    """The activation that ``module`` is, or None where the kernels have none like it."""
+    act = _ACTIVATIONS.get(type(module))
+    if act is None or not is_exactly(module, type(module)):
+        return None
+    if act == Act.RELU6 and (module.min_val, module.max_val) != (0, 6):  # a Hardtanh, whose bounds can be set
+        return None
+    return act.value
 
 
 def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
@@ -278,7 +296,7 @@ _LARGEST = sys.float_info.max  # integers go on
 
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, *_ACTIVATIONS, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
 _FORWARDS = {kind: kind.forward for kind in _CLASSES}
 _forward_of = operator.attrgetter("forward")
 

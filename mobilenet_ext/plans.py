@@ -89,7 +89,8 @@ class _Decision:
         self._counts = (*[0] * len(hooks), *map(len, attributes))  # nobody watches
         self._children = module._modules
         slots = [s for m in modules for s in (m._modules, m._parameters, m._buffers)]
-        self._slots = (self._children, *filter(None, slots))
+        bounds = [m.__dict__ for m in modules if isinstance(m, nn.Hardtanh)]  # a ReLU6 is one, and can be given others
+        self._slots = (self._children, *filter(None, slots), *bounds)
         self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
         self.tensors = tuple(dict.fromkeys(each for each in self._contents if isinstance(each, Tensor)))
         self.parts = decide()  # last: what another thread changes meanwhile is then noticed at the next call
@@ -138,7 +139,7 @@ class FoldedChain:
         self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
     ) -> None:
         self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
-        layers = [layer for _, conv, bn in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
+        layers = [layer for _, conv, bn, _ in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed

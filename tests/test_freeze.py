@@ -173,11 +173,21 @@ def test_hooks_that_change_what_passes_are_kept(model, x):
 
 def test_pruned_and_swapped_units_stay(model, x):
     prune.l1_unstructured(model.feature[4][0], "weight", amount=0.5)
-    model.feature[9][2] = nn.ReLU6()
+    model.feature[9][2] = nn.Mish()
     with torch.no_grad():
         model.eval()(x)  # a pruned weight with a history cannot be copied, in plain models neither
     frozen = mx.freeze(model)
     assert fused_units(frozen.feature, x) == 25
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+
+
+def test_activations_are_folded_and_their_bounds_are_watched(model, x):
+    model.feature[4][2], model.feature[5][2], model.feature[6][2] = nn.ReLU6(), nn.Hardswish(), nn.SiLU()
+    frozen = mx.freeze(model)
+    assert fused_units(frozen.feature, x) == 27
+    assert_close(frozen(x), model.eval()(x), 1e-12)
+    for each in (model, frozen):
+        each.feature[4][2].max_val = 0.5
     assert_close(frozen(x), model.eval()(x), 1e-12)
 
 

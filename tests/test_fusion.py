@@ -255,9 +255,16 @@ def subclassed(old: nn.Module, new: type[nn.Module]) -> nn.Module:
     return twin
 
 
+def relu6_up_to(bound: float) -> nn.ReLU6:
+    module = nn.ReLU6()
+    module.max_val = bound
+    return module
+
+
 SWAPS = {
-    "ReLU6": (2, lambda old: nn.ReLU6()),
-    "Hardswish": (2, lambda old: nn.Hardswish()),
+    "LeakyReLU": (2, lambda old: nn.LeakyReLU(0.1)),
+    "Mish": (2, lambda old: nn.Mish()),
+    "ReLU6 with another bound": (2, lambda old: relu6_up_to(2)),
     "Identity for ReLU": (2, lambda old: nn.Identity()),
     "Identity for BatchNorm": (1, lambda old: nn.Identity()),
     "GroupNorm": (1, lambda old: nn.GroupNorm(4, old.num_features).double()),
@@ -284,6 +291,14 @@ def test_swapped_child(model, x, name):
     model[3][index] = make(model[3][index])
     assert_same_step(model, x, units=UNITS - 1)
     assert_same_step(model.eval(), x, units=UNITS - 1)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardswish, nn.SiLU, lambda: nn.SiLU(inplace=True)])
+def test_activations(model, x, activation):
+    for index in (1, 3):
+        model[index][2] = activation()
+    assert_same_step(model, x, units=UNITS)
+    assert_same_step(model.eval(), x, units=UNITS)
 
 
 @pytest.mark.parametrize(
