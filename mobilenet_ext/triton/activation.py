@@ -1,8 +1,8 @@
 """Activations, their derivatives, and the normalisation before them: applied to what is loaded, and to what is stored.
 
-A new activation is a branch in ``activate`` and one in ``activate_backward``, and where its derivative is 0 or 1 a name in
-``gates``; no other file knows one. ``ACT`` is an ``Act`` of ``contract.py``. A ``norm`` is the mean, scale and shift of some channels, each ``[1, C]``, and z is
-``(u - mean)*scale + shift``.
+A new activation is a branch in ``activate`` and one in ``activate_backward``, and a name in ``gates`` where its
+derivative is 0 or 1; no other file knows one. ``ACT`` is an ``Act`` of ``contract.py``. A ``norm`` is the mean, scale
+and shift of some channels, each ``[1, C]``, and z is ``(u - mean)*scale + shift``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SILU = tl.constexpr(int(Act.SILU))
 
 @triton.constexpr_function
 def gates(ACT):
-    """Whether the derivative is 0 or 1 everywhere, which a = act(z) tells: a gradient passes as it is, or not at all."""
+    """Whether the derivative is 0 or 1 everywhere, as a = act(z) tells: a gradient passes as it is, or not at all."""
     return ACT in (Act.LINEAR, Act.RELU, Act.RELU6)
 
 

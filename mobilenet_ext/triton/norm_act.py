@@ -47,9 +47,8 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
 
     if pool:
         problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
-        return autotune.run(
-            "norm_act_pool_forward", (*problem, int(act)), heuristics.norm_act_pool(*problem), launch_pool
-        )
+        candidates = heuristics.norm_act_pool(*problem)
+        return autotune.run("norm_act_pool_forward", (*problem, int(act)), candidates, launch_pool)
     problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
     return autotune.run("norm_act_forward", (*problem, int(act)), heuristics.norm_act(*problem), launch)
 
