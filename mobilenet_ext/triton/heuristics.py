@@ -253,7 +253,8 @@ def pointwise_forward(
     """For the product of [rows, channels] with [channels, outputs], where there are many more rows than columns.
 
     ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks. ``normalised``: the
-    rows are to be normalised; with many channels they are, and stored, before the product (``STORED_A``).
+    rows are to be normalised; with many channels they are, and stored, before the product (``STORED_A``). That was
+    measured with ReLU: an activation that costs more may pay for the pass over the data with fewer channels.
     """
     large = shared_memory > 200 * 1024  # as on sm_90, where the figures behind these were measured
     # rows, outputs, channels of a block; warps, stages, programs per multiprocessor; whether a is stored before
