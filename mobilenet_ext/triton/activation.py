@@ -1,8 +1,8 @@
 """Activations, their derivatives, and the normalisation before them: applied to what is loaded, and to what is stored.
 
-A new activation is a branch in ``activate`` and one in ``activate_backward``; no other file knows one. ``ACT`` is an
-``Act`` of ``contract.py``. A ``norm`` is the mean, scale and shift of some channels, each ``[1, C]``, and z is
-``(u - mean)*scale + shift``.
+A new activation is a branch in ``activate`` and one in ``activate_backward``, and a name in ``gates`` where its
+derivative is 0 or 1; no other file knows one. ``ACT`` is an ``Act`` of ``contract.py``. A ``norm`` is the mean, scale
+and shift of some channels, each ``[1, C]``, and z is ``(u - mean)*scale + shift``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ import triton
 import triton.language as tl
 
 from mobilenet_ext.contract import Act
+from mobilenet_ext.triton.formulas import reciprocal
 from mobilenet_ext.triton.rows import BN_MEAN, BN_SCALE, BN_SHIFT, load_row
 
 LINEAR = tl.constexpr(int(Act.LINEAR))
 RELU = tl.constexpr(int(Act.RELU))
+RELU6 = tl.constexpr(int(Act.RELU6))
+HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
+SILU = tl.constexpr(int(Act.SILU))
+
+
+@triton.constexpr_function
+def gates(ACT):
+    """Whether the derivative is 0 or 1 everywhere, as a = act(z) tells: a gradient passes as it is, or not at all."""
+    return ACT in (Act.LINEAR, Act.RELU, Act.RELU6)
 
 
 @triton.jit
@@ -25,6 +35,13 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == RELU:
         # A plain maximum, and a select on z > 0, compile to an instruction that loses NaN.
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == RELU6:
+        return tl.clamp(z, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == HARDSWISH:
+        # One saturating multiply-add. It makes 0 of NaN, which the product with z makes NaN again.
+        return z * tl.clamp(z * (1 / 6) + 0.5, 0.0, 1.0)
+    elif ACT == SILU:
+        return z * _sigmoid(z)
     else:
         tl.static_assert(False, "unknown ACT")
 
@@ -36,15 +53,33 @@ def activate_backward(z, da, ACT: tl.constexpr):
         return da
     elif ACT == RELU:
         return tl.where(z <= 0, 0.0, da)
+    elif ACT == RELU6:
+        return tl.where((z <= 0) | (z >= 6), 0.0, da)
+    elif ACT == HARDSWISH:
+        return tl.where(z <= -3, 0.0, da * tl.where(z < 3, z * (1 / 3) + 0.5, 1.0))
+    elif ACT == SILU:
+        sigmoid = _sigmoid(z)
+        return da * (sigmoid * (z * (1 - sigmoid) + 1))
     else:
         tl.static_assert(False, "unknown ACT")
 
 
 @triton.jit
-def activate_backward_by_output(a, da, ACT: tl.constexpr):
-    """``activate_backward`` where a = act(z) is at hand and z is not: for activations whose derivative a tells."""
-    tl.static_assert(ACT == LINEAR or ACT == RELU, "the derivative of this ACT needs z")
-    return activate_backward(a, da, ACT)
+def _sigmoid(z):
+    """1/(1 + exp(-z)) to 3 units in the last place; 0 where that is below 2^-126 (z < -87.3)."""
+    return reciprocal(1 + tl.exp2(z * -1.4426950408889634))  # 1/log(2)
+
+
+@triton.jit
+def activate_backward_by_output(a, u, norm, da, ACT: tl.constexpr):
+    """``activate_backward`` at z = normalise(u, norm) where a = act(z) is at hand.
+
+    Where a tells the derivative z is not computed: that would cost a multiply-add per value.
+    """
+    if gates(ACT):
+        return activate_backward(a, da, ACT)
+    else:
+        return activate_backward(normalise(u, norm), da, ACT)
 
 
 @triton.jit

@@ -50,7 +50,8 @@ def block_inference(
         )  # fmt: skip
         return y
 
-    return autotune.run("block_inference", problem, heuristics.block_inference(*problem), launch)
+    acts = (int(depthwise_act), int(pointwise_act))
+    return autotune.run("block_inference", (*problem, *acts), heuristics.block_inference(*problem), launch)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "C_units", "N_units"])

@@ -62,7 +62,7 @@ def _run(
         )  # fmt: skip
         return y, partial
 
-    return autotune.run(op, problem, heuristics.dense_forward(*problem), launch)
+    return autotune.run(op, (*problem, int(act_y)), heuristics.dense_forward(*problem), launch)
 
 
 @triton.jit

@@ -81,7 +81,8 @@ def depthwise_backward(
         count = n * height * width
         return dz_u, grad_weight, merge.gradients(sums, bn_u, batch_stats_u, count, partial, grad_weight)
 
-    problem = (n, channels, height, width, stride, padding, str(u.dtype), y is not None, want_sums, need_weight)
+    flags = (y is not None, want_sums, need_weight)
+    problem = (n, channels, height, width, stride, padding, str(u.dtype), int(act_u), *flags)
     candidates = heuristics.depthwise_backward(channels, u.dtype.itemsize)
     return autotune.run("depthwise_backward", problem, candidates, launch)
 
@@ -140,11 +141,11 @@ def _load_inputs(u_ptr, offset, channels, left_inside, right_inside, row_inside)
 def _store_dz(ptr, u, da, a, norm, mask, NORM: tl.constexpr, ACT: tl.constexpr):
     """Stores dz_u and returns what it adds to both sums of the BatchNorm before.
 
-    The activation's derivative comes from ``a``, which is in registers: z would cost a multiply-add per value, up to
-    2 % of the loop's instructions.
+    The activation's derivative comes from ``a``, which is in registers, where that tells it: z would cost a
+    multiply-add per value, up to 2 % of the loop's instructions.
     """
     if NORM:
-        stored = rounded(activate_backward_by_output(a, da, ACT), ptr.dtype.element_ty)
+        stored = rounded(activate_backward_by_output(a, u, norm, da, ACT), ptr.dtype.element_ty)
         tl.store(ptr, stored, mask=mask)
         dz_u = tl.where(mask, stored.to(tl.float32), 0.0)
         return dz_u, dz_u * centred(u, norm)

@@ -68,7 +68,8 @@ def _run(
         )  # fmt: skip
         return y, partial
 
-    problem = (n, channels, height, width, stride, padding, str(u.dtype), bn_u is not None, stats)
+    flags = (int(act_u), int(act_y), bn_u is not None, stats)
+    problem = (n, channels, height, width, stride, padding, str(u.dtype), *flags)
     return autotune.run(op, problem, candidates, launch)
 
 

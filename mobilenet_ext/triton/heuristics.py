@@ -250,6 +250,7 @@ def pointwise_forward(
 
     ``ieee``: float32 products on the FMA units, whose operands are in registers: smaller blocks. ``normalised``: the
     rows are to be normalised; on Hopper, with many channels, they are, and stored, before the product (``STORED_A``).
+    That was measured with ReLU: an activation that costs more may pay for the pass over the data with fewer channels.
     """
     stored: list[Shape] = []
     if itemsize == 4:

@@ -13,6 +13,7 @@ from mobilenet_ext.triton import autotune, gpu, heuristics, merge
 from mobilenet_ext.triton.activation import (
     activate_backward,
     centred,
+    gates,
     load_norm,
     norm_act,
     norm_act_inside,
@@ -46,9 +47,10 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
 
     if pool:
         problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
-        return autotune.run("norm_act_pool_forward", problem, heuristics.norm_act_pool(*problem), launch_pool)
+        candidates = heuristics.norm_act_pool(*problem)
+        return autotune.run("norm_act_pool_forward", (*problem, int(act)), candidates, launch_pool)
     problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
-    return autotune.run("norm_act_forward", problem, heuristics.norm_act(*problem), launch)
+    return autotune.run("norm_act_forward", (*problem, int(act)), heuristics.norm_act(*problem), launch)
 
 
 def norm_act_backward(
@@ -71,9 +73,9 @@ def norm_act_backward(
 
     if pool:
         problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
-        return autotune.run("norm_act_pool_backward", problem, heuristics.norm_act_pool(*problem), launch)
+        return autotune.run("norm_act_pool_backward", (*problem, int(act)), heuristics.norm_act_pool(*problem), launch)
     problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
-    return autotune.run("norm_act_backward", problem, heuristics.norm_act(*problem), launch)
+    return autotune.run("norm_act_backward", (*problem, int(act)), heuristics.norm_act(*problem), launch)
 
 
 @triton.jit(do_not_specialize=["rows", "C_units"])
@@ -113,9 +115,11 @@ def _backward(
         base = first_row * channels
         grad = tl.load(grad_ptr + base + offsets, mask=mask, other=0.0)
         y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-        dz = activate_backward(normalise(y, norm), grad, ACT)
+        dz = rounded(activate_backward(normalise(y, norm), grad, ACT), dz_ptr.dtype.element_ty)
         tl.store(dz_ptr + base + offsets, dz, mask=mask)
-        dz = dz.to(tl.float32)  # 0 outside the mask
+        dz = dz.to(tl.float32)
+        if not gates(ACT):  # else it is 0 outside the mask, as grad is
+            dz = tl.where(mask, dz, 0.0)
         sum_dz += dz
         sum_dz_centred += dz * centred(y, norm)
     program = tl.program_id(1).to(tl.int64)
@@ -163,10 +167,14 @@ def _pool_backward(
         mask = (m < pixels - first) & channel_inside[None, :]
         base = (image * pixels + first) * channels
         grad = tl.load(grad_ptr + image * channels + c, mask=channel_inside, other=0.0).to(tl.float32) / pixels
-        grad = rounded(grad, dz_ptr.dtype.element_ty).to(tl.float32)  # rounded before it is spread over the pixels
+        if gates(ACT):  # then it is rounded before it is spread over the pixels
+            grad = rounded(grad, dz_ptr.dtype.element_ty).to(tl.float32)
         y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
         dz = tl.where(mask, activate_backward(normalise(y, norm), grad[None, :], ACT), 0.0)
-        tl.store(dz_ptr + base + offsets, rounded(dz, dz_ptr.dtype.element_ty), mask=mask)
+        stored = rounded(dz, dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + base + offsets, stored, mask=mask)
+        if not gates(ACT):
+            dz = stored.to(tl.float32)
         sum_dz += dz
         sum_dz_centred += dz * centred(y, norm)
     program = tl.program_id(1).to(tl.int64)

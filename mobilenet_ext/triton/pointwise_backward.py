@@ -91,7 +91,7 @@ def pointwise_backward(
         return dz_u, grad_weight, grad_bn_u
 
     flags = (y is None, grad_bn_y is None, bn_u is None, need_input, need_weight)
-    problem = (rows, k, outputs, str(u.dtype), precision, *flags)
+    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), *flags)
     return autotune.run("pointwise_backward", problem, candidates, launch)
 
 

@@ -83,7 +83,7 @@ def _run(
             )  # fmt: skip
         return y, partial
 
-    problem = (rows, k, outputs, str(u.dtype), precision, bn_u is None, stats)
+    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), int(act_y), bn_u is None, stats)
     return autotune.run(op, problem, candidates, launch)
 
 

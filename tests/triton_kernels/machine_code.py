@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mobilenet_ext.triton
+from mobilenet_ext.contract import Act
 from mobilenet_ext.triton import gpu
 
 
@@ -70,6 +71,14 @@ class Launch(NamedTuple):
         pointers = [kind for kind in self.signature.values() if kind.startswith("*")]
         constants = " ".join(f"{name}={value}" for name, value in {**self.names, **self.options}.items())
         return f"{self.module.rpartition('.')[2]}.{self.kernel}({', '.join(dict.fromkeys(pointers))}; {constants})"
+
+
+def with_activation(launch: Launch, act: Act) -> Launch | None:
+    """The launch with ``act`` in place of ReLU; None if there is none in it."""
+    names = list(launch.signature)
+    relus = [key for key, value in launch.constants.items() if "ACT" in names[key[0]] and value == Act.RELU]
+    constants = {**launch.constants, **dict.fromkeys(relus, act.value)}
+    return launch._replace(constants=constants) if relus else None
 
 
 class TritonOps(TorchDispatchMode):

@@ -77,9 +77,11 @@ def test_several_tiles(dtype: torch.dtype, stride: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("acts", [(Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR), (Act.LINEAR, Act.LINEAR)], ids=str)
+@pytest.mark.parametrize("acts", [(act, Act.RELU) for act in Act] + [(Act.RELU, act) for act in Act], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
-def test_linear(fused: bool, acts: tuple[Act, Act], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_activations(
+    fused: bool, acts: tuple[Act, Act], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16)
     choose(monkeypatch, config if fused else heuristics.TWO_KERNELS)
     check(TILED, dtype, acts)
@@ -105,8 +107,9 @@ def test_one_kernel_for_a_small_problem_with_few_channels() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_nan_and_inf(dtype: torch.dtype, stride: int) -> None:
-    args = inputs((1, 8, 16, 9, 9, stride), dtype)
+@pytest.mark.parametrize("act", Act)
+def test_nan_and_inf(act: Act, dtype: torch.dtype, stride: int) -> None:
+    args = inputs((1, 8, 16, 9, 9, stride), dtype, (act, act))
     x = args[0]
     x[0, 0, 0, 0], x[0, 1, 8, 8] = float("nan"), float("nan")
     x[0, 2, 0, 8] = float("inf")

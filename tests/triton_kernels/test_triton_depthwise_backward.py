@@ -101,9 +101,16 @@ def test_linear_on_load(dtype, stride, padding):
     check_backward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", Act)
+def test_every_activation_on_load(act, dtype, stride, padding):
+    check_backward(dtype, 8, (1, 5, 6), stride, padding, act=act)
+
+
+@pytest.mark.parametrize("act, dtype", [*product([Act.RELU], DTYPES), *product(Act, [torch.float32])], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_specials_go_where_the_reference_sends_them(dtype, stride):
+def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
     """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
@@ -111,7 +118,7 @@ def test_specials_go_where_the_reference_sends_them(dtype, stride):
     out = conv_output_size(9, 3, stride, 1)
     dz = activation(2, 8, out, out, dtype=dtype)
     dz[1, 5, out // 2, out // 2] = float("nan")
-    args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), Act.RELU, False, weight, stride, 1, True, True)
+    args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), act, False, weight, stride, 1, True, True)
     dz_u, grad_weight, grad_bn = depthwise_backward(*args)
     expected = in_float64(reference.depthwise_backward, args)
     assert_same_specials(dz_u, expected[0])

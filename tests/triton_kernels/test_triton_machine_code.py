@@ -27,6 +27,7 @@ from sass import loses_nan, narrow, spilled
 from triton import knobs
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import Act
 
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -49,10 +50,12 @@ CASES = [
 ]
 
 
-def record(architecture: Architecture, all_kinds: bool, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
+def record(
+    architecture: Architecture, all_kinds: bool, batches: tuple[int, ...] = BATCHES, widths: tuple[float, ...] = WIDTHS
+) -> dict[str, Launch]:
     """The different launches of the network on a GPU of this architecture."""
     launches: dict[str, Launch] = {}
-    problems = list(product((*NUMBERS, IEEE) if all_kinds else NUMBERS, WIDTHS)) + [(FLOAT16, 1)] * all_kinds
+    problems = list(product((*NUMBERS, IEEE) if all_kinds else NUMBERS, widths)) + [(FLOAT16, 1)] * all_kinds
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
         with torch.device("meta"), machine_code.recording(architecture, launches):
@@ -209,6 +212,20 @@ def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, c
     for part, kind in product(("pointwise_forward", "pointwise_backward"), kinds):
         mine = [code for _, code in named(kernels, part) if any(dot[0] == kind for dot in code.dots)]
         assert any(code.matching(wanted) for code in mine), (part, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [Act.RELU6, Act.HARDSWISH, Act.SILU], ids=str)
+def test_other_activations(act: Act, workers: ProcessPoolExecutor) -> None:
+    """In the launches of the widest network. Hardswish and SiLU need a few registers more than ReLU, for which the
+    launch parameters were measured, so that a few values are kept in local memory."""
+    (architecture,) = (a for a in ARCHITECTURES if a.name == FIRST)
+    launches = record(architecture, False, widths=(1.0,)).values()
+    mine = [other for launch in launches if (other := machine_code.with_activation(launch, act))]
+    kernels = list(zip(mine, workers.map(machine_code.compile_launch, mine, [architecture] * len(mine)), strict=True))
+    check(kernels, lambda launch, code: loses_nan(code))
+    allowed = 0 if act == Act.RELU6 else 32
+    check(kernels, lambda launch, code: spilled(code) if code.stack > allowed or code.local else None)
 
 
 # The checks themselves: each must see a kernel with that very fault.

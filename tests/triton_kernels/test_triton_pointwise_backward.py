@@ -160,14 +160,15 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
-def test_nonfinite(special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("act", Act)
+def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
     u = activation(1, 8, 9, 9, dtype=torch.float32)
     u[0, 2, 3, 4] = special
     dz, y = activation(1, 3, 9, 9, dtype=torch.float32), activation(1, 3, 9, 9, dtype=torch.float32)
     dz[0, 1, 5, 6] = special
     bn_u, weight = random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
-    args = (dz, y, random_grad_bn(3, torch.float32), u, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    args = (dz, y, random_grad_bn(3, torch.float32), u, bn_u, act, True, weight, 1, 0, True, True)
     outputs = pointwise_backward(*args)
     for actual, expected in zip(outputs[:2], in_float64(reference.pointwise_backward, args)[:2], strict=True):
         assert_same_specials(actual, expected)
