@@ -73,7 +73,7 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], TWO_KERNELS[0]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], (1, 3, 5, 7, 7, 1), TWO_KERNELS[0]], ids=str)
 def test_activations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for acts in product(Act, Act):
         check(inputs(shape, dtype, *acts))
