@@ -2,29 +2,73 @@
 //
 //     z = (y - mean)*scale + shift,   a = activate(z)
 //
-// They are applied to a tensor on load and on store, and the derivative is taken from z. Every activation so far is a
-// clamp from below, which costs a kernel one instruction and no register, whichever it is: the numbers are parameters
-// of the kernel. Another clamp is another line of activation_of.
+// They are applied to a tensor on load and on store, and the derivative is taken from z.
+//
+// A kernel has the code of every activation and is told which to run, instead of being compiled once for each: nearly
+// every kernel has one, and several would be as many libraries. All threads go the same way, and ask once for a pack
+// of channels, which costs a pack an instruction or two. Those that rectify come first, as one: they are an
+// instruction a value, whose number is a parameter of the kernel.
 #pragma once
 #include "packs.h"
 
 namespace mx::cuda {
 
 struct Activation {
+  Act act;
+  // linear and relu
   float lower;   // a = z, but at least this
   float corner;  // up to this z the derivative is 0; NaN: nowhere, not even at -Inf
 };
 
 inline Activation activation_of(Act act) {
-  return act == Act::relu ? Activation{0.0f, 0.0f} : Activation{-INFINITY, NAN};
+  return act == Act::linear ? Activation{act, -INFINITY, NAN} : Activation{act, 0.0f, 0.0f};
 }
 
-// NaN stays NaN.
-__device__ __forceinline__ float activate(float z, const Activation& act) { return at_least(z, act.lower); }
+__device__ __forceinline__ float sigmoid(float z) {
+  return fast_reciprocal(1.0f + fast_exp2(z * -1.4426950408889634f));  // log2(e)
+}
 
-// da times the derivative at z, as PyTorch has it: 0 at the corner, and da where z is NaN.
-__device__ __forceinline__ float activate_backward(float z, float da, const Activation& act) {
-  return z <= act.corner ? 0.0f : da;
+// z becomes a. NaN stays NaN.
+template <int N>
+__device__ __forceinline__ void activate(float (&z)[N], const Activation& act) {
+  if (act.act <= Act::relu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = at_least(z[i], act.lower);
+  } else if (act.act == Act::relu6) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = at_most(at_least(z[i], 0.0f), 6.0f);
+  } else if (act.act == Act::hardswish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] *= saturate((z[i] + 3.0f) * (1.0f / 6.0f));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] *= sigmoid(z[i]);
+  }
+}
+
+// da becomes da times the derivative at z, as PyTorch has it: 0 at a clamp's corners and before hardswish's, and da
+// where z is NaN, but of silu.
+template <int N>
+__device__ __forceinline__ void activate_backward(const float (&z)[N], float (&da)[N], const Activation& act) {
+  if (act.act <= Act::relu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) da[i] = z[i] <= act.corner ? 0.0f : da[i];
+  } else if (act.act == Act::relu6) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) da[i] = z[i] <= 0.0f || z[i] >= 6.0f ? 0.0f : da[i];
+  } else if (act.act == Act::hardswish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float slope = z[i] < 3.0f ? fmaf(z[i], 1.0f / 3.0f, 0.5f) : 1.0f;
+      da[i] = z[i] <= -3.0f ? 0.0f : da[i] * slope;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float s = sigmoid(z[i]);
+      da[i] *= s * fmaf(z[i], 1.0f - s, 1.0f);
+    }
+  }
 }
 
 // mx::NormAct among a kernel's parameters.

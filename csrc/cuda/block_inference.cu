@@ -86,8 +86,9 @@ struct Depthwise {
     for (int i = 0; i < S::kWidth; i += 4) {
       const auto norm = ChannelNorm<4>::template load<S::kAligned>(args.norm_act.bn, k + i, args.channels);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) a[i + j] = activate(norm.z(a[i + j], j), args.norm_act.act);
+      for (int j = 0; j < 4; ++j) a[i + j] = norm.z(a[i + j], j);
     }
+    activate(a, args.norm_act.act);
   }
 };
 

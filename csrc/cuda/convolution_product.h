@@ -43,8 +43,7 @@ struct NormActOutput {
 #pragma unroll
       for (int i = 0; i < S::kWidth; ++i) d[i] = norm.z(d[i], i);
     }
-#pragma unroll
-    for (int i = 0; i < S::kWidth; ++i) d[i] = activate(d[i], args.norm_act.act);
+    activate(d, args.norm_act.act);
     store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(d));
   }
 };

@@ -79,7 +79,8 @@ struct Channels {
   }
   __device__ void make_activation(float (&a)[P], const Words& raw) const {
     const Packed u = raw.pack();
-    for (int i = 0; i < P; ++i) a[i] = activate(norm.z(to_float(u.v[i]), i), p.norm_act.act);
+    for (int i = 0; i < P; ++i) a[i] = norm.z(to_float(u.v[i]), i);
+    activate(a, p.norm_act.act);
   }
 
   // Adds the products of an input's tap: its input, and the dy of its output.
@@ -90,8 +91,8 @@ struct Channels {
     }
   }
 
-  // Stores dz_u of an input whose da is complete.
-  __device__ void store(int64_t offset, const float (&da)[P], const Words& raw) {
+  // Stores dz_u of an input whose da is complete, and spent here.
+  __device__ void store(int64_t offset, float (&da)[P], const Words& raw) {
     if (p.dz_u == nullptr) return;
     Packed stored;
     if (p.norm_act.bn == nullptr) {
@@ -100,8 +101,10 @@ struct Channels {
       return;
     }
     const Packed u = raw.pack();
-    for (int i = 0; i < P; ++i)
-      stored.v[i] = rounded<T>(activate_backward(norm.z(to_float(u.v[i]), i), da[i], p.norm_act.act));
+    float z[P];
+    for (int i = 0; i < P; ++i) z[i] = norm.z(to_float(u.v[i]), i);
+    activate_backward(z, da, p.norm_act.act);
+    for (int i = 0; i < P; ++i) stored.v[i] = rounded<T>(da[i]);
     stored.store(static_cast<T*>(p.dz_u) + offset);
     for (int i = 0; i < P; ++i) {
       const float dz = to_float(stored.v[i]);

@@ -38,7 +38,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
     for (int tap = 0; tap < 9; ++tap)
       taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
   const auto norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, channels, p.norm_act.bn != nullptr && channel_inside);
-  const auto norm_act = [&](float x, int i) { return activate(norm.z(x, i), p.norm_act.act); };
+  const auto norm_act = [&](float (&x)[P]) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) x[i] = norm.z(x[i], i);
+    activate(x, p.norm_act.act);
+  };
   ThreadStatistics<P> statistics;
   if (kOnLoad) statistics.clear();
 
@@ -78,10 +82,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
         const Packed now = mine[j].pack();
         load(mine, j, kStride);
         if (!row_inside || !inside[j]) continue;
+        float a[P];
+        to_floats(now, a);
+        if (kOnLoad) norm_act(a);
 #pragma unroll
         for (int i = 0; i < P; ++i) {
-          const float x = to_float(now.v[i]);
-          const float a = kOnLoad ? norm_act(x, i) : x;
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
             const int k = j - o;
@@ -89,7 +94,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
 #pragma unroll
             for (int r = 0; r < 3; ++r) {
               const int tap_row = first_tap_row - kStride * r;
-              if (r < rows && tap_row >= 0) sums[r][o][i] += a * taps[3 * tap_row + k][i];
+              if (r < rows && tap_row >= 0) sums[r][o][i] += a[i] * taps[3 * tap_row + k][i];
             }
           }
         }
@@ -116,8 +121,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
       for (int o = 0; o < kColumns; ++o) {
         Packed stored;
         float value[P];
+        if (!kOnLoad) norm_act(sums[0][o]);
         for (int i = 0; i < P; ++i) {
-          stored.v[i] = rounded<T>(kOnLoad ? sums[0][o][i] : norm_act(sums[0][o][i], i));
+          stored.v[i] = rounded<T>(sums[0][o][i]);
           value[i] = to_float(stored.v[i]);
         }
         const int step = row - first_row;

@@ -63,6 +63,32 @@ __device__ __forceinline__ float at_least(float x, float lower) {
 #endif
 }
 
+// `upper` where x >= upper, else x: NaN stays NaN. `upper` is not NaN.
+__device__ __forceinline__ float at_most(float x, float upper) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(upper));
+  return y;
+#else
+  return x >= upper ? upper : x;
+#endif
+}
+
+// x from 0 to 1; of NaN 0.
+__device__ __forceinline__ float saturate(float x) { return __saturatef(x); }
+
+// To two units in the last place. Subnormal results are 0, and so is the exponential of a subnormal 1.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // --- asynchronous copies from global to shared memory (plain copies before sm_80)
 
 // 16 bytes, both addresses aligned; zeros where not valid (`global` is then not read).

@@ -31,8 +31,13 @@ struct Channels {
         act(p.norm_act.act),
         norm(ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, inside)) {}
 
-  __device__ __forceinline__ float z(T y, int i) const { return norm.z(to_float(y), i); }
-  __device__ float a(T y, int i) const { return activate(z(y, i), act); }
+  __device__ __forceinline__ void make_z(float (&z)[P], const Pack<T, P>& y) const {
+    for (int i = 0; i < P; ++i) z[i] = norm.z(to_float(y.v[i]), i);
+  }
+  __device__ __forceinline__ void make_activation(float (&a)[P], const Pack<T, P>& y) const {
+    make_z(a, y);
+    activate(a, act);
+  }
 };
 
 // A program takes kRowsAtOnce*lanes rows at a time.
@@ -44,18 +49,19 @@ __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
   T* out = static_cast<T*>(p.out) + channels.c;
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
   for (int64_t first = blockIdx.y * step + threadIdx.y; first < p.rows; first += gridDim.y * step) {
-    Pack<T, P> packs[kRowsAtOnce];
+    PackedWords<T, P> packs[kRowsAtOnce];
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
-      if (row < p.rows) packs[k] = Pack<T, P>::load(y + row * p.channels);
+      if (row < p.rows) packs[k] = PackedWords<T, P>::of(Pack<T, P>::load(y + row * p.channels));
     }
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
       if (row >= p.rows) continue;
-      for (int i = 0; i < P; ++i) packs[k].v[i] = rounded<T>(channels.a(packs[k].v[i], i));
-      packs[k].store(out + row * p.channels);
+      float a[P];
+      channels.make_activation(a, packs[k].pack());
+      round_pack<T>(a).store(out + row * p.channels);
     }
   }
 }
@@ -70,7 +76,9 @@ __global__ void __launch_bounds__(kThreads) pool_forward(const Problem p) {
     const T* y = static_cast<const T*>(p.y) + image * p.pixels * p.channels + channels.c;
     for (int pixel = threadIdx.y; channels.inside && pixel < p.pixels; pixel += blockDim.y) {
       const Pack<T, P> pack = Pack<T, P>::load(y + int64_t(pixel) * p.channels);
-      for (int i = 0; i < P; ++i) sum[i] += channels.a(pack.v[i], i);
+      float a[P];
+      channels.make_activation(a, pack);
+      for (int i = 0; i < P; ++i) sum[i] += a[i];
     }
     sum_lanes(sum);
     if (channels.inside && threadIdx.y == 0) {
@@ -92,27 +100,31 @@ __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
   float sum_dz[P] = {}, sum_dz_centred[P] = {};
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
   for (int64_t first = blockIdx.y * step + threadIdx.y; channels.inside && first < p.rows; first += gridDim.y * step) {
-    Pack<T, P> ys[kRowsAtOnce], grads[kRowsAtOnce];
+    PackedWords<T, P> ys[kRowsAtOnce], grads[kRowsAtOnce];
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
       if (row >= p.rows) continue;
-      ys[k] = Pack<T, P>::load(y + row * p.channels);
-      grads[k] = Pack<T, P>::load(grad + (kPool ? row / p.pixels : row) * p.channels);
+      ys[k] = PackedWords<T, P>::of(Pack<T, P>::load(y + row * p.channels));
+      grads[k] = PackedWords<T, P>::of(Pack<T, P>::load(grad + (kPool ? row / p.pixels : row) * p.channels));
     }
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
       if (row >= p.rows) continue;
+      const Pack<T, P> y_pack = ys[k].pack();
+      float z[P], da[P];
+      channels.make_z(z, y_pack);
+      to_floats(grads[k].pack(), da);
+      for (int i = 0; i < P && kPool; ++i) da[i] /= float(p.pixels);
+      activate_backward(z, da, channels.act);
+      const Pack<T, P> stored = round_pack<T>(da);
+      stored.store(dz + row * p.channels);
       for (int i = 0; i < P; ++i) {
-        const float z = channels.z(ys[k].v[i], i);
-        const float da = kPool ? to_float(grads[k].v[i]) / float(p.pixels) : to_float(grads[k].v[i]);
-        grads[k].v[i] = rounded<T>(activate_backward(z, da, channels.act));
-        const float stored = to_float(grads[k].v[i]);
-        sum_dz[i] += stored;
-        sum_dz_centred[i] += stored * (to_float(ys[k].v[i]) - channels.norm.mean[i]);
+        const float value = to_float(stored.v[i]);
+        sum_dz[i] += value;
+        sum_dz_centred[i] += value * (to_float(y_pack.v[i]) - channels.norm.mean[i]);
       }
-      grads[k].store(dz + row * p.channels);
     }
   }
   store_sums(p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + channels.c, p.channels, channels.inside, sum_dz,

@@ -31,7 +31,8 @@ struct NormActInput {
   __device__ __forceinline__ void convert(const Raw& raw, int, const Vectors& norm, float (&a)[kWidth]) const {
     to_floats(raw.u.pack(), a);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) a[i] = activate(norm.z(a[i], i), norm_act.act);
+    for (int i = 0; i < kWidth; ++i) a[i] = norm.z(a[i], i);
+    activate(a, norm_act.act);
   }
 };
 

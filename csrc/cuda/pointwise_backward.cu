@@ -53,18 +53,18 @@ struct InputGradient {
   __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&da)[S::kWidth], const Extra& extra) {
     if (!inside) return;
     if (args.norm_act.bn != nullptr) {
-      const auto u_pack = extra.u.pack();
+      const auto norm =
+          ChannelNorm<S::kWidth>::template load<S::kAligned>(args.norm_act.bn, column, args.tiling.columns);
+      float u[S::kWidth], z[S::kWidth];
+      to_floats(extra.u.pack(), u);
 #pragma unroll
-      for (int i = 0; i < S::kWidth; i += 4) {
-        const auto norm = ChannelNorm<4>::template load<S::kAligned>(args.norm_act.bn, column + i, args.tiling.columns);
+      for (int i = 0; i < S::kWidth; ++i) z[i] = norm.z(u[i], i);
+      activate_backward(z, da, args.norm_act.act);
+      to_floats(round_pack<T>(da), da);  // as stored
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float u = to_float(u_pack.v[i + j]);
-          const float dz = activate_backward(norm.z(u, j), da[i + j], args.norm_act.act);
-          da[i + j] = to_float(rounded<T>(dz));  // as stored
-          sum_dz[i + j] += da[i + j];
-          sum_dz_centred[i + j] = fmaf(da[i + j], u - norm.mean[j], sum_dz_centred[i + j]);
-        }
+      for (int i = 0; i < S::kWidth; ++i) {
+        sum_dz[i] += da[i];
+        sum_dz_centred[i] = fmaf(da[i], u[i] - norm.mean[i], sum_dz_centred[i]);
       }
     }
     store_channels<S::kAligned>(args.dz_u + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(da));

@@ -24,11 +24,12 @@ from mobilenet_ext.contract import Act, conv_output_size
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
-INPUTS = ["relu", "linear", "plain"]  # a convolution's input on load: act(norm(u)), or u
+ACTS = [act.name.lower() for act in Act]
+INPUTS = [*ACTS, "plain"]  # a convolution's input on load: act(norm(u)), or u
 # How the weight's gradient may differ: operands next to the middle of two values that can be stored go to either.
 PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
-for_each_act = pytest.mark.parametrize("act", Act, ids=[act.name.lower() for act in Act])
+for_each_act = pytest.mark.parametrize("act", Act, ids=ACTS)
 
 
 def norm_act(kind: str, channels: int, dtype: torch.dtype) -> tuple[Tensor | None, Act]:

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from convolutions import DTYPES
+from convolutions import DTYPES, for_each_act
 from cpu_ops import (
     activation,
     assert_close,
@@ -73,7 +73,7 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], TWO_KERNELS[0]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], (1, 3, 5, 7, 7, 1), TWO_KERNELS[0]], ids=str)
 def test_activations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for acts in product(Act, Act):
         check(inputs(shape, dtype, *acts))
@@ -95,8 +95,9 @@ def test_tf32(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("filters", [16, 13])
-def test_nan_and_inf(dtype: torch.dtype, stride: int, filters: int) -> None:
-    args = inputs((1, 8, filters, 9, 9, stride), dtype)
+@for_each_act
+def test_nan_and_inf(act: Act, filters: int, stride: int, dtype: torch.dtype) -> None:
+    args = inputs((1, 8, filters, 9, 9, stride), dtype, act, act)
     x = args[0]
     x[0, 0, 0, 0], x[0, 1, 8, 8] = float("nan"), float("nan")
     x[0, 2, 0, 8] = float("inf")

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from convolutions import DTYPES, INPUTS, check_backward, norm_act, output_inputs, output_size
+from convolutions import ACTS, DTYPES, INPUTS, check_backward, norm_act, output_inputs, output_size
 from cpu_ops import activation, assert_close, assert_same_specials, misaligned, same_bits
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def literal_backward(dy: Tensor, a: Tensor, weight: Tensor, stride: int, padding
 
 @pytest.mark.parametrize(("stride", "padding"), GEOMETRIES)
 @pytest.mark.parametrize("where", ["dz", "y", "u", "weight"])
-@pytest.mark.parametrize("kind", ["relu", "linear"])
+@pytest.mark.parametrize("kind", ACTS)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf(special: float, kind: str, where: str, stride: int, padding: int) -> None:
     """In the middle and in the corners: they reach what they are multiplied with, and nothing else."""

@@ -20,6 +20,7 @@ from cpu_ops import (
     random_bn,
     same_bits,
 )
+from test_activations import SPECIAL
 from torch import Tensor
 
 from mobilenet_ext import ops
@@ -58,7 +59,7 @@ def check(
     dz, grad_bn = ops.norm_act_backward(*args)
     expected_dz, _ = in_float64(reference.norm_act_backward, args)
     assert dz.dtype == dtype and is_channels_last_dense(dz)
-    if pool:
+    if pool or act in (Act.HARDSWISH, Act.SILU):  # else it is 0 or da
         assert_close(dz, expected_dz, TOLERANCE[dtype])
     else:
         assert torch.equal(dz.double(), expected_dz)
@@ -107,6 +108,24 @@ def test_nan_and_inf(pool: bool, act: Act, dtype: torch.dtype) -> None:
     assert_close(ours[0].nan_to_num(0, 0, 0), theirs[0].nan_to_num(0, 0, 0), TOLERANCE[dtype])
     for mine, expected in zip(ours, theirs, strict=True):
         assert_same_specials(mine, expected)
+
+
+@for_each_act
+def test_corners_and_extremes(act: Act) -> None:
+    """Each value by itself, near 0 and far from it: z is y."""
+    z = torch.cat([torch.tensor(SPECIAL), torch.linspace(-100, 100, 4001), torch.linspace(-8, 8, 1001)])
+    y, grad = z.view(1, 1, -1, 1), torch.linspace(-2, 2, len(z)).view(1, 1, -1, 1)
+    bn = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).view(5, 1)
+    torch.testing.assert_close(
+        ops.norm_act_forward(y, bn, act, False).double(),
+        reference.norm_act_forward(y.double(), bn.double(), act, False),
+        rtol=1e-5,
+        atol=1e-35,
+        equal_nan=True,
+    )
+    ours = ops.norm_act_backward(grad, y, bn, act, False, False)[0].double()
+    theirs = reference.norm_act_backward(grad.double(), y.double(), bn.double(), act, False, False)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import DTYPES, INPUTS, check_backward, expected_backward, norm_act, output_inputs
+from convolutions import ACTS, DTYPES, INPUTS, check_backward, expected_backward, norm_act, output_inputs
 from cpu_ops import activation, assert_close, assert_same_specials, misaligned, relative_error, same_bits
 from torch import Tensor
 
@@ -93,10 +93,10 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outputs", [16, 13])
-@pytest.mark.parametrize("kind", ["relu", "linear"])
+@pytest.mark.parametrize("kind", ACTS)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf(special: float, kind: str, outputs: int, dtype: torch.dtype) -> None:
-    """They reach what they are multiplied with, and nothing else; a NaN passes the gradient through a ReLU."""
+    """They reach what they are multiplied with, and nothing else; a NaN passes the gradient through a clamp."""
     for where in (0, 1, 3, 7):  # dz, y, u, weight
         args = inputs((1, 24, outputs, 9, 17), dtype, kind=kind)
         x = args[where]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import DTYPES, EPS, INPUTS, affine, check_forward, check_inference, for_each_act, norm_act
+from convolutions import ACTS, DTYPES, EPS, INPUTS, affine, check_forward, check_inference, for_each_act, norm_act
 from cpu_ops import (
     activation,
     assert_close,
@@ -135,7 +135,7 @@ def test_first_value_is_an_outlier(device: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outputs", [16, 13])
-@pytest.mark.parametrize("kind", ["relu", "linear"])
+@pytest.mark.parametrize("kind", ACTS)
 def test_nan_and_inf(dtype: torch.dtype, outputs: int, kind: str) -> None:
     """A NaN of the input spoils its pixel, one of the weight its channel, and nothing else."""
     args = inputs((1, 24, outputs, 9, 17), dtype, kind)

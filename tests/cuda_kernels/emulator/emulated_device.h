@@ -117,6 +117,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 inline float at_least(float x, float lower) { return x <= lower ? lower : x; }
+inline float at_most(float x, float upper) { return x >= upper ? upper : x; }
+inline float saturate(float x) { return x > 0.0f ? at_most(x, 1.0f) : 0.0f; }
+
+// Nearer to the exact value than the instructions, but subnormal results are 0 here too.
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+inline float fast_exp2(float x) { return flushed(exp2f(x)); }
+inline float fast_reciprocal(float x) { return flushed(1.0f / x); }
 
 inline void copy_async_16(void* shared, const void* global, bool valid) { emulator::copy_async(shared, global, valid); }
 inline void copy_async_commit() { emulator::copy_commit(); }
