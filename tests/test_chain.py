@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mobilenet_ext import chain
 from mobilenet_ext.contract import Act
 
+# Three activations: every pair at every two places.
+TRIPLES = [(first, second, Act((first + second) % len(Act))) for first, second in itertools.product(Act, repeat=2)]
 KINDS = ("dense", "depthwise", "pointwise", "depthwise", "pointwise")
 
 
@@ -42,9 +44,7 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize(
-    "acts", [*itertools.product(Act, repeat=3), (Act.RELU, Act.LINEAR) * 2 + (Act.LINEAR,)], ids=str
-)
+@pytest.mark.parametrize("acts", [*TRIPLES, (Act.RELU, Act.LINEAR) * 2 + (Act.LINEAR,)], ids=str)
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients(cpu_backend: str, acts: tuple[Act, ...], pool: bool, training: bool) -> None:
@@ -64,7 +64,7 @@ def test_gradients(cpu_backend: str, acts: tuple[Act, ...], pool: bool, training
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("acts", list(itertools.product(Act, repeat=3)), ids=str)
+@pytest.mark.parametrize("acts", TRIPLES, ids=str)
 def test_float32(cpu_backend: str, acts: tuple[Act, ...]) -> None:
     """Inference, blocks in one kernel included."""
     plain = plain_units(acts).eval()

@@ -128,6 +128,9 @@ MX_INLINE V activate(V z) {
   return z;
 }
 
+// Whether the derivative is 0 or 1 everywhere: da is passed or stopped, and of a storage type's values is one again.
+constexpr bool passes_or_stops(Act act) { return act == Act::linear || act == Act::relu || act == Act::relu6; }
+
 // da times the activation's derivative at z, which at the corners is PyTorch's.
 template <Act act, class V>
 MX_INLINE V activate_backward(V z, V da) {

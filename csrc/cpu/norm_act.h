@@ -155,7 +155,7 @@ inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, 
           store_streaming<T>(dz + at, g);
         else
           store_lanes<partial, T>(dz + at, g, count);
-        const Vec<A> stored = pool ? round_to_storage<T>(g) : g;
+        const Vec<A> stored = pool || !passes_or_stops(act) ? round_to_storage<T>(g) : g;
         sum[v] += stored;
         centred_sum[v] = fma(stored, centred, centred_sum[v]);
       }
