@@ -119,18 +119,22 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
       add_row(2, kStride == 1 ? 3 : 2);
 #pragma unroll
       for (int o = 0; o < kColumns; ++o) {
-        Packed stored;
-        float value[P];
-        if (!kOnLoad) norm_act(sums[0][o]);
-        for (int i = 0; i < P; ++i) {
-          stored.v[i] = rounded<T>(sums[0][o][i]);
-          value[i] = to_float(stored.v[i]);
-        }
-        const int step = row - first_row;
-        if (kOnLoad && o == 0 && (step & (step - 1)) == 0) statistics.recentre(value);
-        if (column + o < p.out_width) {
-          stored.store(out + o * channels);
-          if (kOnLoad) statistics.add(value);
+        const bool column_inside = column + o < p.out_width;
+        if (!kOnLoad) {
+          if (column_inside) {
+            norm_act(sums[0][o]);
+            round_pack<T>(sums[0][o]).store(out + o * channels);
+          }
+        } else {
+          const Packed stored = round_pack<T>(sums[0][o]);
+          float value[P];
+          to_floats(stored, value);
+          const int step = row - first_row;
+          if (o == 0 && (step & (step - 1)) == 0) statistics.recentre(value);
+          if (column_inside) {
+            stored.store(out + o * channels);
+            statistics.add(value);
+          }
         }
         for (int i = 0; i < P; ++i) {
           sums[0][o][i] = sums[1][o][i];

@@ -108,7 +108,7 @@ def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: 
     args = (u, random_bn(8, dtype), act, weight, stride, 1, *NO_STATISTICS)
     y, _ = ops.depthwise_forward(*args)
     assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
-    assert y.isnan().any() and y.isinf().any()
+    assert y.isnan().any() and (y.isinf().any() or act == Act.RELU6)
 
 
 def test_an_empty_batch() -> None:
