@@ -32,7 +32,9 @@ struct ForwardRow {
   A *sum, *sum_squares;
 };
 
-template <class T, int stride, bool partial>
+// `simple`: the output's activation is linear or ReLU, which need no registers; the others are called, from a copy that
+// would cost those two a tenth of the time.
+template <class T, int stride, bool partial, bool simple>
 inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -59,7 +61,14 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
 #pragma GCC unroll 4
       for (int i = 0; i < pixels; ++i) values[i][0] = norm.z(values[i][0]);
     }
-    activate_block(output.act, values);
+    if constexpr (simple) {
+      if (output.act == Act::relu) {
+#pragma GCC unroll 4
+        for (int i = 0; i < pixels; ++i) values[i][0] = activate<Act::relu>(values[i][0]);
+      }
+    } else {
+      activate_block(output.act, values);
+    }
   };
   auto put = [&](int64_t x, Vec<A> v) {
     if (!partial && r.streaming)
@@ -194,10 +203,14 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.shift = shift + c;
       r.sum = sum + c;
       r.sum_squares = sum_squares + c;
-      if (r.count == L)
-        depthwise_forward_row<T, stride, false>(r, g, output.from(c));
-      else
-        depthwise_forward_row<T, stride, true>(r, g, output.from(c));
+      const bool simple = output.act == Act::linear || output.act == Act::relu;
+      const auto run = [&](auto partial, auto simple) {
+        depthwise_forward_row<T, stride, partial.value, simple.value>(r, g, output.from(c));
+      };
+      const auto with_partial = [&](auto partial) {
+        simple ? run(partial, Constant<true>{}) : run(partial, Constant<false>{});
+      };
+      r.count == L ? with_partial(Constant<false>{}) : with_partial(Constant<true>{});
     }
     if (partials && oy == t.row_begin) {
       // The first row was taken about 0; its mean is the shift from here on.
