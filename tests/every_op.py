@@ -21,6 +21,7 @@ from mobilenet_ext.contract import Act
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
 SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, H, W
+ACTS = (Act.RELU, Act.RELU6, Act.HARDSWISH, Act.SILU)  # one for each shape
 FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
 
 
@@ -53,7 +54,9 @@ def calls(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    for dtype, (n, c, h, w) in product(dtypes, shapes):
+    for dtype, shape in product(dtypes, shapes):
+        n, c, h, w = shape
+        act = ACTS[SHAPES.index(shape) % len(ACTS)]
 
         def image(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return random(*shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -73,36 +76,36 @@ def calls(
         u, bn_u = image(n, c, h, w), bn(c)
         pointwise = filters(k, c, 1, 1)
         y, grad_bn = image(n, k, h, w), random(6, k).to(device)
-        yield Call("pointwise_forward", (u, bn_u, Act.RELU, pointwise, 1, 0, *affine(k), 1e-5, True))
+        yield Call("pointwise_forward", (u, bn_u, act, pointwise, 1, 0, *affine(k), 1e-5, True))
         yield Call(
-            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, Act.RELU, True, pointwise, 1, 0, True, True)
+            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, True, True)
         )
         yield Call(
-            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, Act.RELU, True, pointwise, 1, 0, False, True)
+            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, False, True)
         )
-        yield Call("pointwise_inference", (u, bn(k), Act.RELU, pointwise, 1, 0))
-        yield Call("norm_act_forward", (u, bn_u, Act.RELU, False))
-        yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, Act.RELU, True, False))
-        yield Call("norm_act_forward", (u, bn_u, Act.RELU, True))
-        yield Call("norm_act_backward", (image(n, c, 1, 1), u, bn_u, Act.RELU, True, True))
+        yield Call("pointwise_inference", (u, bn(k), act, pointwise, 1, 0))
+        yield Call("norm_act_forward", (u, bn_u, act, False))
+        yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, act, True, False))
+        yield Call("norm_act_forward", (u, bn_u, act, True))
+        yield Call("norm_act_backward", (image(n, c, 1, 1), u, bn_u, act, True, True))
         for stride in (1, 2):
             out = [(side - 1) // stride + 1 for side in (h, w)]
             depthwise, dense = filters(c, 1, 3, 3), filters(k, c, 3, 3)
             y, grad_bn = image(n, c, *out), random(6, c).to(device)
-            yield Call("depthwise_forward", (u, bn_u, Act.RELU, depthwise, stride, 1, *affine(c), 1e-5, True))
+            yield Call("depthwise_forward", (u, bn_u, act, depthwise, stride, 1, *affine(c), 1e-5, True))
             yield Call(
                 "depthwise_backward",
-                (image(n, c, *out), y, grad_bn, u, bn_u, Act.RELU, True, depthwise, stride, 1, True, True),
+                (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, 1, True, True),
             )
-            yield Call("depthwise_inference", (u, bn_u, Act.RELU, depthwise, stride, 1))
-            yield Call("block_inference", (u, bn_u, Act.RELU, depthwise, stride, bn(k), Act.RELU, pointwise))
+            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1))
+            yield Call("block_inference", (u, bn_u, act, depthwise, stride, bn(k), act, pointwise))
             yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *affine(k), 1e-5, True))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(
                 "dense_backward",
                 (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, 1, True, True),
             )
-            yield Call("dense_inference", (u, bn(k), Act.RELU, dense, stride, 1))
+            yield Call("dense_inference", (u, bn(k), act, dense, stride, 1))
     mean, var = random(24).to(device), random(24).abs().to(device)
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 
