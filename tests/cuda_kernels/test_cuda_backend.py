@@ -34,11 +34,16 @@ def test_every_op(device: Callable[..., None], dtype: torch.dtype, capability: i
         with mx.backends.use("reference"):
             expected = call.run()
         for i, (ours, theirs) in enumerate(zip(call.run(), expected, strict=True)):
-            assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride(), (str(call), i)
+            assert ours.dtype == theirs.dtype and steps(ours) == steps(theirs), (str(call), i)
             if theirs.numel():
                 assert relative_error(ours, theirs) <= TOLERANCE[dtype], (str(call), i)
         seen.add(call.op)
     assert seen == every_op.kernel_ops()
+
+
+def steps(x: torch.Tensor) -> list[int]:
+    """The strides; that of a dimension of one says nothing."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
 
 
 @pytest.mark.parametrize("op", ["pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward"])
