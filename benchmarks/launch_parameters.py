@@ -225,8 +225,7 @@ def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], waves: t
             return rows, min(tasks, max(1, waves * processors // -(-channels // tile[1])) if waves else 65535)
 
         chosen = {"waves": c.waves, "kernel": kernel}
-        tile = lambda *problem, chosen=chosen: (chosen,)  # noqa: E731
-        yield Candidate(vars(c), {heuristic: tile, "depthwise_grid": grid})
+        yield Candidate(vars(c), {heuristic: lambda *problem, chosen=chosen: (chosen,), "depthwise_grid": grid})
 
 
 def depthwise_forward(layer: Layer) -> Iterator[Candidate]:

@@ -136,7 +136,7 @@ def draw_upstream(draw: Draw, finite: bool = True) -> Callable[[int, Tensor], Te
 def set_conv(draw: Draw, conv: nn.Conv2d) -> None:
     fan_in = conv.weight[0].numel()
     with torch.no_grad():
-        conv.weight.normal_().div_(math.sqrt(fan_in))
+        conv.weight.normal_().mul_(math.sqrt(2 / fan_in))  # passes on the scale (He et al. 2015, eq. 10)
         if conv.bias is not None:
             conv.bias.normal_()
 

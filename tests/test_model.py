@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from behaviour import fused_units
-from plain import BLOCKS, WIDTHS, Network
+from plain import BLOCKS, WIDTHS, Network, randomise_
 from torch import nn
 
 import mobilenet_ext as mx
@@ -89,7 +89,7 @@ def test_same_seed_gives_the_plain_weights(bias):
 
 
 def test_plain_checkpoint_loads_both_ways(cpu_backend):
-    plain, model = Network(10, 0.25), mx.MobileNetV1(10, 0.25)
+    plain, model = randomise_(Network(10, 0.25)), mx.MobileNetV1(10, 0.25)
     model.load_state_dict(plain.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32)
     assert fused_units(model.eval(), x) == 27
@@ -102,7 +102,7 @@ def test_plain_checkpoint_loads_both_ways(cpu_backend):
 
 
 def test_features_and_their_slices(backend64):
-    model = mx.MobileNetV1(10, 0.25).double().eval()
+    model = randomise_(mx.MobileNetV1(10, 0.25)).double().eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     features = model.feature(x)
     assert features.shape == (2, 256, 1, 1)

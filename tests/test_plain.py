@@ -100,3 +100,17 @@ def test_a_network_whose_relu_is_wrong_in_forward_and_backward_is_refused(layer:
         relu.mask = relu.mask & (seen[0] > 0.1)
         with pytest.raises(AssertionError, match="ReLU: wrong side of the corner"):
             expected(x.double())
+
+
+@pytest.mark.parametrize("width", [0.125, 1.0])
+def test_a_random_networks_output_depends_on_its_input_and_its_first_layer(width: float) -> None:
+    """A whole network in eval mode is compared with another in many tests, which else would compare constants."""
+    model = plain.randomise_(mx.MobileNetV1(5, width)).eval()
+    x = torch.randn(2, 3, 33, 33)
+    with torch.no_grad():
+        out = model(x)
+        model.feature[0][0].weight.mul_(1.5)
+        changed = model(x)
+    scale = out.abs().max()
+    assert (out[0] - out[1]).abs().max() > 0.01 * scale
+    assert (out - changed).abs().max() > 0.005 * scale

@@ -127,7 +127,7 @@ def test_variance_survives_a_large_mean(backend: str, device: str, kind: str, ba
 
 def test_outputs_and_gradients_survive_a_large_mean(backend: str, device: str, kind: str) -> None:
     """Behind a mean of 1e4 float32 keeps three digits of the deviations, which are then exact: all else follows."""
-    fused = plain.randomise_(identity_(UNITS[kind](bias=False))).to(device)
+    fused = identity_(plain.randomise_(UNITS[kind](bias=False))).to(device)
     expected = plain.in_float64(fused, plain.unit(kind, 3, 3, bias=False))
     x = large_mean((4, 3, 12, 12))
     x, x64 = plain.leaf(x.to(device)), plain.as_leaf64(x)
@@ -187,7 +187,7 @@ def test_two_values_per_channel(backend: str, device: str, kind: str) -> None:
 
 def test_constant_channels(backend: str, device: str, kind: str) -> None:
     """A variance of exactly zero, and not of a rounding error: outputs are beta and gradients are finite."""
-    fused = plain.randomise_(identity_(UNITS[kind](bias=False))).to(device)
+    fused = identity_(plain.randomise_(UNITS[kind](bias=False))).to(device)
     fused[1].momentum = 1.0
     x = torch.full((4, 3, 9, 9), 3.0, device=device).requires_grad_()
     out = fused(x)

@@ -106,7 +106,7 @@ def depthwise_backward(channels: int, itemsize: int) -> tuple[Config, ...]:
 
 
 def _depthwise(channels: int, elements: int, num_warps: int, waves: int) -> Config:
-    """A tile of ``elements`` per thread; its channels fill up to 256 bytes, without a rest where 16 divide them."""
+    """A tile of ``elements`` per thread, of up to 128 channels, without a rest where 16 divide them."""
     block_c = min(128, max(16, next_power_of_2(channels)))
     while block_c > 16 and channels % block_c and channels % 16 == 0:
         block_c //= 2
@@ -350,7 +350,7 @@ def pointwise_backward(
                 candidates.append({"STORED_DY": False, "input": both, "weight": None})
                 break
     candidates.append({
-        "STORED_DY": stored_dy,
+        "STORED_DY": stored_dy and need_input,  # for the weight alone the pass was not measured to pay
         "input": kernel(by_input, WHOLE_N=False, FOLD=False) if need_input else None,
         "weight": {**kernel(by_weight), "STORED_A": stored_a} if need_weight else None,
     })  # fmt: skip
