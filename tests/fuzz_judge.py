@@ -22,7 +22,9 @@ from plain import FLOAT32_UNIT, FORWARD, GRADIENT, SIXTEEN_BITS, TRAINING_FORWAR
 from torch import Tensor, nn
 
 FLOAT64 = 1e-12
-SAMPLES = 8  # runs of the reference with random rounding
+# Runs of the reference with random rounding; where a few do not explain an error, many: of seven channels' sums the
+# largest of eight is a matter of luck.
+SAMPLES = (8, 64)
 # float32 and float64: how much further away than the largest of these runs an error may be. They round each value once;
 # a sum of n terms rounds n times, and a coefficient of a whole channel is a product of several rounded factors.
 BEYOND = 16
@@ -121,7 +123,7 @@ def judge(problem: Problem) -> list[str]:
             own_model = plain_twin(problem.model)
             impose(own_model, masks)
             own, _ = _attempt(problem, problem.plain, own_model, problem.x)
-    return complaints + _compare(problem, ours, own, masks, own_model)
+    return complaints + _compare(problem, ours, own, masks, own_model, signs.all_fused)
 
 
 def _described(problem: Problem, name: str, x: Tensor | None) -> tuple[Any, ...]:
@@ -136,12 +138,17 @@ def _described(problem: Problem, name: str, x: Tensor | None) -> tuple[Any, ...]
 
 
 def _compare(
-    problem: Problem, ours: Results, own: Results, masks: list[Tensor | None] | None, own_model: nn.Module
+    problem: Problem,
+    ours: Results,
+    own: Results,
+    masks: list[Tensor | None] | None,
+    own_model: nn.Module,
+    all_fused: bool,
 ) -> list[str]:
     sixteen_bits = problem.dtype.itemsize == 2
     reference = Reference(problem.exact_model or problem.model)
     exact, zs = _exact(problem, reference, masks)
-    own_exact = exact
+    own_exact, own_masks = exact, None
     if sixteen_bits and masks:
         own_masks = [None if corner.z is None else ~(corner.z <= 0) for corner in corners(own_model)]
         own_exact, _ = _exact(problem, reference, own_masks)
@@ -175,27 +182,70 @@ def _compare(
             late[name] = (error, limit, norm, finite)
 
     flipped = _flips(problem, masks, zs) if masks and problem.finite else []
-    if late or flipped:
-        samples = [_exact(problem, reference, masks, Rounding(problem.dtype, seed)) for seed in range(SAMPLES)]
-        for name, (error, limit, norm, finite) in late.items():
-            noise = max(_distance(sample[name], exact[name], finite & sample[name].isfinite()) for sample, _ in samples)
-            beyond = BEYOND
-            if sixteen_bits and problem.is_unit:
-                beyond = SIXTEEN_BITS
-            elif sixteen_bits and noise < norm / 4:
-                # The promise is one for ops and units; a chain multiplies their errors, not always by the same, and
-                # where they reach the size of the result it is chaotic.
-                beyond = 2 * SIXTEEN_BITS
-            limit = max(limit, noise * beyond)
-            if not error <= limit:
-                relative = [f"{value / (norm or 1):.1e}" for value in (error, limit)]
-                complaints.append(f"{name}: relative error {relative[0]}, accepted {relative[1]}, norm {norm:.1e}")
-        for i, distance in flipped:
-            noise = torch.stack([(z[i] - zs[i]).abs().amax((0, 2, 3)) for _, z in samples]).amax(0)
-            if sixteen_bits and not problem.is_unit:
-                noise = noise.amax()  # a chain of 16 bits is too chaotic for eight samples of one channel
-            if (distance > noise * BEYOND).any():
-                complaints.append(f"ReLU {i}: wrong side by up to {distance.max():.1e}, rounding is {noise.max():.1e}")
+    beyond_rounding: list[str] = []
+    samples: list[tuple[Results, list[Tensor]]] = []
+    for count in SAMPLES if late or flipped else ():
+        samples += [
+            _exact(problem, reference, masks, Rounding(problem.dtype, seed)) for seed in range(len(samples), count)
+        ]
+        beyond_rounding = _beyond_rounding(problem, exact, late, flipped, zs, samples)
+        if not beyond_rounding:
+            break
+    complaints += beyond_rounding
+    if complaints and sixteen_bits and not all_fused and _is_wrong(problem, own, own_exact, reference, own_masks):
+        return []
+    return complaints
+
+
+def _is_wrong(
+    problem: Problem, own: Results, exact: Results, reference: Reference, masks: list[Tensor | None] | None
+) -> bool:
+    """Whether PyTorch's own output is further from the exact one than rounding takes it: of its convolutions for 16
+    bits one reads memory that nobody wrote (10x2 images at stride 2), and there it runs as part of ours."""
+    b, e = own["output"], exact["output"]
+    finite = e.isfinite()
+    if not b[finite].isfinite().all():
+        return True
+    samples = [_exact(problem, reference, masks, Rounding(problem.dtype, seed)) for seed in range(SAMPLES[0])]
+    return bool(
+        _beyond_rounding(
+            problem, exact, {"output": (_distance(b, e, finite), 0.0, _norm(e[finite]), finite)}, [], [], samples
+        )
+    )
+
+
+def _beyond_rounding(
+    problem: Problem,
+    exact: Results,
+    late: dict[str, tuple[float, float, float, Tensor]],
+    flipped: list[tuple[int, Tensor]],
+    zs: list[Tensor],
+    samples: list[tuple[Results, list[Tensor]]],
+) -> list[str]:
+    """What of these errors and signs is further away than rounding takes the samples."""
+    complaints = []
+    sixteen_bits = problem.dtype.itemsize == 2
+    for name, (error, limit, norm, finite) in late.items():
+        noise = max(_distance(sample[name], exact[name], finite & sample[name].isfinite()) for sample, _ in samples)
+        beyond = BEYOND
+        if sixteen_bits and problem.is_unit:
+            beyond = SIXTEEN_BITS
+        elif sixteen_bits and noise < norm / 4:
+            # The promise is one for ops and units; a chain multiplies their errors, not always by the same, and
+            # where they reach the size of the result it is chaotic.
+            beyond = 2 * SIXTEEN_BITS
+        elif sixteen_bits and noise > norm:
+            continue  # nothing is left of the result in any sample
+        limit = max(limit, noise * beyond)
+        if not error <= limit:
+            relative = [f"{value / (norm or 1):.1e}" for value in (error, limit)]
+            complaints.append(f"{name}: relative error {relative[0]}, accepted {relative[1]}, norm {norm:.1e}")
+    for i, distance in flipped:
+        noise = torch.stack([(z[i] - zs[i]).abs().amax((0, 2, 3)) for _, z in samples]).amax(0)
+        if sixteen_bits and not problem.is_unit:
+            noise = noise.amax()  # a chain of 16 bits is too chaotic for a few samples of one channel
+        if (distance > noise * BEYOND).any():
+            complaints.append(f"ReLU {i}: wrong side by up to {distance.max():.1e}, rounding is {noise.max():.1e}")
     return complaints
 
 

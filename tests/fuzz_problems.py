@@ -186,6 +186,10 @@ def draw_fused(draw: Draw) -> Problem:
     model, x = draw_network(draw), draw_pictures(draw, dtype)
     made = finish(draw, model, x)
     del draw.settings["model"]
+    if dtype == torch.float16 and made.gradients:
+        # They grow on their way through the network, and would overflow in other places than PyTorch's.
+        upstream = made.upstream
+        made.upstream = lambda i, out: upstream(i, out) / 256
     return made
 
 
