@@ -1,8 +1,8 @@
 """Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
 
-A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and an activation with settings the kernels
-support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no replaced
-``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
+A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and perhaps an activation with settings the
+kernels support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no
+replaced ``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class UnitModules(NamedTuple):
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
     act: int
+    size: int  # how many modules: a linear unit has no third
 
 
 class Staged(nn.Module):
@@ -59,8 +60,8 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 
 class FusedSequential(Staged, nn.Sequential):
-    """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels: ReLU,
-    ReLU6, Hardswish and SiLU.
+    """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels. The
+    activation is ReLU, ReLU6, Hardswish or SiLU, or there is none.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.
@@ -98,7 +99,7 @@ def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         units, pool = leading_chain(modules[i:])
         if units and accepts(x, units):
             x = run_chain(units, pool, x)
-            i += 3 * len(units) + pool
+            i += count_of(units) + pool
         else:
             x = modules[i](x)
             i += 1
@@ -118,7 +119,8 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
     """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
     units: list[UnitModules] = []
     tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
-    while (unit := _unit(*modules[3 * len(units) : 3 * len(units) + 3])) is not None:
+    count = 0
+    while (unit := _unit(*modules[count : count + 3])) is not None:
         if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
         buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None]
@@ -127,10 +129,16 @@ def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
         if len(tracked) < different:
             break  # a chain updates the running statistics of all its units at once, and these twice
         units.append(unit)
+        count += unit.size
     pool = False
-    if units and (after := modules[3 * len(units) :]):
+    if units and (after := modules[count:]):
         pool = is_exactly(after[0], nn.AdaptiveAvgPool2d) and _pools_to_one(after[0])
     return units, pool
+
+
+def count_of(units: Iterable[UnitModules]) -> int:
+    """How many modules the units have."""
+    return sum(unit.size for unit in units)
 
 
 def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
@@ -145,7 +153,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape
-    for _, conv, bn, _ in units:
+    for _, conv, bn, *_ in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
         if any(t.device != x.device for t in (*conv_tensors, *vectors)):
@@ -175,7 +183,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     tensors = [as_tensors(unit) for unit in units]
     out = chain.run(x, tensors, pool)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
-    batches = [bn.num_batches_tracked for _, _, bn, _ in units if _tracks(bn) and bn.num_batches_tracked is not None]
+    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if _tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
         torch._foreach_add_(batches, 1)
     return match_memory_format(out, gives_channels_last(x, tensors))
@@ -183,7 +191,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
 
 def as_tensors(unit: UnitModules) -> Unit:
     """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
-    kind, conv, bn, act = unit
+    kind, conv, bn, act, _ = unit
     batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = None
     if _tracks(bn):
@@ -255,17 +263,22 @@ def _unit(conv: nn.Module = None, bn: nn.Module = None, activation: nn.Module = 
     if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d)):
         return None
     act = _act_of(activation)
-    if act is None:
-        return None
+    act, size = (Act.LINEAR.value, 2) if act is None else (act, 3)
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
     if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     kind = conv_kind(conv)
-    return UnitModules(kind, conv, bn, act) if kind is not None and _is_consistent(conv, bn) else None
+    return UnitModules(kind, conv, bn, act, size) if kind is not None and _is_consistent(conv, bn) else None
 
 
-_ACTIVATIONS = {nn.ReLU: Act.RELU, nn.ReLU6: Act.RELU6, nn.Hardswish: Act.HARDSWISH, nn.SiLU: Act.SILU}
+_ACTIVATIONS = {
+    nn.Identity: Act.LINEAR,
+    nn.ReLU: Act.RELU,
+    nn.ReLU6: Act.RELU6,
+    nn.Hardswish: Act.HARDSWISH,
+    nn.SiLU: Act.SILU,
+}
 
 
 def _act_of(module: nn.Module | None) -> int | None:

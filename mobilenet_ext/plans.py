@@ -139,7 +139,7 @@ class FoldedChain:
         self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
     ) -> None:
         self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
-        layers = [layer for _, conv, bn, _ in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
+        layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
@@ -225,13 +225,13 @@ def parts_of(module: fusion.Staged) -> list[Part]:
         foldable = list(takewhile(lambda unit: unit.bn.running_mean is not None, units))
         if foldable:
             pool = pool and len(foldable) == len(units)
-            count = 3 * len(foldable) + pool
+            count = fusion.count_of(foldable) + pool
             linear = _linear_after_pooling(modules[count : count + 2]) if pool else None
             count += 2 if linear is not None else 0
             parts.append(FoldedChain(modules[:count], foldable, pool, linear))
         else:
-            count = 3 if units else 1  # a unit without running statistics
-            parts.append(partial(fusion.run_modules, modules[:3]) if units else modules[0])
+            count = units[0].size if units else 1  # a unit without running statistics
+            parts.append(partial(fusion.run_modules, modules[:count]) if units else modules[0])
         del modules[:count]
     return parts
 

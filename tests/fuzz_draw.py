@@ -156,7 +156,7 @@ def set_bn(draw: Draw, bn: nn.BatchNorm2d, size: float) -> None:
             bn.num_batches_tracked.fill_(draw.choice([0, 0, 1, 5]))
 
 
-def draw_unit(draw: Draw, kind: str, c_in: int, c_out: int, size: float) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
+def draw_unit(draw: Draw, kind: str, c_in: int, c_out: int, size: float) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module]:
     """A unit with random settings that the kernels support."""
     bias = draw.chance(0.5)
     if kind == "pointwise":
@@ -174,7 +174,9 @@ def draw_unit(draw: Draw, kind: str, c_in: int, c_out: int, size: float) -> tupl
     )
     set_conv(draw, conv)
     set_bn(draw, bn, size)
-    return conv, bn, nn.ReLU(inplace=draw.chance(0.3))
+    # The others have corners in their derivative, of whose sides the judge knows only the ReLU's.
+    act = nn.SiLU if draw.chance(0.15) else nn.ReLU
+    return conv, bn, act(inplace=draw.chance(0.3))
 
 
 def describe(model: nn.Module) -> str:

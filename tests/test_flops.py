@@ -36,7 +36,7 @@ def image(requires_grad: bool = False) -> Tensor:
 def kernels(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     """The chain of these units on the kernels, also where a mode watches the calls of modules."""
     units, pool = fusion.leading_chain(modules)
-    assert 3 * len(units) + pool == len(modules)
+    assert fusion.count_of(units) + pool == len(modules)
     return lambda x: fusion.run_chain(units, pool, x)
 
 

@@ -53,6 +53,11 @@ INSIDE, OUTSIDE = (2, 16, 8, 8), (2, 16, 16, 16)
 LEVELS = {"conv": ((3, 0), OUTSIDE, INSIDE), "bn": ((3, 1), INSIDE, INSIDE), "relu": ((3, 2), INSIDE, INSIDE)}
 
 
+def units_without(index: int) -> int:
+    """How many units are left where one's module ``index`` runs by itself: in front of an activation a linear unit."""
+    return UNITS if index == 2 else UNITS - 1
+
+
 def child(model: nn.Module, path: tuple[int, ...]) -> nn.Module:
     for index in path:
         model = model[index]
@@ -81,7 +86,7 @@ def test_hook_on_a_leaf(model, x, level, kind):
         expected = [shape_out]
     with KernelOps() as ops:
         model(x).sum().backward()
-    assert ops.units == UNITS - 1
+    assert ops.units == units_without(path[-1])
     assert calls == [expected]
     handle.remove()
     assert fused_units(model, x) == UNITS
@@ -265,7 +270,6 @@ SWAPS = {
     "LeakyReLU": (2, lambda old: nn.LeakyReLU(0.1)),
     "Mish": (2, lambda old: nn.Mish()),
     "ReLU6 with another bound": (2, lambda old: relu6_up_to(2)),
-    "Identity for ReLU": (2, lambda old: nn.Identity()),
     "Identity for BatchNorm": (1, lambda old: nn.Identity()),
     "GroupNorm": (1, lambda old: nn.GroupNorm(4, old.num_features).double()),
     "InstanceNorm": (1, lambda old: nn.InstanceNorm2d(old.num_features).double()),
@@ -289,11 +293,11 @@ SWAPS = {
 def test_swapped_child(model, x, name):
     index, make = SWAPS[name]
     model[3][index] = make(model[3][index])
-    assert_same_step(model, x, units=UNITS - 1)
-    assert_same_step(model.eval(), x, units=UNITS - 1)
+    assert_same_step(model, x, units=units_without(index))
+    assert_same_step(model.eval(), x, units=units_without(index))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardswish, nn.SiLU, lambda: nn.SiLU(inplace=True)])
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU6, nn.Hardswish, nn.SiLU, lambda: nn.SiLU(inplace=True)])
 def test_activations(model, x, activation):
     for index in (1, 3):
         model[index][2] = activation()
@@ -333,7 +337,24 @@ def test_inserted_and_removed_modules(model, x):
     del model[-1]
     assert_same_step(model, x, units=UNITS)
     del model[5][2]  # its ReLU
+    assert_same_step(model, x, units=UNITS)
+    del model[5][1]  # its BatchNorm
     assert_same_step(model, x, units=UNITS - 1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activation_that_is_unknown_follows_a_linear_unit(model, x, inplace):
+    model[3][2] = nn.ELU(inplace=inplace)
+    assert_same_step(model, x, units=UNITS)
+    assert_same_step(model.eval(), x, units=UNITS)
+
+
+def test_linear_units_at_both_ends_and_in_front_of_the_pooling(model, x):
+    """As in an inverted residual: the projection has no activation."""
+    for index in (0, 4, UNITS - 1):
+        del model[index][2]
+    assert_same_step(model, x, units=UNITS)
+    assert_same_step(model.eval(), x, units=UNITS)
 
 
 def test_swapped_unit(model, x):
@@ -374,7 +395,7 @@ def test_replaced_forward(model, x, index):
     target.forward = forward
     with KernelOps() as ops:
         actual = model(x)
-    assert ops.units == UNITS - 1
+    assert ops.units == units_without(index)
     assert calls == [OUTSIDE if index == 0 else INSIDE]
     assert not torch.allclose(actual, expected)
 

@@ -77,12 +77,13 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
   };
   auto border_pixel = [&](int64_t x) {
     Pixel p = begin_pixel(x);
+    // In the order of the loops over interior pixels: of constant images the gradients stay constant.
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) {
-      const int64_t numerator = x + padding - kx;
-      if (numerator < 0 || numerator % stride != 0 || numerator / stride >= r.out_w) continue;
+    for (int k = 0; k < rows; ++k) {
 #pragma GCC unroll 3
-      for (int k = 0; k < rows; ++k) {
+      for (int kx = 2; kx >= 0; --kx) {
+        const int64_t numerator = x + padding - kx;
+        if (numerator < 0 || numerator % stride != 0 || numerator / stride >= r.out_w) continue;
         const Vec<A> dy = load<A>(r.dy[k] + numerator / stride * kStep);
         p.da = fma(dy, w[k][kx], p.da);
         dw[k][kx] = fma(dy, p.a, dw[k][kx]);

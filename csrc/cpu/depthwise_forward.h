@@ -81,12 +81,14 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   };
   auto border_pixel = [&](int64_t x) {
     Vec<A> acc[1][1] = {};
+    // In the order of the loop over interior pixels: a constant image stays one.
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) {
-      const int64_t ix = x * stride + kx - g.padding;
-      if (ix < 0 || ix >= g.w) continue;
+    for (int ky = 0; ky < 3; ++ky) {
 #pragma GCC unroll 3
-      for (int ky = 0; ky < 3; ++ky) acc[0][0] = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc[0][0]);
+      for (int kx = 0; kx < 3; ++kx) {
+        const int64_t ix = x * stride + kx - g.padding;
+        if (ix >= 0 && ix < g.w) acc[0][0] = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc[0][0]);
+      }
     }
     norm_act(acc);
     put(x, acc[0][0]);
