@@ -35,8 +35,8 @@ struct Statistics {
   bool wanted() const { return bn != nullptr; }
 };
 
-// y = conv(a, weight), with a = act(norm(u)). In training the statistics of y may be wanted, in inference what is
-// stored is act(norm(y)).
+// y = conv(a, weight) + bias, with a = act(norm(u)). In training the statistics of y may be wanted, in inference what
+// is stored is act(norm(y)).
 struct ForwardArgs {
   Dtype dtype;
   Geometry g;
@@ -44,6 +44,7 @@ struct ForwardArgs {
   NormAct input;
   const void* weight;
   const void* packed;  // the weight, packed by the backend; null: not given
+  const void* bias;    // null: 0
   void* y;
   Statistics statistics;  // of y, with an output that is linear and not normalised
   NormAct output;

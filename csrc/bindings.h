@@ -24,7 +24,7 @@ struct Bindings {
   static std::tuple<Tensor, Tensor> conv_forward(const Tensor& u, const OptionalTensor& bn_u, int64_t act_u,
                                                  const Tensor& weight, int64_t stride, int64_t padding,
                                                  const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                                 bool stats) {
+                                                 bool stats, const OptionalTensor& bias) {
     const Call<Backend> call(u);
     const ConvShape s = call.check_conv(conv, u, weight, stride, padding);
     const ScalarType acc = acc_type(s.type);
@@ -36,6 +36,8 @@ struct Bindings {
     args.weight = data(weight);
     if (gamma) call.check_dense(*gamma, "gamma", acc, {s.g.c_out});
     if (beta) call.check_dense(*beta, "beta", acc, {s.g.c_out});
+    if (bias) call.check_dense(*bias, "bias", acc, {s.g.c_out});
+    args.bias = data(bias);
     Tensor y = call.empty_activation(s.g.n, s.g.c_out, s.g.out_h, s.g.out_w, s.type);
     Tensor bn_y = stats ? call.empty({BN_ROWS, s.g.c_out}, acc) : call.empty({0}, acc);
     args.y = y.mutable_data_ptr();

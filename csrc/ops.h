@@ -10,7 +10,7 @@
 //     x | y_prev --norm--> z_prev --act--> a --conv--> y --norm--> z --act--> ...
 //
 //   u             what a convolution reads: the y of the convolution before, or x
-//   y             its raw output, stored once, before the normalisation
+//   y             its raw output with its bias, stored once, before the normalisation
 //   z             (y - MEAN)*SCALE + SHIFT, never stored
 //   a             act(z), never stored between convolutions; 0 outside the image, after the activation
 //   dz            the gradient at z, already multiplied by the activation's derivative
@@ -21,6 +21,7 @@
 //   activations   4-D, channels_last dense (NHWC in memory); dtype float32, bfloat16, float16 or float64
 //   acc           the accumulation dtype: float64 for float64 activations, otherwise float32
 //   weight        the activations' dtype; depthwise [C,1,3,3], pointwise [N,K,1,1], dense [N,K,3,3]; contiguous
+//   bias          the convolution's, [C], acc; added before y is rounded and stored: it may cancel the mean of the rest
 //   gamma, beta   BatchNorm's weight and bias, [C], acc
 //   bn            a normalisation, acc [5,C], contiguous: rows BnRow below
 //   act           an Act below; of an input without bn_u: linear
@@ -43,7 +44,7 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
 // The three convolutions have the same signatures. A pointwise one has stride 1 and padding 0.
 #define MX_CONV_OPS(X, conv)                                                                                           \
   X(conv##_forward, #conv "_forward(Tensor u, Tensor? bn_u, int act_u, Tensor weight, int stride, int padding, "       \
-    "Tensor? gamma, Tensor? beta, float eps, bool stats) -> (Tensor y, Tensor bn_y)")                                  \
+    "Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) -> (Tensor y, Tensor bn_y)")               \
   X(conv##_backward, #conv "_backward(Tensor dz, Tensor? y, Tensor? grad_bn_y, Tensor u, Tensor? bn_u, int act_u, "    \
     "bool batch_stats_u, Tensor weight, int stride, int padding, bool need_input, bool need_weight) "                  \
     "-> (Tensor dz_u, Tensor grad_weight, Tensor grad_bn_u)")                                                          \
@@ -73,5 +74,5 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
   X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor")                  \
   X("pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor")                                           \
   X("update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] mean, Tensor[] var, "         \
-    "Tensor?[] conv_bias, SymInt[] count, float[] momentum) -> ()")
+    "SymInt[] count, float[] momentum) -> ()")
 // clang-format on

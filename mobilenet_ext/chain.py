@@ -33,7 +33,7 @@ Pack = Callable[[Tensor | None, Tensor | None, Tensor], Tensor]
 
 
 class Unit(NamedTuple):
-    """A convolution (without its bias), BatchNorm and activation, as tensors and settings."""
+    """A convolution, BatchNorm and activation, as tensors and settings."""
 
     kind: Kind
     stride: int
@@ -100,11 +100,11 @@ def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
         x = infer(x, [fold(unit) for unit in units[:inferred]], False, dtype)
         units = units[inferred:]
 
-    storage.check(x, *(t for u in units for t in (u.conv_bias, u.running_mean, u.running_var)))
+    storage.check(x, *(t for u in units for t in (u.running_mean, u.running_var)))
     settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps, u.act) for u in units)
     params: list[Tensor | None] = []
     for unit in units:
-        running_bn = None if unit.batch_stats else _running_bn(unit)
+        running_bn = None if unit.batch_stats else _running_bn(unit, None)
         params += [unit.weight, unit.conv_bias, unit.gamma, unit.beta, running_bn]
     # Converted in front of the node, so that what it saves is its own input: through it a second derivative finds it.
     if x.dtype != dtype or not x.is_contiguous(memory_format=torch.channels_last):
@@ -119,7 +119,6 @@ def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
             [unit.running_var for unit, _, _ in tracked],
             [bn[BN_MEAN] for _, bn, _ in tracked],
             [bn[BN_VAR] for _, bn, _ in tracked],
-            [unit.conv_bias for unit, _, _ in tracked],
             [count for _, _, count in tracked],
             [unit.momentum for unit, _, _ in tracked],
         )
@@ -140,7 +139,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def fold(unit: Unit) -> InferenceUnit:
     """The unit with its running statistics, BatchNorm parameters and convolution bias in one normalisation."""
-    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), _running_bn(unit), unit.act)
+    bn = _running_bn(unit, unit.conv_bias)
+    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), bn, unit.act)
 
 
 class Step(NamedTuple):
@@ -256,19 +256,12 @@ def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if vector is None else _as_parameter(vector, acc_dtype(dtype))
 
 
-def _running_bn(unit: Unit) -> Tensor:
-    vectors = (unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.conv_bias)
+def _running_bn(unit: Unit, conv_bias: Tensor | None) -> Tensor:
+    """The normalisation by running statistics of a convolution that has left out ``conv_bias``."""
+    vectors = (unit.running_mean, unit.running_var, unit.gamma, unit.beta, conv_bias)
     with torch.no_grad():
         mean, *rest = (_acc(v, unit.running_mean.dtype) for v in vectors)
         return ops.bn_from_running(mean, *rest, unit.eps)
-
-
-def _absorb_non_finite(bn: Tensor, conv_bias: Tensor | None) -> Tensor:
-    """``bn``, with the channels made NaN whose convolution's bias is not finite.
-
-    Batch statistics cancel any other bias, so the chain leaves it out.
-    """
-    return bn if conv_bias is None else bn + conv_bias.to(bn.dtype) * 0
 
 
 _NAME = "mobilenet_ext: chain of convolution, BatchNorm and ReLU"
@@ -302,7 +295,7 @@ class _Chain(torch.autograd.Function):
         for i, (kind, stride, padding, batch_stats, eps, act_y) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
             weight = _as_parameter(weight, dtype)
-            vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats)
+            vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats, _acc(conv_bias, dtype))
             if first is not None and i >= first:
                 # Of the first unit, what it computes from is kept only for a gradient that depends on it.
                 used = i > first or ctx.needs_input_grad[4] or ctx.needs_input_grad[5 + 5 * i]
@@ -312,8 +305,8 @@ class _Chain(torch.autograd.Function):
             u, batch_bn = ops.FORWARD[kind](u, bn, act, weight, stride, padding, *vectors)
             bn, act = running_bn, act_y
             if batch_stats:
-                bn = _absorb_non_finite(batch_bn, conv_bias)
-                batch_bns.append(bn)
+                bn = batch_bn
+                batch_bns.append(batch_bn)
         out = ops.norm_act_forward(u, bn, act, pool)
 
         if first is not None:

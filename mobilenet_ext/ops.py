@@ -44,7 +44,7 @@ def _conv_output(u: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
     return _image(u, u.shape[0], weight.shape[0], h, w)
 
 
-def _conv_forward(u, bn_u, act_u, weight, stride, padding, gamma, beta, eps, stats):
+def _conv_forward(u, bn_u, act_u, weight, stride, padding, gamma, beta, eps, stats, bias=None):
     bn = _acc_empty(u, BN_ROWS, weight.shape[0]) if stats else _acc_empty(u, 0)
     return _conv_output(u, weight, stride, padding), bn
 

@@ -48,10 +48,9 @@ def _bytes_of(tensor: Tensor, storage: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running_stats(running_mean, running_var, mean, var, conv_bias, count, momentum):
+def _update_running_stats(running_mean, running_var, mean, var, count, momentum):
     """running = (1 - momentum)*running + momentum*batch, one entry a BatchNorm: with the unbiased variance of ``count``
-    values a channel, and the convolution's bias, which the kernels leave out, back in the mean."""
-    mean = [m if bias is None else m + bias for m, bias in zip(mean, conv_bias, strict=True)]
+    values a channel."""
     unbiased = torch._foreach_mul(var, [n / max(n - 1, 1) for n in count])
     batch = torch._foreach_mul([*mean, *unbiased], momentum + momentum)
     running = [*running_mean, *running_var]

@@ -69,6 +69,10 @@ def calls(
         def affine(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
             return (random(channels).abs() + 0.5).to(device), random(channels).to(device)
 
+        def with_affine(channels: int) -> tuple:
+            """gamma, beta, eps, stats and a bias."""
+            return *affine(channels), 1e-5, True, random(channels).to(device)
+
         def filters(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return (random(*shape) / (shape[1] * shape[2] * shape[3]) ** 0.5).to(device, dtype)
 
@@ -76,7 +80,7 @@ def calls(
         u, bn_u = image(n, c, h, w), bn(c)
         pointwise = filters(k, c, 1, 1)
         y, grad_bn = image(n, k, h, w), random(6, k).to(device)
-        yield Call("pointwise_forward", (u, bn_u, act, pointwise, 1, 0, *affine(k), 1e-5, True))
+        yield Call("pointwise_forward", (u, bn_u, act, pointwise, 1, 0, *with_affine(k)))
         yield Call(
             "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, True, True)
         )
@@ -92,14 +96,14 @@ def calls(
             out = [(side - 1) // stride + 1 for side in (h, w)]
             depthwise, dense = filters(c, 1, 3, 3), filters(k, c, 3, 3)
             y, grad_bn = image(n, c, *out), random(6, c).to(device)
-            yield Call("depthwise_forward", (u, bn_u, act, depthwise, stride, 1, *affine(c), 1e-5, True))
+            yield Call("depthwise_forward", (u, bn_u, act, depthwise, stride, 1, *with_affine(c)))
             yield Call(
                 "depthwise_backward",
                 (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, 1, True, True),
             )
             yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1))
             yield Call("block_inference", (u, bn_u, act, depthwise, stride, bn(k), act, pointwise))
-            yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *affine(k), 1e-5, True))
+            yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *with_affine(k)))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(
                 "dense_backward",

@@ -201,9 +201,8 @@ class Rounded(nn.Module):
         if r is None:
             return module(x)
         if isinstance(module, nn.Conv2d):
-            y = module._conv_forward(r.read(x), self.parameter("weight"), None)
-            # The kernels store a convolution without its bias.
-            return r.stored(y if module.bias is None else r.stored(y) + _channel(self.parameter("bias")))
+            bias = None if module.bias is None else self.parameter("bias")
+            return r.stored(module._conv_forward(r.read(x), self.parameter("weight"), bias))
         if isinstance(module, nn.Linear):
             y = F.linear(r.read(x), self.parameter("weight"))
             return r.stored(y if module.bias is None else y + self.parameter("bias"))

@@ -74,13 +74,6 @@ def without_nan(op: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: op(*args).nan_to_num(0)
 
 
-def without_bias(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The running mean as if no convolution had a bias."""
-    return lambda mean, var, batch_mean, batch_var, bias, *rest: op(
-        mean, var, batch_mean, batch_var, [None] * len(bias), *rest
-    )
-
-
 PLANTED = {
     "an output off by 1e-3": (ops, "norm_act_forward", scaled(1 + 1e-3), "chains"),
     "an output off by 3e-5": (ops, "norm_act_forward", scaled(1 + 3e-5), "modules"),
@@ -90,10 +83,10 @@ PLANTED = {
     "the biased variance as the running one": (
         chain,
         "update_running_stats_",
-        lambda op: lambda *args: op(*args[:5], [10**9] * len(args[5]), args[6]),
+        lambda op: lambda *args: op(*args[:4], [10**9] * len(args[4]), args[5]),
         "modules",
     ),
-    "a running mean without the bias": (chain, "update_running_stats_", without_bias, "modules"),
+    "a convolution without its bias": (ops.FORWARD, "pointwise", lambda op: lambda *args: op(*args[:10]), "modules"),
     "bits that depend on the threads": (ops, "norm_act_forward", of_threads, "modules"),
     "NaN lost": (ops.INFERENCE, "pointwise", without_nan, "ops"),
     "statistics that are not differentiable": (

@@ -64,7 +64,7 @@ LINEAR, RELU = Act.LINEAR, Act.RELU
 KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     "depthwise_forward": lambda d: [
         (image(d), None, LINEAR, weight(d, C, 1, 3, 3), 1, 0, None, None, 1e-5, False),
-        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1, vector(d), vector(d), 1e-5, True),
+        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1, vector(d), vector(d), 1e-5, True, vector(d)),
     ],
     "depthwise_backward": lambda d: [
         (halved(d), None, None, image(d), None, LINEAR, False, weight(d, C, 1, 3, 3), 2, 1, True, False),
@@ -73,7 +73,7 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     ],
     "pointwise_forward": lambda d: [
         (image(d), None, LINEAR, pointwise(d), 1, 0, None, None, 1e-5, False),
-        (image(d), bn(d), RELU, pointwise(d), 1, 0, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
+        (image(d), bn(d), RELU, pointwise(d), 1, 0, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True, vector(d, C_OUT)),
     ],
     "pointwise_backward": lambda d: [
         (image(d, C_OUT), None, None, image(d), None, LINEAR, False, pointwise(d), 1, 0, True, False),
@@ -85,7 +85,7 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     ],
     "dense_forward": lambda d: [
         (image(d), None, LINEAR, dense(d), 1, 0, None, None, 1e-5, False),
-        (image(d), None, LINEAR, dense(d), 2, 1, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True),
+        (image(d), None, LINEAR, dense(d), 2, 1, vector(d, C_OUT), vector(d, C_OUT), 1e-5, True, vector(d, C_OUT)),
     ],
     "dense_backward": lambda d: [
         (halved(d, C_OUT), None, None, image(d), None, LINEAR, False, dense(d), 2, 1, True, True),
@@ -163,10 +163,10 @@ def with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def running_stats_args(dtype: torch.dtype) -> tuple[Any, ...]:
-    """Two BatchNorms, one behind a convolution with a bias."""
+    """Two BatchNorms."""
     running = [[torch.rand(c).to(dtype) for c in (C, C_OUT)] for _ in range(2)]
     batch = [[vector(dtype, c) for c in (C, C_OUT)] for _ in range(2)]
-    return *running, *batch, [None, weight(dtype, C_OUT)], [10, 1], [0.1, 1.0]
+    return *running, *batch, [10, 1], [0.1, 1.0]
 
 
 def defined_ops() -> set[str]:

@@ -1,5 +1,5 @@
-// Depthwise 3x3 convolution, forward: y = conv(act(norm(u)), weight), with the statistics of y, or in inference with
-// the output's normalisation and activation, in the same pass.
+// Depthwise 3x3 convolution, forward: y = conv(act(norm(u)), weight) + bias, with the statistics of y, or in inference
+// with the output's normalisation and activation, in the same pass.
 //
 // A tile walks down its band of output rows. Each input row is loaded, widened, normalised and activated once, into a
 // ring of three rows that stays in L1; outputs are made from registers, four pixels at a time; the statistics are taken
@@ -24,6 +24,7 @@ struct ForwardRow {
   const A* row[3];
   const A* zeros;
   const A* weight;  // [9][channels]
+  const A* bias;    // null: 0
   T* y;             // column 0
   int64_t x_begin, x_end;
   int count;
@@ -52,7 +53,7 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   }
   const bool normalises = output.normalises();
   const ChannelNorm<A> norm = normalises ? output.template norm<partial>(0, count) : ChannelNorm<A>{};
-  const Vec<A> shift = load<A>(r.shift);
+  const Vec<A> bias = r.bias ? load_lanes<partial, A>(r.bias, count) : zero<A>(), shift = load<A>(r.shift);
   Vec<A> sum = zero<A>(), sum_squares = zero<A>();
 
   auto norm_act = [&](auto& values) {
@@ -80,7 +81,7 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     sum_squares = fma(distance, distance, sum_squares);
   };
   auto border_pixel = [&](int64_t x) {
-    Vec<A> acc[1][1] = {};
+    Vec<A> acc[1][1] = {{bias}};
     // In the order of the loop over interior pixels: a constant image stays one.
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
@@ -102,7 +103,9 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   int64_t x = x_begin;
   for (; x < interior_begin; ++x) border_pixel(x);
   for (; x + kPixels <= interior_end; x += kPixels) {
-    Vec<A> acc[kPixels][1] = {};
+    Vec<A> acc[kPixels][1];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPixels; ++i) acc[i][0] = bias;
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
       const A* p = row[ky] + (x * stride - g.padding) * L;
@@ -165,6 +168,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
   const auto output = ChannelNormAct<A>(args.output, channels).from(t.channel_begin);
   weight += t.channel_begin;
+  const A* bias = args.bias ? static_cast<const A*>(args.bias) + t.channel_begin : nullptr;
   const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
   const int64_t in_begin = max_of(t.column_begin * stride - g.padding, 0);
@@ -197,6 +201,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       }
       r.zeros = zeros - in_begin * L;
       r.weight = weight + c;
+      r.bias = bias ? bias + c : nullptr;
       r.y = y + oy * g.out_w * channels + c;
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;

@@ -47,23 +47,41 @@ MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool
   });
 }
 
-// y = the product, and the moments of y as stored about the mean of the tile's first rows (see statistics.h).
+// Adds the panel's biases to a register block; null: none.
+template <int rows, int vectors, class A>
+MX_INLINE void add_bias(const A* bias, int64_t columns, Vec<A> (&sums)[rows][vectors]) {
+  if (bias == nullptr) return;
+  with_lanes<vectors, A>(columns, [&](auto is_partial) {
+    constexpr bool partial = decltype(is_partial)::value;
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<A> of_vector = load_lanes<partial, A>(bias + v * kLanes<A>, lanes_in<partial, A>(columns, v));
+#pragma GCC unroll 14
+      for (int i = 0; i < rows; ++i) sums[i][v] += of_vector;
+    }
+  });
+}
+
+// y = the product and the bias, and the moments of y as stored about the mean of the tile's first rows (see
+// statistics.h).
 template <class T>
 struct StoreWithMoments {
   using A = Acc<T>;
   static constexpr bool kAdds = false;
   T* y;  // the tile's first row, the panel's first column
   int64_t pitch, columns;
+  const A* bias;  // the panel's; null: 0
   bool streaming;
   Vec<A> shift[kPanelVectors], sum[kPanelVectors], squares[kPanelVectors];
 
-  StoreWithMoments(T* y, int64_t pitch, int64_t columns, bool streaming)
-      : y(y), pitch(pitch), columns(columns), streaming(streaming) {
+  StoreWithMoments(T* y, int64_t pitch, int64_t columns, const A* bias, bool streaming)
+      : y(y), pitch(pitch), columns(columns), bias(bias), streaming(streaming) {
     for (int v = 0; v < kPanelVectors; ++v) shift[v] = sum[v] = squares[v] = zero<A>();
   }
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
+    add_bias<rows, vectors, A>(bias, columns, sums);
     store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
     add_moments(row, count, sums);
   }
@@ -108,18 +126,20 @@ struct StoreWithMoments {
   }
 };
 
-// y = act(norm(product)).
+// y = act(norm(product + bias)).
 template <class T>
 struct StoreNormAct {
   using A = Acc<T>;
   static constexpr bool kAdds = false;
   T* y;
   int64_t pitch, columns;
+  const A* bias;             // the panel's; null: 0
   ChannelNormAct<A> output;  // from the panel's first channel on
   bool streaming;
 
   template <int rows, int vectors>
   MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
+    add_bias<rows, vectors, A>(bias, columns, sums);
     with_lanes<vectors, A>(columns, [&](auto is_partial) {
       constexpr bool partial = decltype(is_partial)::value;
 #pragma GCC unroll 2

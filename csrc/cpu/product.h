@@ -1,6 +1,6 @@
 // Convolutions as matrix products over row tiles, for any source of the tile (normalised rows, im2col, depthwise rows).
 //
-//   forward    y[rows, columns] = a[rows, depth] * weight[columns, depth]^T
+//   forward    y[rows, columns] = a[rows, depth] * weight[columns, depth]^T + bias[columns]
 //   backward   da = dy * weight,  grad_weight = dy^T * a
 //
 // The grids of tiles and chunks depend on the shape alone; partial results are merged in their order.
@@ -34,6 +34,7 @@ struct ForwardProduct {
   int64_t rows, depth, columns;
   const T* weight;           // [columns][depth]
   const Operand<T>* packed;  // the same in panels; null: packed here
+  const A* bias;             // null: 0
   T* y;
   Statistics statistics;  // of y, with an output that is linear and not normalised
   NormAct output;
@@ -43,8 +44,15 @@ template <class T>
 inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t depth, const T* weight) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  return {g.n * g.out_h * g.out_w, depth,           g.c_out,    weight, static_cast<const Operand<T>*>(args.packed),
-          static_cast<T*>(args.y), args.statistics, args.output};
+  return {g.n * g.out_h * g.out_w,
+          depth,
+          g.c_out,
+          weight,
+          static_cast<const Operand<T>*>(args.packed),
+          static_cast<const A*>(args.bias),
+          static_cast<T*>(args.y),
+          args.statistics,
+          args.output};
 }
 
 // build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a, for which
@@ -120,12 +128,13 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
         const E* const b = panel_at(panel);
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
         T* const y = p.y + tiles.begin(t) * p.columns + column;
+        const A* const bias = p.bias ? p.bias + column : nullptr;
         if (statistics) {
-          StoreWithMoments<T> epilogue(y, p.columns, columns, streaming);
+          StoreWithMoments<T> epilogue(y, p.columns, columns, bias, streaming);
           multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
           epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
         } else {
-          StoreNormAct<T> epilogue{y, p.columns, columns, output.from(column), streaming};
+          StoreNormAct<T> epilogue{y, p.columns, columns, bias, output.from(column), streaming};
           multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
         }
       }

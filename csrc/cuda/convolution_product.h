@@ -1,4 +1,4 @@
-// A forward convolution as a tiled product (product.h) D = A weight^T: what becomes of D, and the launch.
+// A forward convolution as a tiled product (product.h) D = A weight^T + bias: what becomes of D, and the launch.
 //
 // y is written once: as it is, with its statistics, or normalised and activated. Its channels are the product's
 // columns.
@@ -9,12 +9,22 @@
 
 namespace mx::cuda {
 
+// Adds the biases of a thread's channels; null: 0.
+template <int kWidth>
+__device__ __forceinline__ void add_bias(const float* bias, int column, int columns, float (&d)[kWidth]) {
+  if (bias == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i)
+    if (column + i < columns) d[i] += bias[column + i];
+}
+
 // Stores act(norm(y)). kWide: rows of y are multiples of 16 bytes, and y and bn aligned.
 template <class S, bool kWide>
 struct NormActOutput {
   using T = typename S::T;
   struct Arguments {
     T* y;
+    const float* bias;
     NormActParameters norm_act;
     Tiling tiling;
   };
@@ -39,6 +49,7 @@ struct NormActOutput {
 
   __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
     if (!inside) return;
+    add_bias(args.bias, column, args.tiling.columns, d);
     if (args.norm_act.bn != nullptr) {
 #pragma unroll
       for (int i = 0; i < S::kWidth; ++i) d[i] = norm.z(d[i], i);
@@ -58,6 +69,7 @@ struct StatisticsOutput {
   using T = typename S::T;
   struct Arguments {
     T* y;
+    const float* bias;
     float* partial;
     Tiling tiling;
   };
@@ -109,6 +121,7 @@ struct StatisticsOutput {
   __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
 
   __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
+    add_bias(args.bias, column, args.tiling.columns, d);
     const auto y = round_pack<T>(d);
     if (inside) store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, y);
     to_floats(y, d);
@@ -187,14 +200,15 @@ cudaError_t start_convolution(void (*with_statistics)(Source, const T*, typename
                               const Source& source, int depth, const ForwardArgs& f, const Launch& on) {
   const Tiling tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
   const T* const weight = static_cast<const T*>(f.weight);
+  const float* const bias = static_cast<const float*>(f.bias);
   T* const y = static_cast<T*>(f.y);
   if (!f.statistics.wanted())
     return launch_product<S>(with_norm_act, tiling, NormActOutput<S, kWide>::kSharedBytes, on, source, weight,
-                             typename NormActOutput<S, kWide>::Arguments{y, parameters_of(f.output), tiling});
+                             typename NormActOutput<S, kWide>::Arguments{y, bias, parameters_of(f.output), tiling});
   float* const partial = on.temporary<float>(size_t(tiling.programs) * STATISTICS_ROWS * tiling.columns);
   const cudaError_t error =
       launch_product<S>(with_statistics, tiling, StatisticsOutput<S, kWide>::kSharedBytes, on, source, weight,
-                        typename StatisticsOutput<S, kWide>::Arguments{y, partial, tiling});
+                        typename StatisticsOutput<S, kWide>::Arguments{y, bias, partial, tiling});
   if (error != cudaSuccess) return error;
   return merge_statistics(partial, tiling.programs, tiling.columns, f.statistics, on);
 }

@@ -17,6 +17,7 @@ struct Problem {
   const void* u;
   NormActParameters norm_act;  // of u, or of y
   const void* weight;
+  const float* bias;  // null: 0
   void* y;
   float* partial;  // null: no statistics
 };
@@ -126,6 +127,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
             round_pack<T>(sums[0][o]).store(out + o * channels);
           }
         } else {
+          if (p.bias != nullptr) {  // from the cache: registers are taken
+#pragma unroll
+            for (int i = 0; i < P; ++i) sums[0][o][i] += p.bias[c + i];
+          }
           const Packed stored = round_pack<T>(sums[0][o]);
           float value[P];
           to_floats(stored, value);
@@ -166,6 +171,7 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   p.u = args.u;
   p.norm_act = parameters_of(on_load ? args.input : args.output);
   p.weight = args.weight;
+  p.bias = static_cast<const float*>(args.bias);
   p.y = args.y;
   const int programs = g.n * g.out_h * g.out_w == 0 ? 0 : p.grid.programs;
   if (args.statistics.wanted()) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);

@@ -127,12 +127,15 @@ def _forward(
     beta: Tensor | None,
     eps: float,
     stats: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y = conv(act(norm(u)), weight)``, and where wanted the normalisation by the statistics of ``y`` as stored.
+    """``y = conv(act(norm(u)), weight) + bias``, and where wanted the normalisation by the statistics of ``y`` as
+    stored.
 
     u ``[N, C_in, H, W]``; y ``[N, C_out, H_out, W_out]``; bn_y acc ``[5, C_out]``, or empty.
     """
-    y = _store(_conv(depthwise, _norm_act(u, bn_u, act_u), weight, stride, padding), u)
+    y = _conv(depthwise, _norm_act(u, bn_u, act_u), weight, stride, padding)
+    y = _store(y if bias is None else y + _channel(bias), u)
     return y, _batch_bn(y, gamma, beta, eps) if stats else _acc(u).new_empty(0)
 
 
@@ -226,8 +229,8 @@ def bn_from_running(
     conv_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The normalisation by running statistics, all ``[C]``. The convolution leaves its bias out, so it comes off the
-    mean here."""
+    """The normalisation by running statistics, all ``[C]``. An inference op leaves its convolution's bias out, so it
+    comes off the mean here."""
     mean = _acc(running_mean) if conv_bias is None else _acc(running_mean) - conv_bias
     return _make_bn(mean, _acc(running_var), gamma, beta, eps)
 

@@ -20,15 +20,16 @@ from mobilenet_ext.triton.checks import check_plain_input
 from mobilenet_ext.triton.formulas import rounded
 from mobilenet_ext.triton.merge import store_statistics
 from mobilenet_ext.triton.patches import load_patches, tile_origin, weight_offsets
+from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def dense_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor; ``bn_u`` must be None."""
     check_plain_input(bn_u, act_u)
-    y, partial = _run("dense_forward", u, weight, stride, padding, None, Act.LINEAR, stats)
+    y, partial = _run("dense_forward", u, weight, stride, padding, bias, None, Act.LINEAR, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -37,12 +38,13 @@ def dense_inference(
     x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
-    return _run("dense_inference", x, weight, stride, padding, bn_y, act_y, False)[0]
+    return _run("dense_inference", x, weight, stride, padding, None, bn_y, act_y, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, weight: Tensor, stride: int, padding: int, bn_y: Tensor | None, act_y: int, stats: bool
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    op: str, u: Tensor, weight: Tensor, stride: int, padding: int, bias: Tensor | None, bn_y: Tensor | None, act_y: int,
+    stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip  # fmt: skip
     n, channels, height, width = u.shape
     filters = weight.shape[0]
     out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, padding) for size in (height, width))
@@ -56,13 +58,13 @@ def _run(
         kernel, programs = config["kernel"], config["PROGRAMS"]
         partial = merge.empty_statistics(u, programs, filters) if stats else None
         _kernel[(heuristics.cdiv(filters, kernel["BLOCK_N"]), programs)](
-            u, weight, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, padding,
+            u, weight, bias, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, padding,
             CHANNELS=channels, UNIT=unit, STRIDE=stride, ACT_Y=act_y, PRECISION=gpu.product_precision(u.dtype),
             **kernel,
         )  # fmt: skip
         return y, partial
 
-    return autotune.run(op, (*problem, int(act_y)), heuristics.dense_forward(*problem), launch)
+    return autotune.run(op, (*problem, int(act_y), bias is None), heuristics.dense_forward(*problem), launch)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _load_weight(weight_ptr, k, n, n_inside, CHANNELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "padding"])
 def _kernel(
-    u_ptr, weight_ptr, y_ptr, partial_ptr, bn_y_ptr,
+    u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
     images, height, width, out_height, out_width, N_units, padding,
     CHANNELS: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,6 +89,7 @@ def _kernel(
     first_k = tl.arange(0, BLOCK_K)
     first_weight = _load_weight(weight_ptr, first_k, n, n_inside, CHANNELS)
     norm_y = load_norm(bn_y_ptr, filters, n, n_inside)
+    bias = load_bias(bias_ptr, n, n_inside)
 
     # Statistics are sums of differences from the mean of the program's first tile. Being the mean of some of the
     # values, it is near enough to that of all for the difference of the sums below not to cancel.
@@ -108,6 +111,7 @@ def _kernel(
                 CHANNELS, STRIDE, BLOCK_H, BLOCK_W,
             )  # fmt: skip
             y = formulas.dot(patches, weight, y, PRECISION)
+        y = add_bias(y, bias, bias_ptr is not None)
         stored = rounded(norm_act(y, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
         base = y_ptr + ((image * out_height + row) * out_width + column) * filters
         offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters

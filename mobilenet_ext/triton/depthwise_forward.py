@@ -23,15 +23,16 @@ from mobilenet_ext.triton.checks import check_input
 from mobilenet_ext.triton.depthwise import load_filter
 from mobilenet_ext.triton.formulas import move_squares, rounded, where_also
 from mobilenet_ext.triton.merge import store_statistics
+from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def depthwise_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
     check_input(bn_u, act_u)
-    y, partial = _run("depthwise_forward", u, bn_u, act_u, weight, stride, padding, None, Act.LINEAR, stats)
+    y, partial = _run("depthwise_forward", u, bn_u, act_u, weight, stride, padding, bias, None, Act.LINEAR, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -40,12 +41,12 @@ def depthwise_inference(
     x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
-    return _run("depthwise_inference", x, None, Act.LINEAR, weight, stride, padding, bn_y, act_y, False)[0]
+    return _run("depthwise_inference", x, None, Act.LINEAR, weight, stride, padding, None, bn_y, act_y, False)[0]
 
 
 def _run(
     op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int,
-    bn_y: Tensor | None, act_y: int, stats: bool,
+    bias: Tensor | None, bn_y: Tensor | None, act_y: int, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
     out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, padding) for size in (height, width))
@@ -63,12 +64,12 @@ def _run(
         rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, config["waves"])
         partial = merge.empty_statistics(u, programs, channels) if stats else None
         _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
-            u, bn_u, weight, y, partial, bn_y, n, height, width, channels // unit, out_h, out_w, padding, rows,
+            u, bn_u, weight, bias, y, partial, bn_y, n, height, width, channels // unit, out_h, out_w, padding, rows,
             UNIT=unit, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
         )  # fmt: skip
         return y, partial
 
-    flags = (int(act_u), int(act_y), bn_u is not None, stats)
+    flags = (int(act_u), int(act_y), bn_u is not None, bias is not None, stats)
     problem = (n, channels, height, width, stride, padding, str(u.dtype), *flags)
     return autotune.run(op, problem, candidates, launch)
 
@@ -105,7 +106,7 @@ def _add_row(acc0, acc1, a, w, STRIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "padding", "rows"])
 def _kernel(
-    u_ptr, bn_u_ptr, weight_ptr, y_ptr, partial_ptr, bn_y_ptr,
+    u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
     images, height, width, C_units, out_height, out_width, padding, rows,
     UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -120,6 +121,7 @@ def _kernel(
     top, middle, bottom = load_filter(weight_ptr, c, channel_inside)
     norm_u = load_norm(bn_u_ptr, channels, c, channel_inside)
     norm_y = load_norm(bn_y_ptr, channels, c, channel_inside)
+    bias = load_bias(bias_ptr, c, channel_inside)
 
     # Statistics of a lane and channel: sums of differences from an offset, which is the first value, and from then on
     # now and then the mean of the values so far: neither a large mean nor an outlier before them cancels in M2.
@@ -200,6 +202,7 @@ def _kernel(
                 u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
                 y0, y1 = _add_row(this0, this1, a, bottom, STRIDE)
                 this0, this1 = _add_row(zero, zero, a, top, STRIDE)
+            y0 = add_bias(y0, bias, bias_ptr is not None)
             y0 = rounded(norm_act(y0, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
             tl.store(out_ptr, y0, mask=inside)
             if STATS:
@@ -214,6 +217,7 @@ def _kernel(
                 squares += difference * difference
                 count += first_counts
             if COLUMNS == 2:
+                y1 = add_bias(y1, bias, bias_ptr is not None)
                 y1 = rounded(norm_act(y1, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
                 tl.store(out_ptr + channels, y1, mask=second_inside)
                 if STATS:

@@ -184,7 +184,7 @@ def _from_running(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < channels
     mean = tl.load(mean_ptr + c, mask=mask, other=0.0).to(tl.float32)
-    if conv_bias_ptr is not None:  # the convolution leaves its bias out, so it comes off the mean here
+    if conv_bias_ptr is not None:  # an inference op leaves it out, so it comes off the mean here
         mean -= tl.load(conv_bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=mask, other=1.0).to(tl.float32)
     _store_bn(bn_ptr, gamma_ptr, beta_ptr, channels, c, mask, mean, var, eps)

@@ -1,4 +1,4 @@
-"""Pointwise convolution, forward and inference: a product of tall thin matrices, y[M, N] = a[M, K] W[N, K]^T.
+"""Pointwise convolution, forward and inference: a product of tall thin matrices, y[M, N] = a[M, K] W[N, K]^T + b[N].
 
 ``u`` is read raw, and normalised and activated between load and product; ``y`` is written once, and its statistics come
 from the tile in registers. A program owns a block of output channels and walks over tiles of rows, so that there are
@@ -37,16 +37,17 @@ from mobilenet_ext.triton.formulas import (
 )
 from mobilenet_ext.triton.merge import store_statistics
 from mobilenet_ext.triton.norm_act import norm_act_forward
+from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def pointwise_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
     check_input(bn_u, act_u)
     check_pointwise(stride, padding)
-    y, partial = _run("pointwise_forward", u, bn_u, act_u, weight, None, Act.LINEAR, stats)
+    y, partial = _run("pointwise_forward", u, bn_u, act_u, weight, bias, None, Act.LINEAR, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -56,12 +57,13 @@ def pointwise_inference(
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
     check_pointwise(stride, padding)
-    return _run("pointwise_inference", x, None, Act.LINEAR, weight, bn_y, act_y, False)[0]
+    return _run("pointwise_inference", x, None, Act.LINEAR, weight, None, bn_y, act_y, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bn_y: Tensor | None, act_y: int, stats: bool
-) -> tuple[Tensor, Tensor | None]:
+    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bias: Tensor | None, bn_y: Tensor | None,
+    act_y: int, stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, k, height, width = u.shape
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
@@ -78,18 +80,18 @@ def _run(
             operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
             _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](
-                *operand, weight, bn_y, y, partial, rows, k // unit, outputs // out_unit,
+                *operand, weight, bias, bn_y, y, partial, rows, k // unit, outputs // out_unit,
                 UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
             )  # fmt: skip
         return y, partial
 
-    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), int(act_y), bn_u is None, stats)
+    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), int(act_y), bn_u is None, bias is None, stats)
     return autotune.run(op, problem, candidates, launch)
 
 
 @triton.jit(do_not_specialize=["rows", "units", "out_units"])
 def _kernel(
-    u_ptr, bn_u_ptr, weight_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
+    u_ptr, bn_u_ptr, weight_ptr, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr,
     FOLD: tl.constexpr,
@@ -110,6 +112,7 @@ def _kernel(
         weight = tl.load(weight_ptrs, mask=(k < channels)[:, None] & column_inside[None, :], other=0.0)
         norm_u = load_norm(bn_u_ptr, channels, k, k < channels)
     norm_y = load_norm(bn_y_ptr, outputs, n, column_inside)
+    bias = load_bias(bias_ptr, n, column_inside)
     count = 0.0
     # Statistics are sums of differences from the mean of the program's first tile: a large mean costs no precision.
     # FOLD: a thread adds up its own rows of all tiles before it meets the others.
@@ -139,6 +142,7 @@ def _kernel(
                     a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
                 acc = dot(a, weight, acc, PRECISION)
 
+        acc = add_bias(acc, bias, bias_ptr is not None)
         y = rounded(norm_act(acc, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
         store_tile(y_ptr, tile, rows, outputs, n, y, BLOCK_M)
         if STATS:

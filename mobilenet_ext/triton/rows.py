@@ -25,3 +25,21 @@ GRAD_BETA = tl.constexpr(contract.GRAD_BETA)
 def load_row(ptr, row, channels, offsets, mask):
     """Row ``row`` of a float32 ``[rows, channels]`` array at the channels ``offsets``, as ``[1, len(offsets)]``."""
     return tl.load(ptr + row * channels + offsets, mask=mask, other=0.0)[None, :]
+
+
+@triton.jit
+def load_bias(bias_ptr, offsets, mask):
+    """A convolution's bias at the channels ``offsets``, ``[1, C]``; 0 outside the mask, and without one."""
+    if bias_ptr is None:
+        return tl.zeros([1, offsets.shape[0]], tl.float32)
+    else:
+        return tl.load(bias_ptr + offsets, mask=mask, other=0.0)[None, :]
+
+
+@triton.jit
+def add_bias(y, bias, BIAS: tl.constexpr):
+    """``y + bias``, or without ``BIAS`` y itself."""
+    if BIAS:
+        return y + bias
+    else:
+        return y

@@ -50,8 +50,8 @@ def dense_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Te
 @each_shape
 def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dz, y_before, grad_bn_y = dense_inputs(shape, dtype)
-    gamma, beta = grad_bn_y[0], grad_bn_y[1]
-    args = (x, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-3, True)
+    gamma, beta, bias = grad_bn_y[:3]
+    args = (x, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-3, True, bias)
     y, bn_y = ops.dense_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, in_float64(reference.dense_forward, args)[0], TOLERANCE[dtype], "y")

@@ -88,8 +88,8 @@ def _seed() -> None:
 @pytest.mark.parametrize("act_u", INPUTS)
 def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
-    gamma, beta = bn_u[1], bn_u[2]
-    args = (u, *norm_act_of(bn_u, act_u), weight, *shape[4:], gamma, beta, 1e-5, True)
+    gamma, beta, bias = bn_u[1:4]
+    args = (u, *norm_act_of(bn_u, act_u), weight, *shape[4:], gamma, beta, 1e-5, True, bias)
     y, bn_y = ops.depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     expected, _ = in_float64(reference.depthwise_forward, args)

@@ -64,17 +64,17 @@ def pointwise_inputs(
 @pytest.mark.parametrize("act_u", INPUTS)
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
-    gamma, beta = (grad_bn_y[0], grad_bn_y[1]) if act_u is not None else (None, None)
+    gamma, beta, bias = grad_bn_y[:3] if act_u is not None else (None, None, None)
     args = (u, *norm_act_of(bn_u, act_u), weight, 1, 0, gamma, beta, 1e-5)
-    y, bn_y = ops.pointwise_forward(*args, True)
+    y, bn_y = ops.pointwise_forward(*args, True, bias)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    exact = (*args, True)
+    exact = (*args, True, bias)
     if rounds_operands(dtype):
         a = reference._norm_act(u.double(), as_double(args[1]), args[2]).to(dtype)
-        exact = (a, None, Act.LINEAR, *args[3:], True)
+        exact = (a, None, Act.LINEAR, *args[3:], True, bias)
     assert_close(y, in_float64(reference.pointwise_forward, exact)[0], TOLERANCE[dtype], "y")
     assert_statistics(bn_y, y, gamma, beta, 1e-5)
-    plain, empty = ops.pointwise_forward(*args, False)
+    plain, empty = ops.pointwise_forward(*args, False, bias)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == bn_y.dtype
 
 

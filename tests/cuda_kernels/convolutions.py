@@ -63,24 +63,26 @@ def check_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor
 
 
 def check_forward(op: str, u, bn_u, act_u, weight, stride=1, padding=0, *, with_affine=True, allowed=0.0) -> None:
-    """y, its statistics, and y alone, of a convolution's forward."""
+    """y, its statistics, and y alone, of a convolution's forward; ``with_affine`` with a bias too."""
     args = (u, bn_u, act_u, weight, stride, padding)
     gamma, beta = affine(weight.shape[0]) if with_affine else (None, None)
-    y, bn_y = getattr(ops, op)(*args, gamma, beta, EPS, True)
+    bias = beta.flip(0) if with_affine else None
+    y, bn_y = getattr(ops, op)(*args, gamma, beta, EPS, True, bias)
     assert y.dtype == u.dtype and is_channels_last_dense(y) and bn_y.dtype == torch.float32
-    assert_close(y, expected_forward(op, *args), allowed or TOLERANCE[u.dtype], "y")
+    assert_close(y, expected_forward(op, *args, bias), allowed or TOLERANCE[u.dtype], "y")
     if y.numel() > y.shape[1]:  # the statistics of single values are rounding errors
         check_statistics(bn_y, y, gamma, beta)
-    alone, none = getattr(ops, op)(*args, gamma, beta, EPS, False)
+    alone, none = getattr(ops, op)(*args, gamma, beta, EPS, False, bias)
     assert same_bits(alone, y) and none.shape == (0,) and none.dtype == torch.float32
 
 
-def expected_forward(op: str, u, bn_u, act_u, weight, stride, padding) -> Tensor:
+def expected_forward(op: str, u, bn_u, act_u, weight, stride, padding, bias=None) -> Tensor:
     """y, of operands as the op rounds them."""
     a = reference._norm_act(u.double(), as_double(bn_u), act_u)
     if op == "pointwise_forward":
         a = a.to(u.dtype)
-    return in_float64(getattr(reference, op), (a, None, Act.LINEAR, weight, stride, padding, None, None, EPS, False))[0]
+    args = (a, None, Act.LINEAR, weight, stride, padding, None, None, EPS, False, bias)
+    return in_float64(getattr(reference, op), args)[0]
 
 
 def check_inference(op: str, *args) -> None:

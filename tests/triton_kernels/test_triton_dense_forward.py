@@ -59,7 +59,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, weight, bn = inputs(shape, dtype)
     gamma, beta = bn[BN_SCALE], bn[BN_SHIFT]
-    args = (u, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-5, True)
+    bias = beta.flip(0) if shape[1] != 3 else None
+    args = (u, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-5, True, bias)
     y, bn_y = dense_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, in_float64(reference.dense_forward, args)[0], TOLERANCE[dtype], "y")

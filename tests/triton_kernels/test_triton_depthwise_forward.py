@@ -49,7 +49,8 @@ def check_forward(dtype, channels, size, stride, padding, *, act=Act.RELU, norma
     bn = random_bn(channels, dtype) if normalise else None
     weight = torch.randn(channels, 1, 3, 3).to(dtype)
     gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
-    args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True)
+    bias = beta.flip(0) if affine else None
+    args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
     y, bn_y = depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, in_float64(reference.depthwise_forward, args)[0], TOLERANCE[dtype], "y")
@@ -57,7 +58,7 @@ def check_forward(dtype, channels, size, stride, padding, *, act=Act.RELU, norma
     if y.numel() > channels:  # the statistics of single values are rounding errors
         for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
             assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
-    again, without = depthwise_forward(*args[:-1], False)
+    again, without = depthwise_forward(*args[:-2], False, bias)
     assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
 
 

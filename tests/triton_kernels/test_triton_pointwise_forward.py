@@ -70,17 +70,18 @@ def check_forward(
     u = activation(size[0], channels, *size[1:], dtype=dtype)
     bn_u, weight = None if plain else random_bn(channels, dtype), weight_of(channels, outputs, dtype)
     gamma, beta = (torch.rand(outputs) + 0.5, torch.randn(outputs)) if affine else (None, None)
+    bias = beta.flip(0) if affine else None
     args = (u, bn_u, Act.LINEAR if plain else act, weight, 1, 0, gamma, beta, 1e-5)
-    y, bn = pointwise_forward(*args, True)
+    y, bn = pointwise_forward(*args, True, bias)
     assert y.dtype == dtype and is_channels_last_dense(y)
     # In 16 bits it comes from two roundings: of an operand, and of itself.
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 1.5)
-    assert_close(y, in_float64(reference.pointwise_forward, (*args, True))[0], bound, "y")
+    assert_close(y, in_float64(reference.pointwise_forward, (*args, True, bias))[0], bound, "y")
     of_stored = reference._batch_bn(y.double(), *(None if v is None else v.double() for v in (gamma, beta)), 1e-5)
     assert bn.shape == (BN_ROWS, outputs) and bn.dtype == torch.float32
     for row in range(BN_ROWS):
         assert_close(bn[row], of_stored[row], ACC_TOLERANCE[dtype], f"bn[{row}]")
-    again, nothing = pointwise_forward(*args, False)
+    again, nothing = pointwise_forward(*args, False, bias)
     assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
 
 
