@@ -118,7 +118,7 @@ struct Start {
         parameters_of(args.depthwise),
         static_cast<const T*>(args.depthwise_weight),
         static_cast<const T*>(args.pointwise_weight),
-        {static_cast<T*>(args.y), parameters_of(args.pointwise),
+        {static_cast<T*>(args.y), nullptr, parameters_of(args.pointwise),
          tiling_of<S>(g.n * g.out_h * g.out_w, g.c_in, g.c_out, launch)},
         int(g.c_in),
         int(g.h),
