@@ -89,7 +89,6 @@ def _kernel(
     first_k = tl.arange(0, BLOCK_K)
     first_weight = _load_weight(weight_ptr, first_k, n, n_inside, CHANNELS)
     norm_y = load_norm(bn_y_ptr, filters, n, n_inside)
-    bias = load_bias(bias_ptr, n, n_inside)
 
     # Statistics are sums of differences from the mean of the program's first tile. Being the mean of some of the
     # values, it is near enough to that of all for the difference of the sums below not to cancel.
@@ -111,7 +110,8 @@ def _kernel(
                 CHANNELS, STRIDE, BLOCK_H, BLOCK_W,
             )  # fmt: skip
             y = formulas.dot(patches, weight, y, PRECISION)
-        y = add_bias(y, bias, bias_ptr is not None)
+        # Loaded for each tile: the product needs the registers.
+        y = add_bias(y, load_bias(bias_ptr, n, n_inside), bias_ptr is not None)
         stored = rounded(norm_act(y, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
         base = y_ptr + ((image * out_height + row) * out_width + column) * filters
         offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters

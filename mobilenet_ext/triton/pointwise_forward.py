@@ -112,7 +112,6 @@ def _kernel(
         weight = tl.load(weight_ptrs, mask=(k < channels)[:, None] & column_inside[None, :], other=0.0)
         norm_u = load_norm(bn_u_ptr, channels, k, k < channels)
     norm_y = load_norm(bn_y_ptr, outputs, n, column_inside)
-    bias = load_bias(bias_ptr, n, column_inside)
     count = 0.0
     # Statistics are sums of differences from the mean of the program's first tile: a large mean costs no precision.
     # FOLD: a thread adds up its own rows of all tiles before it meets the others.
@@ -142,7 +141,8 @@ def _kernel(
                     a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
                 acc = dot(a, weight, acc, PRECISION)
 
-        acc = add_bias(acc, bias, bias_ptr is not None)
+        # Loaded for each tile: the product needs the registers.
+        acc = add_bias(acc, load_bias(bias_ptr, n, column_inside), bias_ptr is not None)
         y = rounded(norm_act(acc, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
         store_tile(y_ptr, tile, rows, outputs, n, y, BLOCK_M)
         if STATS:
