@@ -25,19 +25,20 @@ def load_gradient_coefficients(grad_bn_ptr, channels, offsets, mask, BATCH_STATS
     """What ``output_gradient`` takes of a ``grad_bn``: DZ_COEFFICIENT, Y_COEFFICIENT, MEAN and CONSTANT, each
     ``[1, len(offsets)]``.
 
-    Without ``BATCH_STATS`` only the first is used; without ``grad_bn`` it is 1.
+    Without ``BATCH_STATS`` only the first is used, and stands in for the others; without ``grad_bn`` it is 1.
     """
-    dz_coefficient = tl.full([1, offsets.shape[0]], 1.0, tl.float32)
-    y_coefficient = tl.zeros([1, offsets.shape[0]], tl.float32)
-    mean = y_coefficient
-    constant = y_coefficient
-    if grad_bn_ptr is not None:
+    if grad_bn_ptr is None:
+        one = tl.full([1, offsets.shape[0]], 1.0, tl.float32)
+        return one, one, one, one
+    else:
         dz_coefficient = load_row(grad_bn_ptr, GRAD_DZ_COEFFICIENT, channels, offsets, mask)
-    if BATCH_STATS:
-        y_coefficient = load_row(grad_bn_ptr, GRAD_Y_COEFFICIENT, channels, offsets, mask)
-        mean = load_row(grad_bn_ptr, GRAD_MEAN, channels, offsets, mask)
-        constant = load_row(grad_bn_ptr, GRAD_CONSTANT, channels, offsets, mask)
-    return dz_coefficient, y_coefficient, mean, constant
+        if BATCH_STATS:
+            y_coefficient = load_row(grad_bn_ptr, GRAD_Y_COEFFICIENT, channels, offsets, mask)
+            mean = load_row(grad_bn_ptr, GRAD_MEAN, channels, offsets, mask)
+            constant = load_row(grad_bn_ptr, GRAD_CONSTANT, channels, offsets, mask)
+            return dz_coefficient, y_coefficient, mean, constant
+        else:
+            return dz_coefficient, dz_coefficient, dz_coefficient, dz_coefficient
 
 
 @triton.jit

@@ -244,7 +244,7 @@ Shape = tuple[int, int, int, int, int, int]
 
 @cache
 def pointwise_forward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, gpu: Gpu
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, normalised: bool, tma: bool, gpu: Gpu
 ) -> tuple[Config, ...]:
     """For the product of [rows, channels] with [channels, outputs], where there are many more rows than columns.
 
@@ -293,8 +293,21 @@ def pointwise_forward(
             **_limit(itemsize, ieee, gpu, warps, waves),
         )  # fmt: skip
         count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
-        candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "kernel": kernel})
+        candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "TMA": False, "kernel": kernel})
+    if tma:
+        candidates = [*_pointwise_forward_tma(rows, channels, outputs, gpu), *candidates]
     return tuple(candidates)
+
+
+def _pointwise_forward_tma(rows: int, channels: int, outputs: int, gpu: Gpu) -> list[Config]:
+    """The same with the operands in shared memory (``hopper.py``)."""
+    candidates = []
+    for block_m, block_n, block_k, warps, stages, waves in ((128, 256, 64, 8, 3, 1), (128, 128, 32, 4, 4, 2)):
+        block_n, block_k = max(64, _at_most(block_n, outputs)), _at_most(block_k, channels)
+        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
+        kernel = config(warps, maxnreg=255, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages)
+        candidates.append({"PROGRAMS": count, "STORED_A": False, "TMA": True, "kernel": kernel})
+    return candidates
 
 
 def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> Config:
@@ -306,8 +319,9 @@ def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> C
 
 @cache
 def pointwise_backward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool, gpu: Gpu
-) -> tuple[Config, ...]:
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool, tma: bool,
+    gates: bool, gpu: Gpu,
+) -> tuple[Config, ...]:  # fmt: skip
     """For the gradients of input and weight: in one pass over the data where a program can hold all of dW, else apart.
 
     Before sm_90 (with less shared memory than that has) tensor cores take both operands from registers, and the weight
@@ -336,6 +350,7 @@ def pointwise_backward(
         columns = cdiv(channels, block_k) * (1 if "WHOLE_N" in constants else cdiv(outputs, block_n))
         return {
             "PROGRAMS": programs(cdiv(rows, block_m), columns, gpu.multiprocessors, waves),
+            "TMA": False,
             "kernel": config(
                 num_warps=warps, num_stages=stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, **constants,
                 **({"maxnreg": 255} if ieee else {}),
@@ -343,6 +358,8 @@ def pointwise_backward(
         }  # fmt: skip
 
     candidates = []
+    if tma:
+        candidates += _pointwise_backward_tma(rows, channels, outputs, need_input, need_weight, gates, gpu)
     if need_input and need_weight:
         for shape in one_pass:
             if outputs <= shape[1] and channels <= shape[2]:
@@ -355,3 +372,35 @@ def pointwise_backward(
         "weight": {**kernel(by_weight), "STORED_A": stored_a} if need_weight else None,
     })  # fmt: skip
     return tuple(candidates)
+
+
+def _pointwise_backward_tma(
+    rows: int, channels: int, outputs: int, need_input: bool, need_weight: bool, gates: bool, gpu: Gpu
+) -> list[Config]:
+    """The same with the operands in shared memory (``hopper.py``), whose da is rounded before it is multiplied by the
+    activation's derivative: for those whose derivative is 0 or 1."""
+
+    def kernel(shape: Shape, by: str) -> Config:
+        block_m, block_n, block_k, warps, stages, waves = shape
+        block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
+        columns = {
+            "input": cdiv(channels, block_k), "weight": cdiv(channels, block_k) * cdiv(outputs, block_n), "both": 1
+        }[by]  # fmt: skip
+        return {
+            "PROGRAMS": programs(cdiv(rows, block_m), columns, gpu.multiprocessors, waves),
+            "TMA": True,
+            "kernel": config(warps, maxnreg=255, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages),
+        }
+
+    if not gates or not need_input:
+        return []
+    candidates: list[Config] = []
+    if need_weight and outputs <= 128 and channels <= 128:
+        shape = (64, 128, 128, 8, 3, 1) if channels > 64 else (64, 128, 64, 8, 4, 1) if outputs > 64 else (128, 64, 64, 8, 3, 1)
+        candidates.append({"STORED_DY": False, "input": kernel(shape, "both"), "weight": None})
+    candidates.append({
+        "STORED_DY": False,
+        "input": kernel((128, 32, 256, 8, 4, 1), "input"),
+        "weight": {**kernel((64, 128, 256, 8, 4, 1), "weight"), "STORED_A": False} if need_weight else None,
+    })  # fmt: skip
+    return candidates

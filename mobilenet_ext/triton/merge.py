@@ -106,9 +106,9 @@ def gradients(
 def store_statistics(ptr, program, channels, offsets, mask, count, mean, mean_rest, m2):
     """Leaves a program's statistics of the channels ``offsets``."""
     ptr += program * STATISTICS_ROWS * channels
-    tl.store(ptr + STATISTICS_COUNT * channels + offsets, tl.zeros_like(m2) + count, mask=mask)
+    tl.store(ptr + STATISTICS_COUNT * channels + offsets, count, mask=mask)
     tl.store(ptr + STATISTICS_MEAN * channels + offsets, mean, mask=mask)
-    tl.store(ptr + STATISTICS_MEAN_REST * channels + offsets, tl.zeros_like(m2) + mean_rest, mask=mask)
+    tl.store(ptr + STATISTICS_MEAN_REST * channels + offsets, mean_rest, mask=mask)
     tl.store(ptr + STATISTICS_M2 * channels + offsets, m2, mask=mask)
 
 

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.triton import autotune, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import activate_backward, centred, load_norm, norm_act_inside, normalise
+from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_backward, merge
+from mobilenet_ext.triton.activation import activate_backward, centred, gates, load_norm, norm_act_inside, normalise
 from mobilenet_ext.triton.checks import check_input, check_pointwise
 from mobilenet_ext.triton.formulas import (
     as_int64,
@@ -52,7 +52,7 @@ def pointwise_backward(
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_backward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", need_input, need_weight,
-        gpu.of(u),
+        hopper.fits(u, dz, weight), gates(act_u), gpu.of(u),
     )  # fmt: skip
     unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
     sizes = (rows, k // unit, outputs // out_unit)
@@ -73,7 +73,13 @@ def pointwise_backward(
             if by_weight is None and need_weight:
                 weight_partial = grad_weight.new_empty(programs, outputs, k)
             dy = torch.empty_like(dz) if by_weight is not None and gradient[1] is not None else None
-            if rows:
+            if rows and by_input["TMA"] and by_weight is None and need_weight:
+                hopper_backward.launch_one_pass(
+                    *gradient, u, bn_u, act_u, weight, dz_u, sums, weight_partial, programs, kernel
+                )
+            elif rows and by_input["TMA"]:
+                hopper_backward.launch_input(*gradient, u, bn_u, act_u, weight, dz_u, sums, dy, programs, kernel)
+            elif rows:
                 _input[(programs * heuristics.cdiv(k, kernel["BLOCK_K"]),)](
                     *gradient, u, bn_u, weight, dz_u, sums, dy, weight_partial, *sizes, **constants, **kernel
                 )
@@ -83,7 +89,9 @@ def pointwise_backward(
             programs, kernel = by_weight["PROGRAMS"], by_weight["kernel"]
             weight_partial = grad_weight.new_empty(programs, outputs, k)
             blocks = heuristics.cdiv(outputs, kernel["BLOCK_N"]) * heuristics.cdiv(k, kernel["BLOCK_K"])
-            if rows:
+            if rows and by_weight["TMA"]:
+                hopper_backward.launch_weight(gradient[0], u, bn_u, act_u, weight_partial, programs, kernel)
+            elif rows:
                 stored = by_weight["STORED_A"] and bn_u is not None
                 operand = (norm_act_forward(u, bn_u, act_u, False), None) if stored else (u, bn_u)
                 _weight[(programs * blocks,)](*gradient, *operand, weight_partial, *sizes, **constants, **kernel)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilenet_ext.contract import Act
-from mobilenet_ext.triton import autotune, gpu, heuristics, merge
+from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_forward, merge
 from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.checks import check_input, check_pointwise
 from mobilenet_ext.triton.formulas import (
@@ -69,14 +69,16 @@ def _run(
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_forward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
-        gpu.of(u),
+        hopper.fits(u, weight), gpu.of(u),
     )  # fmt: skip
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
         partial = merge.empty_statistics(u, programs, outputs) if stats else None
-        if rows:
+        if rows and config["TMA"]:
+            hopper_forward.launch(u, bn_u, act_u, weight, bias, bn_y, act_y, y, partial, programs, kernel)
+        elif rows:
             operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
             unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
             _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](

@@ -1,0 +1,88 @@
+"""Pointwise products on Hopper: what their kernels share.
+
+The other Triton kernels leave to the compiler how operands reach the tensor cores: one that is normalised on load then
+passes through registers, and is normalised by every program that multiplies it. Here it is said (in Gluon, Triton's
+language of explicit layouts): the tensor memory accelerator (TMA) copies tiles into shared memory, some steps ahead; an
+operand that has to be built from them (a from u, dy from dz and y) is built there once, in place, while the tensor
+cores multiply the step before; both operands of a product (``wgmma``) are read from shared memory. Outputs go through
+shared memory as well, from the layout of the accumulators to one in which a thread holds eight neighbouring channels
+of some rows: 128-bit accesses, and sums over rows that stay in a thread.
+
+For 16-bit types and channels that 8 divides: rows begin at multiples of 16 bytes, as TMA wants them. Neither Triton's
+interpreter nor another GPU can run this; elsewhere, and for other problems, the kernels beside it do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mobilenet_ext.triton import gpu
+from mobilenet_ext.triton.activation import load_norm, norm_act_inside
+from mobilenet_ext.triton.formulas import rounded
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether these kernels take the tensors, activations and a pointwise weight, on this GPU."""
+    return (
+        gpu.of(tensors[0]).is_hopper
+        and not knobs.runtime.interpret
+        and all(t.dtype in _DTYPES and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    )
+
+
+def tiles_of(matrix: Tensor, rows: int, columns: int, block: tuple[int, int]) -> TensorDescriptor:
+    """TMA's description of the memory of ``matrix`` as [rows, columns], copied in blocks; what lies outside reads as 0."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[matrix.dtype])
+    return TensorDescriptor(matrix, [rows, columns], [columns, 1], list(block), layout)
+
+
+@gluon.constexpr_function
+def by_rows(rows, columns, num_warps):
+    """The layout of a [rows, columns] tile with 8 neighbouring columns of a row in a thread, or of several rows."""
+    threads = min(32, columns // 8)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def accumulator(rows, columns, num_warps):
+    """The layout of a [rows, columns] product on the tensor cores: four warps side by side hold 64 rows."""
+    row_warps = min(num_warps, rows // 16)
+    column_warps = num_warps // row_warps
+    shape = [16, min(columns // column_warps, 256), 16]
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[row_warps, column_warps], instr_shape=shape)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """``COUNT`` barriers that each wait for one copy."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit
+def norm_act_in_place(tile, bn_ptr, channels, c0, left, ACT: gl.constexpr, num_warps: gl.constexpr):
+    """Replaces the tile u in shared memory, of the channels from ``c0`` on, by act(norm(u)), and 0 after ``left`` rows."""
+    rows: gl.constexpr = tile.shape[0]
+    columns: gl.constexpr = tile.shape[1]
+    layout: gl.constexpr = by_rows(rows, columns, num_warps)
+    c = c0 + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
+    norm = load_norm(bn_ptr, channels, c, c < channels)
+    inside = (gl.arange(0, rows, layout=gl.SliceLayout(1, layout)) < left)[:, None]
+    tile.store(rounded(norm_act_inside(tile.load(layout), norm, inside, True, ACT), tile.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def sum_of_lanes(x, LANES: gl.constexpr):
+    """The rows of a tile that one thread holds added up: a row for each of the ``LANES`` rows that threads share."""
+    return gl.sum(gl.reshape(x, [x.shape[0] // LANES, LANES, x.shape[1]]), axis=0)

@@ -1,0 +1,155 @@
+"""Pointwise convolution on Hopper, forward and inference (see ``hopper.py``)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from mobilenet_ext.triton import heuristics, hopper
+from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.formulas import finite, move_squares, rounded
+from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_in_place, sum_of_lanes
+from mobilenet_ext.triton.merge import store_statistics
+from mobilenet_ext.triton.rows import load_bias
+
+
+def launch(
+    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bias: Tensor | None, bn_y: Tensor | None, act_y: int,
+    y: Tensor, partial: Tensor | None, programs: int, kernel: heuristics.Config,
+) -> None:  # fmt: skip
+    """Writes y, and with ``partial`` the statistics of each program's rows."""
+    n, k, height, width = u.shape
+    rows, outputs = n * height * width, weight.shape[0]
+    block_m, block_n, block_k = kernel["BLOCK_M"], kernel["BLOCK_N"], kernel["BLOCK_K"]
+    _kernel[(programs * heuristics.cdiv(outputs, block_n),)](
+        hopper.tiles_of(u, rows, k, (block_m, block_k)), bn_u, hopper.tiles_of(weight, outputs, k, (block_n, block_k)),
+        bias, bn_y, y, partial, rows, k // 8, outputs // 8, ACT_U=act_u, ACT_Y=act_y, **kernel,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy(u_desc, weight_desc, u_tiles, weight_tiles, bars, step, tile, n0, k0, wanted):
+    """Starts the copies of a step, which end at its barrier."""
+    slot = step % u_tiles.shape[0]
+    bar = bars.index(slot)
+    mbarrier.expect(bar, u_desc.block_type.nbytes + weight_desc.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(u_desc, [tile * u_tiles.shape[1], k0], bar, u_tiles.index(slot), wanted)
+    tma.async_copy_global_to_shared(weight_desc, [n0, k0], bar, weight_tiles.index(slot), wanted)
+
+
+@gluon.jit(do_not_specialize=["rows", "units", "out_units"])
+def _kernel(
+    u_desc, bn_u_ptr, weight_desc, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
+    ACT_U: gl.constexpr, ACT_Y: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """A program owns a block of output channels and walks over tiles of rows, ``steps`` blocks of input channels each.
+
+    A step's copies are in flight for ``STAGES - 1`` steps, across the borders of tiles.
+    """
+    dtype: gl.constexpr = u_desc.dtype
+    NORM_U: gl.constexpr = bn_u_ptr is not None
+    STATS: gl.constexpr = partial_ptr is not None
+    channels = units * 8
+    outputs = out_units * 8
+    blocks = gl.cdiv(outputs, BLOCK_N)
+    n0 = gl.program_id(0) % blocks * BLOCK_N
+    program = gl.program_id(0) // blocks
+    programs = gl.num_programs(0) // blocks
+    tiles = (rows - 1) // BLOCK_M + 1
+    own_tiles = gl.maximum((tiles - program + programs - 1) // programs, 0)
+    steps = gl.cdiv(channels, BLOCK_K)
+    all_steps = own_tiles * steps
+
+    u_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], u_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], dtype)
+    y_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], y_layout)
+    bars = barriers(STAGES)
+    AHEAD: gl.constexpr = STAGES if NORM_U else STAGES - 1
+    for step in gl.static_range(AHEAD):
+        _copy(
+            u_desc, weight_desc, u_tiles, weight_tiles, bars, step, program + step // steps * programs, n0,
+            step % steps * BLOCK_K, step < all_steps,
+        )  # fmt: skip
+
+    layout: gl.constexpr = by_rows(BLOCK_M, BLOCK_N, num_warps)
+    LANES: gl.constexpr = num_warps * layout.threads_per_warp[0]
+    PART: gl.constexpr = 4 * LANES  # rows of the output that are in registers at a time
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    m = gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+    column_inside = n < outputs
+    mma: gl.constexpr = accumulator(BLOCK_M, BLOCK_N, num_warps)
+    n_mma = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, mma))
+    # Statistics are sums of differences from the mean of the program's first tile: a large mean costs no precision.
+    count = 0.0
+    origin = gl.zeros([BLOCK_N], gl.float32, layout=gl.SliceLayout(0, layout))
+    total = sum_of_lanes(gl.zeros([PART, BLOCK_N], gl.float32, layout=layout), LANES)
+    squares = total
+
+    if NORM_U:
+        mbarrier.wait(bars.index(0), 0, pred=all_steps > 0)
+        norm_act_in_place(u_tiles.index(0), bn_u_ptr, channels, 0, rows - program * BLOCK_M, ACT_U, num_warps)
+    step = 0
+    for own in range(own_tiles):
+        tile = program + own * programs
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=mma)
+        for _ in range(steps):
+            slot = step % STAGES
+            if not NORM_U:
+                mbarrier.wait(bars.index(slot), step // STAGES & 1)
+            acc = warpgroup_mma(u_tiles.index(slot), weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
+            step += 1
+            if NORM_U:
+                # The next step's operand is built while this one's product runs.
+                slot = step % STAGES
+                mbarrier.wait(bars.index(slot), step // STAGES & 1, pred=step < all_steps)
+                left = rows - (program + step // steps * programs) * BLOCK_M
+                norm_act_in_place(
+                    u_tiles.index(slot), bn_u_ptr, channels, step % steps * BLOCK_K, left, ACT_U, num_warps
+                )
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            # What the last product but AHEAD - STAGES has read takes the copies of a later step.
+            later = step - 1 + AHEAD
+            _copy(
+                u_desc, weight_desc, u_tiles, weight_tiles, bars, later, program + later // steps * programs, n0,
+                later % steps * BLOCK_K, later < all_steps,
+            )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+
+        if bias_ptr is not None:
+            acc = acc + load_bias(bias_ptr, n_mma, n_mma < outputs)
+        if bn_y_ptr is not None:
+            acc = norm_act(acc, load_norm(bn_y_ptr, outputs, n_mma, n_mma < outputs), True, ACT_Y)
+        y_tile.store(rounded(acc, dtype))
+        row0 = tile.to(gl.int64) * BLOCK_M
+        left = gl.minimum(rows - row0, BLOCK_M).to(gl.int32)
+        if STATS:
+            count += left.to(gl.float32)
+            if own == 0:
+                first = gl.zeros_like(total)
+                for part in gl.static_range(BLOCK_M // PART):
+                    y = y_tile.slice(part * PART, PART).load(layout).to(gl.float32)
+                    first += sum_of_lanes(gl.where((part * PART + m < left)[:, None], y, 0.0), LANES)
+                origin = finite(gl.convert_layout(gl.sum(first, axis=0), gl.SliceLayout(0, layout)) / left.to(gl.float32))
+        for part in gl.static_range(BLOCK_M // PART):
+            y = y_tile.slice(part * PART, PART).load(layout)
+            row_inside = (part * PART + m < left)[:, None]
+            offsets = (part * PART + m)[:, None] * outputs + n[None, :]
+            gl.store(y_ptr + row0 * outputs + offsets, y, mask=row_inside & column_inside[None, :])
+            if STATS:
+                difference = gl.where(row_inside, y.to(gl.float32) - origin[None, :], 0.0)
+                total += sum_of_lanes(difference, LANES)
+                squares += sum_of_lanes(difference * difference, LANES)
+    if STATS:
+        offset = gl.convert_layout(gl.sum(total, axis=0), gl.SliceLayout(0, layout)) / count
+        m2 = gl.convert_layout(gl.sum(squares, axis=0), gl.SliceLayout(0, layout))
+        m2 = move_squares(m2, -offset * offset * count)
+        store_statistics(partial_ptr, program, outputs, n, column_inside, count, origin, offset, m2)
