@@ -70,15 +70,16 @@ def barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def norm_act_in_place(tile, bn_ptr, channels, c0, left, ACT: gl.constexpr, num_warps: gl.constexpr):
-    """Replaces the tile u in shared memory, of the channels from ``c0`` on, by act(norm(u)), and 0 after ``left`` rows."""
-    rows: gl.constexpr = tile.shape[0]
-    columns: gl.constexpr = tile.shape[1]
+def norm_act_tile(u_tile, a_tile, bn_ptr, channels, c0, left, ACT: gl.constexpr, num_warps: gl.constexpr):
+    """Writes act(norm(u)) of a tile in shared memory, of the channels from ``c0`` on, and 0 after ``left`` rows, to
+    another or in its place."""
+    rows: gl.constexpr = u_tile.shape[0]
+    columns: gl.constexpr = u_tile.shape[1]
     layout: gl.constexpr = by_rows(rows, columns, num_warps)
     c = c0 + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
     norm = load_norm(bn_ptr, channels, c, c < channels)
     inside = (gl.arange(0, rows, layout=gl.SliceLayout(1, layout)) < left)[:, None]
-    tile.store(rounded(norm_act_inside(tile.load(layout), norm, inside, True, ACT), tile.dtype))
+    a_tile.store(rounded(norm_act_inside(u_tile.load(layout), norm, inside, True, ACT), a_tile.dtype))
     fence_async_shared()
 
 

@@ -14,9 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mobilenet_ext.triton import heuristics, hopper
-from mobilenet_ext.triton.activation import activate_backward, centred, load_norm, norm_act_inside, normalise
+from mobilenet_ext.triton.activation import activate_backward, centred, load_norm, normalise
 from mobilenet_ext.triton.formulas import load_gradient_coefficients, output_gradient, rounded
-from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_in_place, sum_of_lanes
+from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_tile, sum_of_lanes
 from mobilenet_ext.triton.merge import store_sums
 
 
@@ -167,8 +167,7 @@ def _input(
     da_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], dtype)
     da_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], da_layout)
     bars = barriers(STAGES)
-    AHEAD: gl.constexpr = STAGES if BUILD else STAGES - 1
-    for step in gl.static_range(AHEAD):
+    for step in gl.static_range(STAGES - 1):
         row0 = (program + step // steps * programs) * BLOCK_M
         n0 = step % steps * BLOCK_N
         _copy(
@@ -200,9 +199,17 @@ def _input(
             if not BUILD:
                 mbarrier.wait(bars.index(slot), step // STAGES & 1)
             da = warpgroup_mma(dz_tiles.index(slot), weight_tiles.index(slot), da, is_async=True)
+            # The product before this one has ended; what it has read takes the copies of a later step.
+            da = warpgroup_mma_wait(1, deps=(da,))
+            later = step + STAGES - 1
+            later_row0 = (program + later // steps * programs) * BLOCK_M
+            n0 = later % steps * BLOCK_N
+            _copy(
+                dz_desc, y_desc, weight_desc, dz_tiles, y_tiles, weight_tiles, bars, later,
+                [later_row0, n0], [later_row0, n0], [n0, k0], later < all_steps,
+            )  # fmt: skip
             step += 1
-            if BUILD:
-                # The next step's operand is built while this one's product runs.
+            if BUILD:  # the next operand is built while this product runs
                 slot = step % STAGES
                 mbarrier.wait(bars.index(slot), step // STAGES & 1, pred=step < all_steps)
                 next_row0 = (program + step // steps * programs) * BLOCK_M
@@ -210,16 +217,6 @@ def _input(
                     dz_tiles.index(slot), y_tiles.index(slot), grad_bn_ptr, outputs, step % steps * BLOCK_N,
                     rows - next_row0, dy_ptr, next_row0, block == 0, BATCH_STATS, num_warps,
                 )  # fmt: skip
-                da = warpgroup_mma_wait(0, deps=(da,))
-            else:
-                da = warpgroup_mma_wait(1, deps=(da,))
-            later = step - 1 + AHEAD
-            later_row0 = (program + later // steps * programs) * BLOCK_M
-            n0 = later % steps * BLOCK_N
-            _copy(
-                dz_desc, y_desc, weight_desc, dz_tiles, y_tiles, weight_tiles, bars, later,
-                [later_row0, n0], [later_row0, n0], [n0, k0], later < all_steps,
-            )  # fmt: skip
         da = warpgroup_mma_wait(0, deps=(da,))
         da_tile.store(rounded(da, dtype))
         total, total_centred = _input_gradient(
@@ -256,13 +253,12 @@ def _weight(
     dy_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], dy_desc.layout)
     u_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], u_desc.layout)
     bars = barriers(STAGES)
-    AHEAD: gl.constexpr = STAGES if BUILD else STAGES - 1
-    for own in gl.static_range(AHEAD):
+    for own in gl.static_range(STAGES - 1):
         row0 = (program + own * programs) * BLOCK_M
         _copy(dy_desc, None, u_desc, dy_tiles, dy_tiles, u_tiles, bars, own, [row0, n0], [row0, n0], [row0, k0], own < own_tiles)
     if BUILD:
         mbarrier.wait(bars.index(0), 0, pred=own_tiles > 0)
-        norm_act_in_place(u_tiles.index(0), bn_u_ptr, channels, k0, rows - program * BLOCK_M, ACT_U, num_warps)
+        norm_act_tile(u_tiles.index(0), u_tiles.index(0), bn_u_ptr, channels, k0, rows - program * BLOCK_M, ACT_U, num_warps)
     layout: gl.constexpr = accumulator(BLOCK_N, BLOCK_K, num_warps)
     grad_weight = gl.zeros([BLOCK_N, BLOCK_K], gl.float32, layout=layout)
     for own in range(own_tiles):
@@ -272,21 +268,20 @@ def _weight(
         grad_weight = warpgroup_mma(
             dy_tiles.index(slot).permute((1, 0)), u_tiles.index(slot), grad_weight, is_async=True
         )
-        if BUILD:
-            following = own + 1
-            slot = following % STAGES
-            mbarrier.wait(bars.index(slot), following // STAGES & 1, pred=following < own_tiles)
-            left = rows - (program + following * programs) * BLOCK_M
-            norm_act_in_place(u_tiles.index(slot), bn_u_ptr, channels, k0, left, ACT_U, num_warps)
-            grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
-        else:
-            grad_weight = warpgroup_mma_wait(1, deps=(grad_weight,))
-        later = own + AHEAD
+        # The product before this one has ended; what it has read takes the copies of a later tile.
+        grad_weight = warpgroup_mma_wait(1, deps=(grad_weight,))
+        later = own + STAGES - 1
         row0 = (program + later * programs) * BLOCK_M
         _copy(
             dy_desc, None, u_desc, dy_tiles, dy_tiles, u_tiles, bars, later, [row0, n0], [row0, n0], [row0, k0],
             later < own_tiles,
         )  # fmt: skip
+        if BUILD:  # the next operand is built while this product runs
+            following = own + 1
+            slot = following % STAGES
+            mbarrier.wait(bars.index(slot), following // STAGES & 1, pred=following < own_tiles)
+            left = rows - (program + following * programs) * BLOCK_M
+            norm_act_tile(u_tiles.index(slot), u_tiles.index(slot), bn_u_ptr, channels, k0, left, ACT_U, num_warps)
     grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
     n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
     k = k0 + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
@@ -302,76 +297,87 @@ def _one_pass(
     ACT_U: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Both gradients; a program holds all of the weight, in shared memory, and of its gradient, in registers."""
+    """Both gradients; a program holds all of the weight, in shared memory, and of its gradient, in registers.
+
+    While the tensor cores multiply one tile, the next one's operands are built, and dz_u of the one before is made.
+    """
     dtype: gl.constexpr = dz_desc.dtype
-    BATCH_STATS: gl.constexpr = y_desc is not None
-    NORM_U: gl.constexpr = bn_u_ptr is not None
     channels = units * 8
     outputs = out_units * 8
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     tiles = (rows - 1) // BLOCK_M + 1
-    own_tiles = gl.maximum((tiles - program + programs - 1) // programs, 0)
+    own_tiles = (tiles - program + programs - 1) // programs
 
     dz_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], dz_desc.layout)
     y_tiles = dz_tiles
-    if BATCH_STATS:
+    if y_desc is not None:
         y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], dz_desc.layout)
     u_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], u_desc.layout)
-    a_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], u_desc.layout)
+    a_tiles = u_tiles
+    if bn_u_ptr is not None:  # else a is u
+        a_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_K], u_desc.layout)
     da_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], u_desc.layout)
     weight_tile = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_K], weight_desc.layout)
     bars = barriers(STAGES + 1)
     weight_bar = bars.index(STAGES)
     mbarrier.expect(weight_bar, weight_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(weight_desc, [0, 0], weight_bar, weight_tile)
+    # After a program's last tile there is one more to be multiplied: its rows are outside, so it is 0.
     for own in gl.static_range(STAGES):
         row0 = (program + own * programs) * BLOCK_M
-        _copy(dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own, [row0, 0], [row0, 0], [row0, 0], own < own_tiles)
+        _copy(
+            dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own, [row0, 0], [row0, 0], [row0, 0],
+            own <= own_tiles,
+        )  # fmt: skip
 
     layout: gl.constexpr = by_rows(BLOCK_M, BLOCK_K, num_warps)
     LANES: gl.constexpr = num_warps * layout.threads_per_warp[0]
     PART: gl.constexpr = min(BLOCK_M, 4 * LANES)
     k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    if NORM_U:
-        norm = load_norm(bn_u_ptr, channels, k, k < channels)
     total = sum_of_lanes(gl.zeros([PART, BLOCK_K], gl.float32, layout=layout), LANES)
     total_centred = total
     weight_layout: gl.constexpr = accumulator(BLOCK_N, BLOCK_K, num_warps)
+    no_da = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=accumulator(BLOCK_M, BLOCK_K, num_warps))
     grad_weight = gl.zeros([BLOCK_N, BLOCK_K], gl.float32, layout=weight_layout)
+
+    row0 = program * BLOCK_M
+    mbarrier.wait(bars.index(0), 0)
+    _operands_in_place(
+        dz_tiles.index(0), y_tiles.index(0), grad_bn_ptr, outputs, u_tiles.index(0), a_tiles.index(0), bn_u_ptr,
+        channels, row0, rows, y_desc is not None, ACT_U, num_warps,
+    )  # fmt: skip
     mbarrier.wait(weight_bar, 0)
+    da = warpgroup_mma(dz_tiles.index(0), weight_tile, no_da, is_async=True)
+    grad_weight = warpgroup_mma(dz_tiles.index(0).permute((1, 0)), a_tiles.index(0), grad_weight, is_async=True)
     for own in range(own_tiles):
-        slot = own % STAGES
-        row0 = (program + own * programs) * BLOCK_M
-        left = rows - row0
-        mbarrier.wait(bars.index(slot), own // STAGES & 1)
-        dz_tile = dz_tiles.index(slot)
-        u_tile = u_tiles.index(slot)
-        if grad_bn_ptr is not None:
-            _gradient_in_place(
-                dz_tile, y_tiles.index(slot), grad_bn_ptr, outputs, 0, left, None, row0, False, BATCH_STATS, num_warps
-            )
-        da = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=accumulator(BLOCK_M, BLOCK_K, num_warps))
-        da = warpgroup_mma(dz_tile, weight_tile, da, is_async=True)
-        if NORM_U:
-            a = norm_act_inside(u_tile.load(layout), norm, (m < left)[:, None], True, ACT_U)
-            a_tile.store(rounded(a, dtype))
-            fence_async_shared()
-            grad_weight = warpgroup_mma(dz_tile.permute((1, 0)), a_tile, grad_weight, is_async=True)
-        else:
-            grad_weight = warpgroup_mma(dz_tile.permute((1, 0)), u_tile, grad_weight, is_async=True)
-        da = warpgroup_mma_wait(1, deps=(da,))
-        da_tile.store(rounded(da, dtype))
-        total, total_centred = _input_gradient(
-            da_tile, None, u_tile, bn_u_ptr, dz_u_ptr, channels, k, row0, left, total, total_centred,
-            ACT_U, LANES, PART, layout,
+        next_row0 = row0 + programs * BLOCK_M
+        slot = (own + 1) % STAGES
+        a_slot = slot if bn_u_ptr is None else (own + 1) % 2
+        mbarrier.wait(bars.index(slot), (own + 1) // STAGES & 1)
+        _operands_in_place(
+            dz_tiles.index(slot), y_tiles.index(slot), grad_bn_ptr, outputs, u_tiles.index(slot),
+            a_tiles.index(a_slot), bn_u_ptr, channels, next_row0, rows, y_desc is not None, ACT_U, num_warps,
         )  # fmt: skip
-        grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
+        da, grad_weight = warpgroup_mma_wait(0, deps=(da, grad_weight))
+        da_tile.store(rounded(da, dtype))
+        da = warpgroup_mma(dz_tiles.index(slot), weight_tile, no_da, is_async=True)
+        grad_weight = warpgroup_mma(
+            dz_tiles.index(slot).permute((1, 0)), a_tiles.index(a_slot), grad_weight, is_async=True
+        )
+        total, total_centred = _input_gradient(
+            da_tile, None, u_tiles.index(own % STAGES), bn_u_ptr, dz_u_ptr, channels, k, row0, rows - row0, total,
+            total_centred, ACT_U, LANES, PART, layout,
+        )  # fmt: skip
         fence_async_shared()  # between these threads' accesses to the slot and the copies into it
-        later = own + STAGES
-        row0 = (program + later * programs) * BLOCK_M
-        _copy(dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, later, [row0, 0], [row0, 0], [row0, 0], later < own_tiles)
+        later_row0 = row0 + STAGES * programs * BLOCK_M
+        _copy(
+            dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own + STAGES,
+            [later_row0, 0], [later_row0, 0], [later_row0, 0], own + STAGES <= own_tiles,
+        )  # fmt: skip
+        row0 = next_row0
+    da, grad_weight = warpgroup_mma_wait(0, deps=(da, grad_weight))
+
     if sums_ptr is not None:
         total = gl.convert_layout(gl.sum(total, axis=0), gl.SliceLayout(0, layout))
         total_centred = gl.convert_layout(gl.sum(total_centred, axis=0), gl.SliceLayout(0, layout))
@@ -381,3 +387,17 @@ def _one_pass(
     mask = (n < outputs)[:, None] & (k < channels)[None, :]
     weight_partial_ptr += program.to(gl.int64) * outputs * channels
     gl.store(weight_partial_ptr + (n[:, None] * channels + k[None, :]), grad_weight, mask=mask)
+
+
+@gluon.jit
+def _operands_in_place(
+    dz_tile, y_tile, grad_bn_ptr, outputs, u_tile, a_tile, bn_u_ptr, channels, row0, rows,
+    BATCH_STATS: gl.constexpr, ACT_U: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """dy in the place of dz, and a from u, which stays."""
+    if grad_bn_ptr is not None:
+        _gradient_in_place(
+            dz_tile, y_tile, grad_bn_ptr, outputs, 0, rows - row0, None, row0, False, BATCH_STATS, num_warps
+        )
+    if bn_u_ptr is not None:
+        norm_act_tile(u_tile, a_tile, bn_u_ptr, channels, 0, rows - row0, ACT_U, num_warps)

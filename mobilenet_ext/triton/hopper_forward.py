@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from mobilenet_ext.triton import heuristics, hopper
 from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.formulas import finite, move_squares, rounded
-from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_in_place, sum_of_lanes
+from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_tile, sum_of_lanes
 from mobilenet_ext.triton.merge import store_statistics
 from mobilenet_ext.triton.rows import load_bias
 
@@ -71,8 +71,7 @@ def _kernel(
     y_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], dtype)
     y_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], y_layout)
     bars = barriers(STAGES)
-    AHEAD: gl.constexpr = STAGES if NORM_U else STAGES - 1
-    for step in gl.static_range(AHEAD):
+    for step in gl.static_range(STAGES - 1):
         _copy(
             u_desc, weight_desc, u_tiles, weight_tiles, bars, step, program + step // steps * programs, n0,
             step % steps * BLOCK_K, step < all_steps,
@@ -94,7 +93,7 @@ def _kernel(
 
     if NORM_U:
         mbarrier.wait(bars.index(0), 0, pred=all_steps > 0)
-        norm_act_in_place(u_tiles.index(0), bn_u_ptr, channels, 0, rows - program * BLOCK_M, ACT_U, num_warps)
+        norm_act_tile(u_tiles.index(0), u_tiles.index(0), bn_u_ptr, channels, 0, rows - program * BLOCK_M, ACT_U, num_warps)
     step = 0
     for own in range(own_tiles):
         tile = program + own * programs
@@ -104,24 +103,20 @@ def _kernel(
             if not NORM_U:
                 mbarrier.wait(bars.index(slot), step // STAGES & 1)
             acc = warpgroup_mma(u_tiles.index(slot), weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            step += 1
-            if NORM_U:
-                # The next step's operand is built while this one's product runs.
-                slot = step % STAGES
-                mbarrier.wait(bars.index(slot), step // STAGES & 1, pred=step < all_steps)
-                left = rows - (program + step // steps * programs) * BLOCK_M
-                norm_act_in_place(
-                    u_tiles.index(slot), bn_u_ptr, channels, step % steps * BLOCK_K, left, ACT_U, num_warps
-                )
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-            else:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-            # What the last product but AHEAD - STAGES has read takes the copies of a later step.
-            later = step - 1 + AHEAD
+            # The product before this one has ended; what it has read takes the copies of a later step.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            later = step + STAGES - 1
             _copy(
                 u_desc, weight_desc, u_tiles, weight_tiles, bars, later, program + later // steps * programs, n0,
                 later % steps * BLOCK_K, later < all_steps,
             )  # fmt: skip
+            step += 1
+            if NORM_U:  # the next operand is built while this product runs
+                slot = step % STAGES
+                mbarrier.wait(bars.index(slot), step // STAGES & 1, pred=step < all_steps)
+                left = rows - (program + step // steps * programs) * BLOCK_M
+                u_tile = u_tiles.index(slot)
+                norm_act_tile(u_tile, u_tile, bn_u_ptr, channels, step % steps * BLOCK_K, left, ACT_U, num_warps)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
         if bias_ptr is not None:
