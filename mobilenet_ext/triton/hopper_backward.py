@@ -297,39 +297,32 @@ def _one_pass(
     ACT_U: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Both gradients; a program holds all of the weight, in shared memory, and of its gradient, in registers.
-
-    While the tensor cores multiply one tile, the next one's operands are built, and dz_u of the one before is made.
-    """
+    """Both gradients; a program holds all of the weight, in shared memory, and of its gradient, in registers."""
     dtype: gl.constexpr = dz_desc.dtype
+    BATCH_STATS: gl.constexpr = y_desc is not None
+    NORM_U: gl.constexpr = bn_u_ptr is not None
     channels = units * 8
     outputs = out_units * 8
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     tiles = (rows - 1) // BLOCK_M + 1
-    own_tiles = (tiles - program + programs - 1) // programs
+    own_tiles = gl.maximum((tiles - program + programs - 1) // programs, 0)
 
     dz_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], dz_desc.layout)
     y_tiles = dz_tiles
-    if y_desc is not None:
+    if BATCH_STATS:
         y_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_N], dz_desc.layout)
     u_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], u_desc.layout)
-    a_tiles = u_tiles
-    if bn_u_ptr is not None:  # else a is u
-        a_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_K], u_desc.layout)
+    a_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], u_desc.layout)
     da_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], u_desc.layout)
     weight_tile = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_K], weight_desc.layout)
     bars = barriers(STAGES + 1)
     weight_bar = bars.index(STAGES)
     mbarrier.expect(weight_bar, weight_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(weight_desc, [0, 0], weight_bar, weight_tile)
-    # After a program's last tile there is one more to be multiplied: its rows are outside, so it is 0.
     for own in gl.static_range(STAGES):
         row0 = (program + own * programs) * BLOCK_M
-        _copy(
-            dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own, [row0, 0], [row0, 0], [row0, 0],
-            own <= own_tiles,
-        )  # fmt: skip
+        _copy(dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own, [row0, 0], [row0, 0], [row0, 0], own < own_tiles)
 
     layout: gl.constexpr = by_rows(BLOCK_M, BLOCK_K, num_warps)
     LANES: gl.constexpr = num_warps * layout.threads_per_warp[0]
@@ -338,46 +331,37 @@ def _one_pass(
     total = sum_of_lanes(gl.zeros([PART, BLOCK_K], gl.float32, layout=layout), LANES)
     total_centred = total
     weight_layout: gl.constexpr = accumulator(BLOCK_N, BLOCK_K, num_warps)
-    no_da = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=accumulator(BLOCK_M, BLOCK_K, num_warps))
     grad_weight = gl.zeros([BLOCK_N, BLOCK_K], gl.float32, layout=weight_layout)
-
-    row0 = program * BLOCK_M
-    mbarrier.wait(bars.index(0), 0)
-    _operands_in_place(
-        dz_tiles.index(0), y_tiles.index(0), grad_bn_ptr, outputs, u_tiles.index(0), a_tiles.index(0), bn_u_ptr,
-        channels, row0, rows, y_desc is not None, ACT_U, num_warps,
-    )  # fmt: skip
     mbarrier.wait(weight_bar, 0)
-    da = warpgroup_mma(dz_tiles.index(0), weight_tile, no_da, is_async=True)
-    grad_weight = warpgroup_mma(dz_tiles.index(0).permute((1, 0)), a_tiles.index(0), grad_weight, is_async=True)
     for own in range(own_tiles):
-        next_row0 = row0 + programs * BLOCK_M
-        slot = (own + 1) % STAGES
-        a_slot = slot if bn_u_ptr is None else (own + 1) % 2
-        mbarrier.wait(bars.index(slot), (own + 1) // STAGES & 1)
-        _operands_in_place(
-            dz_tiles.index(slot), y_tiles.index(slot), grad_bn_ptr, outputs, u_tiles.index(slot),
-            a_tiles.index(a_slot), bn_u_ptr, channels, next_row0, rows, y_desc is not None, ACT_U, num_warps,
-        )  # fmt: skip
-        da, grad_weight = warpgroup_mma_wait(0, deps=(da, grad_weight))
+        slot = own % STAGES
+        row0 = (program + own * programs) * BLOCK_M
+        left = rows - row0
+        mbarrier.wait(bars.index(slot), own // STAGES & 1)
+        dz_tile = dz_tiles.index(slot)
+        u_tile = u_tiles.index(slot)
+        if grad_bn_ptr is not None:
+            _gradient_in_place(
+                dz_tile, y_tiles.index(slot), grad_bn_ptr, outputs, 0, left, None, row0, False, BATCH_STATS, num_warps
+            )
+        da = gl.zeros([BLOCK_M, BLOCK_K], gl.float32, layout=accumulator(BLOCK_M, BLOCK_K, num_warps))
+        da = warpgroup_mma(dz_tile, weight_tile, da, is_async=True)
+        if NORM_U:
+            norm_act_tile(u_tile, a_tile, bn_u_ptr, channels, 0, left, ACT_U, num_warps)
+            grad_weight = warpgroup_mma(dz_tile.permute((1, 0)), a_tile, grad_weight, is_async=True)
+        else:
+            grad_weight = warpgroup_mma(dz_tile.permute((1, 0)), u_tile, grad_weight, is_async=True)
+        da = warpgroup_mma_wait(1, deps=(da,))
         da_tile.store(rounded(da, dtype))
-        da = warpgroup_mma(dz_tiles.index(slot), weight_tile, no_da, is_async=True)
-        grad_weight = warpgroup_mma(
-            dz_tiles.index(slot).permute((1, 0)), a_tiles.index(a_slot), grad_weight, is_async=True
-        )
         total, total_centred = _input_gradient(
-            da_tile, None, u_tiles.index(own % STAGES), bn_u_ptr, dz_u_ptr, channels, k, row0, rows - row0, total,
-            total_centred, ACT_U, LANES, PART, layout,
+            da_tile, None, u_tile, bn_u_ptr, dz_u_ptr, channels, k, row0, left, total, total_centred,
+            ACT_U, LANES, PART, layout,
         )  # fmt: skip
+        grad_weight = warpgroup_mma_wait(0, deps=(grad_weight,))
         fence_async_shared()  # between these threads' accesses to the slot and the copies into it
-        later_row0 = row0 + STAGES * programs * BLOCK_M
-        _copy(
-            dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, own + STAGES,
-            [later_row0, 0], [later_row0, 0], [later_row0, 0], own + STAGES <= own_tiles,
-        )  # fmt: skip
-        row0 = next_row0
-    da, grad_weight = warpgroup_mma_wait(0, deps=(da, grad_weight))
-
+        later = own + STAGES
+        row0 = (program + later * programs) * BLOCK_M
+        _copy(dz_desc, y_desc, u_desc, dz_tiles, y_tiles, u_tiles, bars, later, [row0, 0], [row0, 0], [row0, 0], later < own_tiles)
     if sums_ptr is not None:
         total = gl.convert_layout(gl.sum(total, axis=0), gl.SliceLayout(0, layout))
         total_centred = gl.convert_layout(gl.sum(total_centred, axis=0), gl.SliceLayout(0, layout))
@@ -387,17 +371,3 @@ def _one_pass(
     mask = (n < outputs)[:, None] & (k < channels)[None, :]
     weight_partial_ptr += program.to(gl.int64) * outputs * channels
     gl.store(weight_partial_ptr + (n[:, None] * channels + k[None, :]), grad_weight, mask=mask)
-
-
-@gluon.jit
-def _operands_in_place(
-    dz_tile, y_tile, grad_bn_ptr, outputs, u_tile, a_tile, bn_u_ptr, channels, row0, rows,
-    BATCH_STATS: gl.constexpr, ACT_U: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """dy in the place of dz, and a from u, which stays."""
-    if grad_bn_ptr is not None:
-        _gradient_in_place(
-            dz_tile, y_tile, grad_bn_ptr, outputs, 0, rows - row0, None, row0, False, BATCH_STATS, num_warps
-        )
-    if bn_u_ptr is not None:
-        norm_act_tile(u_tile, a_tile, bn_u_ptr, channels, 0, rows - row0, ACT_U, num_warps)

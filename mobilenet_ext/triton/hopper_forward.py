@@ -42,6 +42,14 @@ def _copy(u_desc, weight_desc, u_tiles, weight_tiles, bars, step, tile, n0, k0, 
     tma.async_copy_global_to_shared(weight_desc, [n0, k0], bar, weight_tiles.index(slot), wanted)
 
 
+@gluon.jit
+def _norm_act(u_tile, bn_ptr, channels, c0, ACT: gl.constexpr, layout: gl.constexpr):
+    """act(norm(u)) of a tile, of the channels from ``c0`` on, in registers."""
+    c = c0 + gl.arange(0, u_tile.shape[1], layout=gl.SliceLayout(0, layout))
+    norm = load_norm(bn_ptr, channels, c, c < channels)
+    return rounded(norm_act(u_tile.load(layout), norm, True, ACT), u_tile.dtype)
+
+
 @gluon.jit(do_not_specialize=["rows", "units", "out_units"])
 def _kernel(
     u_desc, bn_u_ptr, weight_desc, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
@@ -91,20 +99,25 @@ def _kernel(
     total = sum_of_lanes(gl.zeros([PART, BLOCK_N], gl.float32, layout=layout), LANES)
     squares = total
 
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     if NORM_U:
         mbarrier.wait(bars.index(0), 0, pred=all_steps > 0)
-        norm_act_tile(u_tiles.index(0), u_tiles.index(0), bn_u_ptr, channels, 0, rows - program * BLOCK_M, ACT_U, num_warps)
+        a = _norm_act(u_tiles.index(0), bn_u_ptr, channels, 0, ACT_U, operand)
+        last_a = a
     step = 0
     for own in range(own_tiles):
         tile = program + own * programs
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=mma)
         for _ in range(steps):
             slot = step % STAGES
-            if not NORM_U:
+            # The product before this one has ended when one is left; what it has read takes the copies of a later step.
+            if NORM_U:
+                acc = warpgroup_mma(a, weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
+                acc, last_a = warpgroup_mma_wait(1, deps=(acc, last_a))
+            else:
                 mbarrier.wait(bars.index(slot), step // STAGES & 1)
-            acc = warpgroup_mma(u_tiles.index(slot), weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            # The product before this one has ended; what it has read takes the copies of a later step.
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+                acc = warpgroup_mma(u_tiles.index(slot), weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
             later = step + STAGES - 1
             _copy(
                 u_desc, weight_desc, u_tiles, weight_tiles, bars, later, program + later // steps * programs, n0,
@@ -114,10 +127,12 @@ def _kernel(
             if NORM_U:  # the next operand is built while this product runs
                 slot = step % STAGES
                 mbarrier.wait(bars.index(slot), step // STAGES & 1, pred=step < all_steps)
-                left = rows - (program + step // steps * programs) * BLOCK_M
-                u_tile = u_tiles.index(slot)
-                norm_act_tile(u_tile, u_tile, bn_u_ptr, channels, step % steps * BLOCK_K, left, ACT_U, num_warps)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+                last_a = a
+                a = _norm_act(u_tiles.index(slot), bn_u_ptr, channels, step % steps * BLOCK_K, ACT_U, operand)
+        if NORM_U:
+            acc, last_a = warpgroup_mma_wait(0, deps=(acc, last_a))
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
 
         if bias_ptr is not None:
             acc = acc + load_bias(bias_ptr, n_mma, n_mma < outputs)

@@ -89,12 +89,13 @@ def pointwise_backward(
             programs, kernel = by_weight["PROGRAMS"], by_weight["kernel"]
             weight_partial = grad_weight.new_empty(programs, outputs, k)
             blocks = heuristics.cdiv(outputs, kernel["BLOCK_N"]) * heuristics.cdiv(k, kernel["BLOCK_K"])
-            if rows and by_weight["TMA"]:
-                hopper_backward.launch_weight(gradient[0], u, bn_u, act_u, weight_partial, programs, kernel)
-            elif rows:
+            if rows:
                 stored = by_weight["STORED_A"] and bn_u is not None
                 operand = (norm_act_forward(u, bn_u, act_u, False), None) if stored else (u, bn_u)
-                _weight[(programs * blocks,)](*gradient, *operand, weight_partial, *sizes, **constants, **kernel)
+                if by_weight["TMA"]:
+                    hopper_backward.launch_weight(gradient[0], *operand, act_u, weight_partial, programs, kernel)
+                else:
+                    _weight[(programs * blocks,)](*gradient, *operand, weight_partial, *sizes, **constants, **kernel)
         grad_bn_u = merge.gradients(sums, bn_u, batch_stats_u, rows, weight_partial, grad_weight)
         return dz_u, grad_weight, grad_bn_u
 

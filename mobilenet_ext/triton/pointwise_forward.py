@@ -76,15 +76,16 @@ def _run(
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
         partial = merge.empty_statistics(u, programs, outputs) if stats else None
-        if rows and config["TMA"]:
-            hopper_forward.launch(u, bn_u, act_u, weight, bias, bn_y, act_y, y, partial, programs, kernel)
-        elif rows:
+        if rows:
             operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
-            unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
-            _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](
-                *operand, weight, bias, bn_y, y, partial, rows, k // unit, outputs // out_unit,
-                UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
-            )  # fmt: skip
+            if config["TMA"]:
+                hopper_forward.launch(*operand, act_u, weight, bias, bn_y, act_y, y, partial, programs, kernel)
+            else:
+                unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
+                _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](
+                    *operand, weight, bias, bn_y, y, partial, rows, k // unit, outputs // out_unit,
+                    UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
+                )  # fmt: skip
         return y, partial
 
     problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), int(act_y), bn_u is None, bias is None, stats)
