@@ -294,20 +294,37 @@ def pointwise_forward(
         )  # fmt: skip
         count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "TMA": False, "kernel": kernel})
-    if tma:
-        candidates = [*_pointwise_forward_tma(rows, channels, outputs, gpu), *candidates]
+    if tma and channels >= 64 and outputs >= 64:
+        shapes = _forward_tma(channels, outputs, normalised)
+        block_m, block_n = shapes[0][0][:2]
+        small = cdiv(rows, block_m) * cdiv(outputs, block_n) < gpu.multiprocessors
+        tma_candidates = [
+            {
+                "PROGRAMS": programs(cdiv(rows, shape[0]), cdiv(outputs, shape[1]), gpu.multiprocessors, shape[5]),
+                "STORED_A": stored_a,
+                "TMA": True,
+                "kernel": _tma_kernel(shape),
+            }
+            for shape, stored_a in shapes
+        ]
+        candidates = [*candidates, *tma_candidates] if small else [*tma_candidates, *candidates]
     return tuple(candidates)
 
 
-def _pointwise_forward_tma(rows: int, channels: int, outputs: int, gpu: Gpu) -> list[Config]:
-    """The same with the operands in shared memory (``hopper.py``)."""
-    candidates = []
-    for block_m, block_n, block_k, warps, stages, waves in ((128, 256, 64, 8, 3, 1), (128, 128, 32, 4, 4, 2)):
-        block_n, block_k = max(64, _at_most(block_n, outputs)), _at_most(block_k, channels)
-        count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
-        kernel = config(warps, maxnreg=255, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages)
-        candidates.append({"PROGRAMS": count, "STORED_A": False, "TMA": True, "kernel": kernel})
-    return candidates
+def _forward_tma(channels: int, outputs: int, normalised: bool) -> list[tuple[Shape, bool]]:
+    """Blocks for operands copied by TMA (``hopper.py``), and whether a normalised one is stored before the product."""
+    narrow = (128, 128 if outputs > 64 else 64, 32, 4, 4, 2)
+    wide = (128, 256, 64, 8, 3, 1)
+    if not normalised:
+        return [(narrow, False)]
+    if outputs <= 128 or cdiv(outputs, 128) % 2:  # half of a wide block would be empty
+        return [(narrow, channels > 256), (narrow, channels <= 256)]
+    return [(narrow, True), (wide, False)] if channels > 256 else [(wide, False), (narrow, False)]
+
+
+def _tma_kernel(shape: Shape) -> Config:
+    block_m, block_n, block_k, warps, stages, _ = shape
+    return config(warps, maxnreg=255, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages)
 
 
 def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> Config:
@@ -320,7 +337,7 @@ def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> C
 @cache
 def pointwise_backward(
     rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool, tma: bool,
-    gates: bool, gpu: Gpu,
+    gpu: Gpu,
 ) -> tuple[Config, ...]:  # fmt: skip
     """For the gradients of input and weight: in one pass over the data where a program can hold all of dW, else apart.
 
@@ -358,8 +375,6 @@ def pointwise_backward(
         }  # fmt: skip
 
     candidates = []
-    if tma:
-        candidates += _pointwise_backward_tma(rows, channels, outputs, need_input, need_weight, gates, gpu)
     if need_input and need_weight:
         for shape in one_pass:
             if outputs <= shape[1] and channels <= shape[2]:
@@ -371,36 +386,33 @@ def pointwise_backward(
         "input": kernel(by_input, WHOLE_N=False, FOLD=False) if need_input else None,
         "weight": {**kernel(by_weight), "STORED_A": stored_a} if need_weight else None,
     })  # fmt: skip
+    if tma:
+        return (*_backward_tma(rows, channels, outputs, need_input, need_weight, gpu), *candidates)
     return tuple(candidates)
 
 
-def _pointwise_backward_tma(
-    rows: int, channels: int, outputs: int, need_input: bool, need_weight: bool, gates: bool, gpu: Gpu
+def _backward_tma(
+    rows: int, channels: int, outputs: int, need_input: bool, need_weight: bool, gpu: Gpu
 ) -> list[Config]:
-    """The same with the operands in shared memory (``hopper.py``), whose da is rounded before it is multiplied by the
-    activation's derivative: for those whose derivative is 0 or 1."""
+    """The same with operands copied by TMA (``hopper.py``)."""
 
-    def kernel(shape: Shape, by: str) -> Config:
-        block_m, block_n, block_k, warps, stages, waves = shape
-        block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
-        columns = {
-            "input": cdiv(channels, block_k), "weight": cdiv(channels, block_k) * cdiv(outputs, block_n), "both": 1
-        }[by]  # fmt: skip
-        return {
-            "PROGRAMS": programs(cdiv(rows, block_m), columns, gpu.multiprocessors, waves),
-            "TMA": True,
-            "kernel": config(warps, maxnreg=255, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages),
-        }
+    def kernel(shape: Shape, columns: int) -> Config:
+        count = programs(cdiv(rows, shape[0]), columns, gpu.multiprocessors, shape[5])
+        return {"PROGRAMS": count, "TMA": True, "kernel": _tma_kernel(shape)}
 
-    if not gates or not need_input:
+    if not need_input or outputs < 64 or cdiv(rows, 128) < gpu.multiprocessors:
         return []
-    candidates: list[Config] = []
     if need_weight and outputs <= 128 and channels <= 128:
-        shape = (64, 128, 128, 8, 3, 1) if channels > 64 else (64, 128, 64, 8, 4, 1) if outputs > 64 else (128, 64, 64, 8, 3, 1)
-        candidates.append({"STORED_DY": False, "input": kernel(shape, "both"), "weight": None})
-    candidates.append({
-        "STORED_DY": False,
-        "input": kernel((128, 32, 256, 8, 4, 1), "input"),
-        "weight": {**kernel((64, 128, 256, 8, 4, 1), "weight"), "STORED_A": False} if need_weight else None,
-    })  # fmt: skip
-    return candidates
+        if channels > 64:
+            one_pass = (64, 128, 128, 8, 3, 1)
+        elif channels > 32 or outputs > 64:
+            one_pass = (64, 128, 64, 4, 2, 2)
+        else:
+            one_pass = (128, 64, 32, 4, 2, 2)
+        return [{"STORED_DY": False, "input": kernel(one_pass, 1), "weight": None}]
+    if channels < 64:
+        return []
+    by_input, by_weight = (128, 64, 128, 8, 4, 1), (64, 256, 128, 8, 4, 1)
+    blocks = cdiv(channels, 128)
+    weight = {**kernel(by_weight, blocks * cdiv(outputs, 256)), "STORED_A": channels > 256} if need_weight else None
+    return [{"STORED_DY": True, "input": kernel(by_input, blocks), "weight": weight}]

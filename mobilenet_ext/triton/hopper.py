@@ -19,7 +19,7 @@ from torch import Tensor
 from triton import knobs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mobilenet_ext.triton import gpu
@@ -29,17 +29,20 @@ from mobilenet_ext.triton.formulas import rounded
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether these kernels take the tensors, activations and a pointwise weight, on this GPU."""
+def fits(weight: Tensor, *activations: Tensor) -> bool:
+    """Whether these kernels take a pointwise weight and activations, on this GPU."""
+    tensors = (weight, *activations)
     return (
-        gpu.of(tensors[0]).is_hopper
+        gpu.of(weight).is_hopper
         and not knobs.runtime.interpret
-        and all(t.dtype in _DTYPES and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+        and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+        and all(t.dtype in _DTYPES and t.data_ptr() % 16 == 0 for t in tensors)
     )
 
 
 def tiles_of(matrix: Tensor, rows: int, columns: int, block: tuple[int, int]) -> TensorDescriptor:
-    """TMA's description of the memory of ``matrix`` as [rows, columns], copied in blocks; what lies outside reads as 0."""
+    """TMA's description of the memory of ``matrix`` as [rows, columns], copied in blocks, in which 0 stands for what
+    lies outside."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[matrix.dtype])
     return TensorDescriptor(matrix, [rows, columns], [columns, 1], list(block), layout)
 
@@ -70,15 +73,35 @@ def barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def norm_act_tile(u_tile, a_tile, bn_ptr, channels, c0, left, ACT: gl.constexpr, num_warps: gl.constexpr):
-    """Writes act(norm(u)) of a tile in shared memory, of the channels from ``c0`` on, and 0 after ``left`` rows, to
-    another or in its place."""
-    rows: gl.constexpr = u_tile.shape[0]
-    columns: gl.constexpr = u_tile.shape[1]
-    layout: gl.constexpr = by_rows(rows, columns, num_warps)
+def copy_step(first, second, third, bars, step, wanted):
+    """Starts the copies of a step into its slot, unless not ``wanted``; they end at the slot's barrier.
+
+    Each operand is (its description, its tiles in shared memory, a tile for each slot, where the copied one begins);
+    without a description (None) it is not there.
+    """
+    slot = step % first[1].shape[0]
+    bar = bars.index(slot)
+    size: gl.constexpr = first[0].block_type.nbytes + third[0].block_type.nbytes
+    if second[0] is not None:
+        mbarrier.expect(bar, size + second[0].block_type.nbytes, pred=wanted)
+        tma.async_copy_global_to_shared(second[0], second[2], bar, second[1].index(slot), wanted)
+    else:
+        mbarrier.expect(bar, size, pred=wanted)
+    tma.async_copy_global_to_shared(first[0], first[2], bar, first[1].index(slot), wanted)
+    tma.async_copy_global_to_shared(third[0], third[2], bar, third[1].index(slot), wanted)
+
+
+@gluon.jit
+def tile_norm(bn_ptr, channels, c0, columns: gl.constexpr, layout: gl.constexpr):
+    """The ``norm`` of the channels from ``c0`` on, for a tile of that layout."""
     c = c0 + gl.arange(0, columns, layout=gl.SliceLayout(0, layout))
-    norm = load_norm(bn_ptr, channels, c, c < channels)
-    inside = (gl.arange(0, rows, layout=gl.SliceLayout(1, layout)) < left)[:, None]
+    return load_norm(bn_ptr, channels, c, c < channels)
+
+
+@gluon.jit
+def norm_act_tile(u_tile, a_tile, norm, left, ACT: gl.constexpr, layout: gl.constexpr):
+    """Writes act(norm(u)) of a tile in shared memory, and 0 after ``left`` rows, to another or in its place."""
+    inside = (gl.arange(0, u_tile.shape[0], layout=gl.SliceLayout(1, layout)) < left)[:, None]
     a_tile.store(rounded(norm_act_inside(u_tile.load(layout), norm, inside, True, ACT), a_tile.dtype))
     fence_async_shared()
 

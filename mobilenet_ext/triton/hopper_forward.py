@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from mobilenet_ext.triton import heuristics, hopper
-from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.activation import norm_act
 from mobilenet_ext.triton.formulas import finite, move_squares, rounded
-from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, norm_act_tile, sum_of_lanes
+from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, copy_step, sum_of_lanes, tile_norm
 from mobilenet_ext.triton.merge import store_statistics
 from mobilenet_ext.triton.rows import load_bias
 
@@ -33,20 +30,9 @@ def launch(
 
 
 @gluon.jit
-def _copy(u_desc, weight_desc, u_tiles, weight_tiles, bars, step, tile, n0, k0, wanted):
-    """Starts the copies of a step, which end at its barrier."""
-    slot = step % u_tiles.shape[0]
-    bar = bars.index(slot)
-    mbarrier.expect(bar, u_desc.block_type.nbytes + weight_desc.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(u_desc, [tile * u_tiles.shape[1], k0], bar, u_tiles.index(slot), wanted)
-    tma.async_copy_global_to_shared(weight_desc, [n0, k0], bar, weight_tiles.index(slot), wanted)
-
-
-@gluon.jit
 def _norm_act(u_tile, bn_ptr, channels, c0, ACT: gl.constexpr, layout: gl.constexpr):
-    """act(norm(u)) of a tile, of the channels from ``c0`` on, in registers."""
-    c = c0 + gl.arange(0, u_tile.shape[1], layout=gl.SliceLayout(0, layout))
-    norm = load_norm(bn_ptr, channels, c, c < channels)
+    """act(norm(u)) of a tile in shared memory, of the channels from ``c0`` on, in registers."""
+    norm = tile_norm(bn_ptr, channels, c0, u_tile.shape[1], layout)
     return rounded(norm_act(u_tile.load(layout), norm, True, ACT), u_tile.dtype)
 
 
@@ -54,12 +40,13 @@ def _norm_act(u_tile, bn_ptr, channels, c0, ACT: gl.constexpr, layout: gl.conste
 def _kernel(
     u_desc, bn_u_ptr, weight_desc, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
     ACT_U: gl.constexpr, ACT_Y: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A program owns a block of output channels and walks over tiles of rows, ``steps`` blocks of input channels each.
 
     A step's copies are in flight for ``STAGES - 1`` steps, across the borders of tiles.
     """
+    num_warps: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = u_desc.dtype
     NORM_U: gl.constexpr = bn_u_ptr is not None
     STATS: gl.constexpr = partial_ptr is not None
@@ -80,10 +67,11 @@ def _kernel(
     y_tile = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_N], y_layout)
     bars = barriers(STAGES)
     for step in gl.static_range(STAGES - 1):
-        _copy(
-            u_desc, weight_desc, u_tiles, weight_tiles, bars, step, program + step // steps * programs, n0,
-            step % steps * BLOCK_K, step < all_steps,
-        )  # fmt: skip
+        row0 = (program + step // steps * programs) * BLOCK_M
+        k0 = step % steps * BLOCK_K
+        copy_step(
+            (u_desc, u_tiles, [row0, k0]), (None,), (weight_desc, weight_tiles, [n0, k0]), bars, step, step < all_steps
+        )
 
     layout: gl.constexpr = by_rows(BLOCK_M, BLOCK_N, num_warps)
     LANES: gl.constexpr = num_warps * layout.threads_per_warp[0]
@@ -119,9 +107,11 @@ def _kernel(
                 acc = warpgroup_mma(u_tiles.index(slot), weight_tiles.index(slot).permute((1, 0)), acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
             later = step + STAGES - 1
-            _copy(
-                u_desc, weight_desc, u_tiles, weight_tiles, bars, later, program + later // steps * programs, n0,
-                later % steps * BLOCK_K, later < all_steps,
+            later_row0 = (program + later // steps * programs) * BLOCK_M
+            k0 = later % steps * BLOCK_K
+            copy_step(
+                (u_desc, u_tiles, [later_row0, k0]), (None,), (weight_desc, weight_tiles, [n0, k0]), bars, later,
+                later < all_steps,
             )  # fmt: skip
             step += 1
             if NORM_U:  # the next operand is built while this product runs
@@ -137,10 +127,9 @@ def _kernel(
         if bias_ptr is not None:
             acc = acc + load_bias(bias_ptr, n_mma, n_mma < outputs)
         if bn_y_ptr is not None:
-            acc = norm_act(acc, load_norm(bn_y_ptr, outputs, n_mma, n_mma < outputs), True, ACT_Y)
+            acc = norm_act(acc, tile_norm(bn_y_ptr, outputs, n0, BLOCK_N, mma), True, ACT_Y)
         y_tile.store(rounded(acc, dtype))
-        row0 = tile.to(gl.int64) * BLOCK_M
-        left = gl.minimum(rows - row0, BLOCK_M).to(gl.int32)
+        left = gl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         if STATS:
             count += left.to(gl.float32)
             if own == 0:
@@ -148,12 +137,16 @@ def _kernel(
                 for part in gl.static_range(BLOCK_M // PART):
                     y = y_tile.slice(part * PART, PART).load(layout).to(gl.float32)
                     first += sum_of_lanes(gl.where((part * PART + m < left)[:, None], y, 0.0), LANES)
-                origin = finite(gl.convert_layout(gl.sum(first, axis=0), gl.SliceLayout(0, layout)) / left.to(gl.float32))
+                origin = finite(
+                    gl.convert_layout(gl.sum(first, axis=0), gl.SliceLayout(0, layout)) / left.to(gl.float32)
+                )
         for part in gl.static_range(BLOCK_M // PART):
             y = y_tile.slice(part * PART, PART).load(layout)
             row_inside = (part * PART + m < left)[:, None]
             offsets = (part * PART + m)[:, None] * outputs + n[None, :]
-            gl.store(y_ptr + row0 * outputs + offsets, y, mask=row_inside & column_inside[None, :])
+            gl.store(
+                y_ptr + tile.to(gl.int64) * BLOCK_M * outputs + offsets, y, mask=row_inside & column_inside[None, :]
+            )
             if STATS:
                 difference = gl.where(row_inside, y.to(gl.float32) - origin[None, :], 0.0)
                 total += sum_of_lanes(difference, LANES)

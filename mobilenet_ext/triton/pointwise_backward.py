@@ -52,7 +52,7 @@ def pointwise_backward(
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_backward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", need_input, need_weight,
-        hopper.fits(u, dz, weight), gates(act_u), gpu.of(u),
+        gates(act_u) and hopper.fits(weight, u, dz), gpu.of(u),
     )  # fmt: skip
     unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
     sizes = (rows, k // unit, outputs // out_unit)
@@ -78,7 +78,7 @@ def pointwise_backward(
                     *gradient, u, bn_u, act_u, weight, dz_u, sums, weight_partial, programs, kernel
                 )
             elif rows and by_input["TMA"]:
-                hopper_backward.launch_input(*gradient, u, bn_u, act_u, weight, dz_u, sums, dy, programs, kernel)
+                hopper_backward.launch_input(gradient[0], u, bn_u, act_u, weight, dz_u, sums, programs, kernel)
             elif rows:
                 _input[(programs * heuristics.cdiv(k, kernel["BLOCK_K"]),)](
                     *gradient, u, bn_u, weight, dz_u, sums, dy, weight_partial, *sizes, **constants, **kernel

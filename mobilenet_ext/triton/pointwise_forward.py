@@ -69,7 +69,7 @@ def _run(
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_forward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
-        hopper.fits(u, weight), gpu.of(u),
+        hopper.fits(weight, u), gpu.of(u),
     )  # fmt: skip
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ from sass import MachineCode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mobilenet_ext.triton
@@ -127,13 +128,14 @@ class CompiledLaunch(MachineCode):
 
 def compile_launch(launch: Launch, architecture: Architecture) -> CompiledLaunch:
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=architecture.target, options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (code,) = sass.read(Path(file.name)).values()
-    dots, unused = _dots(compiled.asm["ttir"]), _unused(launch, compiled.asm["ptx"])
+    dots, unused = _dots(compiled.asm.get("ttir") or compiled.asm["ttgir"]), _unused(launch, compiled.asm["ptx"])
     return CompiledLaunch(**vars(code), shared=compiled.metadata.shared, dots=dots, unused=unused)
 
 
@@ -142,11 +144,19 @@ def use_cache(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-def _dots(ttir: str) -> list[tuple[str, int, int, int]]:
-    found = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", ttir)
+def _dots(ir: str) -> list[tuple[str, int, int, int]]:
+    shapes = r" : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+).*?> \* (?:tensor|!ttg\.memdesc)<\d+x(\d+)x\w+"
+    found = re.findall(r"= tt(?:ng)?\.(?:dot|warp_group_dot) .*" + shapes, ir)
     return [(kind, int(m), int(n), int(k)) for m, k, kind, n in found]
 
 
 def _unused(launch: Launch, ptx: str) -> list[str]:
-    arguments = [name for name, kind in launch.signature.items() if kind != "constexpr"]
-    return [name for i, name in enumerate(arguments) if not re.search(rf"ld\.param\S*\s[^;]*_param_{i}\]", ptx)]
+    """Arguments that are never read. TMA's description of a matrix comes with two sizes and two strides after it, which
+    it has in itself as well."""
+    unused, i = [], 0
+    for name, kind in launch.signature.items():
+        if kind != "constexpr":
+            if not re.search(rf"(ld\.param\S*|mov\.b64)\s[^;]*_param_{i}\b", ptx):
+                unused.append(name)
+            i += 5 if kind.startswith("tensordesc") else 1
+    return unused
