@@ -85,14 +85,15 @@ def _grid(**choices: tuple) -> Iterator[Any]:
 
 def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
     def replacement(
-        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, gpu: Gpu
+        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, tma: bool, gpu: Gpu
     ) -> tuple[Config]:
         whole = channels <= c.K
+        constants = {"STAGES": c.stages} if c.tma else {"WHOLE_K": whole, "FOLD": whole}
         kernel = config(
-            c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, WHOLE_K=whole, FOLD=whole
+            c.warps, 1 if c.tma else c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants
         )
         count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), gpu.multiprocessors, c.waves)
-        return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "kernel": kernel},)
+        return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "TMA": c.tma, "kernel": kernel},)
 
     return {"pointwise_forward": replacement}
 
@@ -108,6 +109,7 @@ def pointwise_on_load(layer: Layer) -> Iterator[Candidate]:
         stages=(1, 3, 4),
         waves=(1, 2, 3, 4),
         stored=(False,),
+        tma=(False,),
     ):
         whole = k <= c.K
         if c.N > n or c.K > max(32, k) or whole != (c.stages == 1) or not _fits(c) or c.M * c.N // c.warps < 1024:
@@ -121,11 +123,26 @@ def pointwise_stored(layer: Layer) -> Iterator[Candidate]:
     """Normalised, and stored, before the product; in inference there is nothing to normalise."""
     k, n = layer.in_channels, layer.out_channels
     for c in _grid(
-        M=(64, 128, 256), N=(128, 256), K=(64, 128), warps=(4, 8), stages=(1, 3, 4, 5), waves=(1, 2, 3), stored=(True,)
-    ):
+        M=(64, 128, 256), N=(128, 256), K=(64, 128), warps=(4, 8), stages=(1, 3, 4, 5), waves=(1, 2, 3), stored=(True,),
+        tma=(False,),
+    ):  # fmt: skip
         if c.N > n or c.K > max(32, k) or (k <= c.K) != (c.stages == 1) or not _fits(c):
             continue
         yield Candidate(vars(c), _pointwise_forward(c))
+
+
+def pointwise_tma(layer: Layer) -> Iterator[Candidate]:
+    """With operands copied by TMA (``hopper.py``), on Hopper."""
+    k, n = layer.in_channels, layer.out_channels
+    for c in _grid(
+        M=(128, 256), N=(64, 128, 256), K=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5), waves=(1, 2),
+        registers=(255,), stored=(True, False), tma=(True,),
+    ):  # fmt: skip
+        shared = (c.stages * (c.M + c.N) * c.K + c.M * c.N) * 2
+        if c.N > n or c.K > k or c.waves * shared > 220 * 1024 or c.M * c.N // (c.warps * 32) > 128:
+            continue
+        if c.waves * c.warps <= 8:
+            yield Candidate(vars(c), _pointwise_forward(c))
 
 
 def _fits(c: Any) -> bool:
@@ -143,8 +160,8 @@ def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., 
     """The heuristics' parameters, of which ``choose`` changes some: from (rows, channels, outputs, processors)."""
     original = heuristics.pointwise_backward
 
-    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, gpu):
-        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, gpu)[-1]
+    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, tma, gpu):
+        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, tma, gpu)[0 if tma else -1]
         return ({**both, **choose(rows, channels, outputs, gpu.multiprocessors)},)
 
     return {"pointwise_backward": replacement}
@@ -155,7 +172,7 @@ def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
         columns = cdiv(channels, c.K)
         kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
         count = programs(cdiv(rows, c.M), columns, processors, c.waves)
-        return {"STORED_DY": c.stored, "input": {"PROGRAMS": count, "kernel": kernel}}
+        return {"STORED_DY": c.stored, "input": {"PROGRAMS": count, "TMA": c.tma, "kernel": kernel}}
 
     return choose
 
@@ -164,7 +181,7 @@ def pointwise_input(layer: Layer) -> Iterator[Candidate]:
     k = layer.in_channels
     for c in _grid(
         M=(64, 128), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2, 3),
-        stored=(True, False),
+        stored=(True, False), tma=(False,),
     ):  # fmt: skip
         shared = c.stages * (c.M * c.N * (1 if c.stored else 2) + c.N * c.K) * 2
         accumulators = c.M * c.K // (c.warps * 32)
@@ -192,7 +209,7 @@ def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
             kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
             blocks = cdiv(outputs, c.N) * cdiv(channels, c.K)
             count = programs(cdiv(rows, c.M), blocks, processors, c.waves)
-            return {"weight": {"PROGRAMS": count, "STORED_A": c.stored, "kernel": kernel}}
+            return {"weight": {"PROGRAMS": count, "STORED_A": c.stored, "TMA": False, "kernel": kernel}}
 
         yield Candidate(vars(c), _backward(choose))
 
@@ -201,7 +218,7 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
     k, n = layer.in_channels, layer.out_channels
     if k * n > 128 * 256:
         return
-    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 4), stored=(False,)):
+    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 4), stored=(False,), tma=(False,)):
         c.N, c.K = (max(32, size) for size in (n, k))
         shared = (c.stages * c.M * (2 * c.N + c.K) + c.N * c.K) * 2
         accumulators = (c.N + c.M) * c.K // (c.warps * 32)
@@ -209,6 +226,40 @@ def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
             continue
         one_pass = _input(c, WHOLE_N=True, FOLD=False)
         yield Candidate(vars(c), _backward(lambda *a, one_pass=one_pass: {**one_pass(*a), "weight": None}))
+
+
+def backward_tma(layer: Layer) -> Iterator[Candidate]:
+    """Both gradients apart, or in one pass where the whole weight fits, with operands copied by TMA."""
+    k, n = layer.in_channels, layer.out_channels
+
+    def kernel(c: Any, rows: int, blocks: int, processors: int) -> dict[str, Any]:
+        chosen = config(c.warps, maxnreg=255, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, STAGES=c.stages)
+        return {"PROGRAMS": programs(cdiv(rows, c.M), blocks, processors, c.waves), "TMA": True, "kernel": chosen}
+
+    for c in _grid(
+        M=(64, 128), N=(32, 64, 128, 256), K=(32, 64, 128, 256), warps=(4, 8), stages=(1, 2, 3, 4), waves=(1, 2),
+        part=("input", "weight", "weight stored", "both"),
+    ):  # fmt: skip
+        operands, accumulators = {
+            "input": (c.stages * (c.M + c.K) * c.N + c.M * c.K, c.M * c.K),
+            "both": ((c.stages * (2 * c.N + c.K) + 2 * c.K) * c.M + c.N * c.K, (c.M + c.N) * c.K),
+        }.get(c.part, (c.stages * c.M * (c.N + c.K), c.N * c.K))
+        if c.K > k or c.N > n or 2 * c.waves * operands > 225 * 1024 or c.waves * c.warps > 8:
+            continue
+        if accumulators // (c.warps * 32) > 128 or (c.part == "both" and (c.N < n or c.K < k)):
+            continue
+        if (c.part != "both" and c.stages == 1) or (c.part != "input" and c.N < 64):
+            continue
+
+        def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
+            if c.part == "both":
+                return {"STORED_DY": False, "input": kernel(c, rows, 1, processors), "weight": None}
+            if c.part == "input":
+                return {"input": kernel(c, rows, cdiv(channels, c.K), processors)}
+            blocks = cdiv(channels, c.K) * cdiv(outputs, c.N)
+            return {"weight": {**kernel(c, rows, blocks, processors), "STORED_A": c.part == "weight stored"}}
+
+        yield Candidate(vars(c), _backward(choose))
 
 
 def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], waves: tuple[int, ...]) -> Iterator[Candidate]:
@@ -304,9 +355,11 @@ def merging(_: Any) -> Iterator[Candidate]:
 KERNELS: dict[str, tuple[str, str, Callable[[Layer], Iterator[Candidate]]]] = {
     "pointwise_forward_on_load": ("pointwise", "forward", pointwise_on_load),
     "pointwise_forward_stored": ("pointwise", "forward", pointwise_stored),
+    "pointwise_forward_tma": ("pointwise", "forward", pointwise_tma),
     "pointwise_backward_input": ("pointwise", "backward", pointwise_input),
     "pointwise_backward_weight": ("pointwise", "backward", pointwise_weight),
     "pointwise_backward_one_pass": ("pointwise", "backward", pointwise_one_pass),
+    "pointwise_backward_tma": ("pointwise", "backward", backward_tma),
     "depthwise_forward": ("depthwise", "forward", depthwise_forward),
     "depthwise_backward": ("depthwise", "backward", depthwise_backward),
     "dense_forward": ("dense", "forward", dense_forward),

@@ -281,8 +281,9 @@ def pointwise_forward(
     storing = [(shape, True) for shape in stored]
     choices = [*storing, *choices] if channels > 256 else [*choices[:1], *storing, *choices[1:]]
     first, _ = choices[0]
-    if len(choices) > 1 and cdiv(rows, first[0]) * cdiv(outputs, first[1]) < gpu.multiprocessors:
-        choices = [choices[-1], *choices[:-1]]  # a small problem: more programs, each with less to do
+    small = cdiv(rows, first[0]) * cdiv(outputs, first[1]) < gpu.multiprocessors
+    if small:
+        choices = [choices[-1], *choices[:-1]]  # more programs, each with less to do
     candidates = []
     for (block_m, block_n, block_k, warps, stages, waves), stored_a in choices:
         block_n, block_k = _at_most(block_n, outputs), _at_most(block_k, channels)
@@ -295,19 +296,11 @@ def pointwise_forward(
         count = programs(cdiv(rows, block_m), cdiv(outputs, block_n), gpu.multiprocessors, waves)
         candidates.append({"PROGRAMS": count, "STORED_A": stored_a, "TMA": False, "kernel": kernel})
     if tma and channels >= 64 and outputs >= 64:
-        shapes = _forward_tma(channels, outputs, normalised)
-        block_m, block_n = shapes[0][0][:2]
-        small = cdiv(rows, block_m) * cdiv(outputs, block_n) < gpu.multiprocessors
-        tma_candidates = [
-            {
-                "PROGRAMS": programs(cdiv(rows, shape[0]), cdiv(outputs, shape[1]), gpu.multiprocessors, shape[5]),
-                "STORED_A": stored_a,
-                "TMA": True,
-                "kernel": _tma_kernel(shape),
-            }
-            for shape, stored_a in shapes
-        ]
-        candidates = [*candidates, *tma_candidates] if small else [*tma_candidates, *candidates]
+        by_tma = []
+        for shape, stored_a in _forward_tma(channels, outputs, normalised):
+            count = programs(cdiv(rows, shape[0]), cdiv(outputs, shape[1]), gpu.multiprocessors, shape[5])
+            by_tma.append({"PROGRAMS": count, "STORED_A": stored_a, "TMA": True, "kernel": _tma_kernel(shape)})
+        candidates = [*candidates, *by_tma] if small else [*by_tma, *candidates]
     return tuple(candidates)
 
 

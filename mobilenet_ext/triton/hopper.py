@@ -1,15 +1,15 @@
 """Pointwise products on Hopper: what their kernels share.
 
-The other Triton kernels leave to the compiler how operands reach the tensor cores: one that is normalised on load then
-passes through registers, and is normalised by every program that multiplies it. Here it is said (in Gluon, Triton's
-language of explicit layouts): the tensor memory accelerator (TMA) copies tiles into shared memory, some steps ahead; an
-operand that has to be built from them (a from u, dy from dz and y) is built there once, in place, while the tensor
-cores multiply the step before; both operands of a product (``wgmma``) are read from shared memory. Outputs go through
-shared memory as well, from the layout of the accumulators to one in which a thread holds eight neighbouring channels
-of some rows: 128-bit accesses, and sums over rows that stay in a thread.
+The other Triton kernels leave to the compiler how operands reach the tensor cores. Here it is said, in Gluon (Triton's
+language of explicit layouts): the tensor memory accelerator (TMA) copies tiles into shared memory, some steps ahead,
+also from the next tile of rows while this one is stored; the tensor cores (``wgmma``) read them there, and run while
+the next step's operand is normalised. Outputs go through shared memory too: from the layout of the accumulators to one
+in which a thread holds eight neighbouring channels of some rows, for 128-bit accesses and for sums over rows that stay
+in a thread. Summed in the accumulators' layout, the statistics of a tile cost 3,000 of its 8,000 cycles in shuffles.
 
 For 16-bit types and channels that 8 divides: rows begin at multiples of 16 bytes, as TMA wants them. Neither Triton's
-interpreter nor another GPU can run this; elsewhere, and for other problems, the kernels beside it do.
+interpreter nor another GPU can run this; there, and for other problems, the kernels beside it do. Numbers of rows, and
+of some tiles more, fit 32 bits: no Hopper GPU has the memory for as many rows of the channels that these kernels take.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ stored: by ``_input``, or, where each of its programs would rebuild it at a high
 data, before it (``STORED_DY``). ``_weight`` can have its a stored before it too (``STORED_A``). dW is summed up over
 rows, so ``_weight`` splits them, a fixed number of programs to a block of it; ``merge.gradients`` adds up what they
 leave.
+
+On Hopper ``hopper_backward.py`` has the same three products, for activations whose derivative is 0 or 1.
 """
 
 from __future__ import annotations

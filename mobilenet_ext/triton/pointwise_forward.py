@@ -9,6 +9,8 @@ share both.
 An operand that is normalised on load passes through registers, in every program that multiplies it. Where that costs
 more than a pass over the data, the normalised activation is stored first (``STORED_A``), for the time of the product:
 then both operands go from memory to shared memory, and from there to the tensor cores.
+
+On Hopper ``hopper_forward.py`` has the same product.
 """
 
 from __future__ import annotations

@@ -159,11 +159,13 @@ def named(kernels: Kernels, part: str) -> Kernels:
 
 # Launch parameters were measured in bfloat16, in training, without biases, and what was measured spills nothing. These
 # are the variants of it that do (float16, without batch statistics, with a bias), by the blocks of the kernel on sm_90,
-# and bytes of the stack. All are compiled where all kinds are; the plain run, of what was measured, allows a bias alone.
+# and bytes of the stack. All are compiled where all kinds are; the plain run, of what was measured, allows only a bias.
 KNOWN_TO_SPILL = {
     ("pointwise_backward", "_input", 32, 128, 128): 40,
     ("pointwise_backward", "_input", 32, 128, 64): 144,
     ("pointwise_forward", "_kernel", 128, 64, 64): 8,
+    ("hopper_forward", "_kernel", 128, 256, 64): 120,
+    ("hopper_forward", "_kernel", 128, 128, 32): 72,
     ("dense_backward", "_weight_kernel", 1, 16, 32, 32): 8,
     ("depthwise_forward", "_kernel", 8, 64): 8,
     ("dense_forward", "_kernel", 4, 16, 32, 32): 8,

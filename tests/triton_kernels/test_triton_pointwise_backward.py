@@ -35,18 +35,18 @@ def blocks(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
 
 APART = {
     "STORED_DY": False,
-    "input": {"PROGRAMS": 2, "kernel": blocks(32, 16, 16, WHOLE_N=False, FOLD=True)},
-    "weight": {"PROGRAMS": 3, "STORED_A": False, "kernel": blocks(16, 16, 16)},
+    "input": {"PROGRAMS": 2, "TMA": False, "kernel": blocks(32, 16, 16, WHOLE_N=False, FOLD=True)},
+    "weight": {"PROGRAMS": 3, "STORED_A": False, "TMA": False, "kernel": blocks(16, 16, 16)},
 }
 STORED = {**APART, "STORED_DY": True, "weight": {**APART["weight"], "STORED_A": True}}
-ONE_PASS = {**APART, "both": {"PROGRAMS": 2, "kernel": blocks(64, 64, 64, WHOLE_N=True, FOLD=True)}}
+ONE_PASS = {**APART, "both": {"PROGRAMS": 2, "TMA": False, "kernel": blocks(64, 64, 64, WHOLE_N=True, FOLD=True)}}
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, backward: dict[str, heuristics.Config]) -> None:
     """Replaces the heuristics; of ``backward`` that part is used which is needed."""
 
     def pointwise_backward(*problem: int) -> tuple[dict, ...]:
-        *_, need_input, need_weight, _ = problem
+        *_, need_input, need_weight, _, _ = problem
         if need_input and need_weight and "both" in backward:
             return ({"STORED_DY": False, "input": backward["both"], "weight": None},)
         needed = {"STORED_DY": True, "input": need_input, "weight": need_weight}
@@ -197,7 +197,7 @@ def test_empty_batch(batch_stats: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, gpu.H100)
+    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, False, gpu.H100)
     assert len(candidates) > 1
     for choice in candidates:
         monkeypatch.setattr(heuristics, "pointwise_backward", lambda *_, choice=choice: (choice,))

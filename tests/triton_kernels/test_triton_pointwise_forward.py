@@ -36,7 +36,7 @@ def blocks(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles per program, several programs, several blocks of channels."""
-    config = {"PROGRAMS": 2, "STORED_A": False, "kernel": blocks(32, 16, 16, WHOLE_K=False, FOLD=True)}
+    config = {"PROGRAMS": 2, "STORED_A": False, "TMA": False, "kernel": blocks(32, 16, 16, WHOLE_K=False, FOLD=True)}
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
 
 
@@ -47,7 +47,7 @@ def stored_operand(monkeypatch: pytest.MonkeyPatch) -> None:
     def pointwise_forward(*problem: int) -> tuple[heuristics.Config]:
         normalised = problem[5]
         kernel = blocks(32, 16, 16, WHOLE_K=False, FOLD=True)
-        return ({"PROGRAMS": 2, "STORED_A": normalised, "kernel": kernel},)
+        return ({"PROGRAMS": 2, "STORED_A": normalised, "TMA": False, "kernel": kernel},)
 
     monkeypatch.setattr(heuristics, "pointwise_forward", pointwise_forward)
 
@@ -55,7 +55,7 @@ def stored_operand(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """All channels in one block, several tiles per program and several programs."""
-    config = {"PROGRAMS": 2, "STORED_A": False, "kernel": blocks(64, 64, 64, WHOLE_K=True, FOLD=True)}
+    config = {"PROGRAMS": 2, "STORED_A": False, "TMA": False, "kernel": blocks(64, 64, 64, WHOLE_K=True, FOLD=True)}
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
 
 
@@ -174,7 +174,7 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, gpu.H100):
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, False, gpu.H100):
         monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
         check_forward(40, 32, dtype, size=(1, 9, 10))
 
