@@ -2,10 +2,9 @@
 
     python -m benchmarks.launch_parameters [--kernels NAME ...] [--batch 256] [--json FILE]
 
-Every kernel of a layer runs with each of many parameters, far more than the heuristics' own candidates: all sizes of
-blocks that fit, numbers of warps, of pipeline stages and of programs. The table names for each layer the heuristics'
-choice and the fastest ones; the file holds them all. Processes compile first, in parallel; then one process times, each
-call after a write that clears the L2.
+Every kernel of a layer runs with each of many parameters (``launch_candidates.py``), far more than the heuristics' own
+candidates. The table names for each layer the heuristics' choice and the fastest ones; the file holds them all.
+Processes compile first, in parallel; then one process times, each call after a write that clears the L2.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -28,23 +26,14 @@ import torch
 
 import mobilenet_ext as mx
 from benchmarks.kernels import kernel_call
+from benchmarks.launch_candidates import GRADIENT_MERGES, KERNELS, MERGES, Candidate, Merge, merging
 from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.timing import CLEARED
 from mobilenet_ext.triton import heuristics, merge
-from mobilenet_ext.triton.gpu import Gpu
-from mobilenet_ext.triton.heuristics import Config, cdiv, config, programs
 
 CALLS = 7  # timed of each candidate; one that is far behind the best gets fewer
 CLOCK_HZ = 2e9  # about that of a GPU
-REGISTERS = 65536  # of a multiprocessor
 SHOWN = 5
-
-
-class Candidate(NamedTuple):
-    """Parameters by name, and the functions of ``heuristics`` that they replace, with what these return then."""
-
-    parameters: dict[str, Any]
-    replaced: dict[str, Callable[..., Any]]
 
 
 class Case(NamedTuple):
@@ -71,307 +60,6 @@ def replaced(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
             setattr(heuristics, name, function)
 
 
-# --- what there is to choose from -------------------------------------------------------------------------------------
-
-
-def _grid(**choices: tuple) -> Iterator[Any]:
-    """Every combination, as a namespace."""
-    for values in itertools.product(*choices.values()):
-        choice = argparse.Namespace(**dict(zip(choices, values, strict=True)))
-        if "waves" in choices and "registers" not in choices:
-            choice.registers = heuristics.registers(choice.warps, choice.waves)
-        yield choice
-
-
-def _pointwise_forward(c: Any) -> dict[str, Callable[..., Any]]:
-    def replacement(
-        rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, norm: bool, tma: bool, gpu: Gpu
-    ) -> tuple[Config]:
-        whole = channels <= c.K
-        constants = {"STAGES": c.stages} if c.tma else {"WHOLE_K": whole, "FOLD": whole}
-        kernel = config(
-            c.warps, 1 if c.tma else c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants
-        )
-        count = programs(cdiv(rows, c.M), cdiv(outputs, c.N), gpu.multiprocessors, c.waves)
-        return ({"PROGRAMS": count, "STORED_A": c.stored and norm, "TMA": c.tma, "kernel": kernel},)
-
-    return {"pointwise_forward": replacement}
-
-
-def pointwise_on_load(layer: Layer) -> Iterator[Candidate]:
-    """Normalised on load."""
-    k, n = layer.in_channels, layer.out_channels
-    for c in _grid(
-        M=(64, 128),
-        N=(64, 128, 256),
-        K=(32, 64, 128),
-        warps=(4, 8),
-        stages=(1, 3, 4),
-        waves=(1, 2, 3, 4),
-        stored=(False,),
-        tma=(False,),
-    ):
-        whole = k <= c.K
-        if c.N > n or c.K > max(32, k) or whole != (c.stages == 1) or not _fits(c) or c.M * c.N // c.warps < 1024:
-            continue
-        if c.warps == 8 and c.M * c.N < 128 * 128:  # both halves of the warps would normalise the same rows
-            continue
-        yield Candidate(vars(c), _pointwise_forward(c))
-
-
-def pointwise_stored(layer: Layer) -> Iterator[Candidate]:
-    """Normalised, and stored, before the product; in inference there is nothing to normalise."""
-    k, n = layer.in_channels, layer.out_channels
-    for c in _grid(
-        M=(64, 128, 256), N=(128, 256), K=(64, 128), warps=(4, 8), stages=(1, 3, 4, 5), waves=(1, 2, 3), stored=(True,),
-        tma=(False,),
-    ):  # fmt: skip
-        if c.N > n or c.K > max(32, k) or (k <= c.K) != (c.stages == 1) or not _fits(c):
-            continue
-        yield Candidate(vars(c), _pointwise_forward(c))
-
-
-def pointwise_tma(layer: Layer) -> Iterator[Candidate]:
-    """With operands copied by TMA (``hopper.py``), on Hopper."""
-    k, n = layer.in_channels, layer.out_channels
-    for c in _grid(
-        M=(128, 256), N=(64, 128, 256), K=(32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5), waves=(1, 2),
-        registers=(255,), stored=(True, False), tma=(True,),
-    ):  # fmt: skip
-        shared = (c.stages * (c.M + c.N) * c.K + c.M * c.N) * 2
-        if c.N > n or c.K > k or c.waves * shared > 220 * 1024 or c.M * c.N // (c.warps * 32) > 128:
-            continue
-        if c.waves * c.warps <= 8:
-            yield Candidate(vars(c), _pointwise_forward(c))
-
-
-def _fits(c: Any) -> bool:
-    """The stages in shared memory, the accumulators in registers, the programs on a multiprocessor."""
-    shared = c.stages * (c.M + c.N) * c.K * 2
-    return (
-        shared <= 220 * 1024
-        and c.waves * shared <= 220 * 1024
-        and 32 <= c.M * c.N // (c.warps * 32) <= 128
-        and c.waves * c.warps <= 16
-    )
-
-
-def _backward(choose: Callable[..., dict[str, Any]]) -> dict[str, Callable[..., Any]]:
-    """The heuristics' parameters, of which ``choose`` changes some: from (rows, channels, outputs, processors)."""
-    original = heuristics.pointwise_backward
-
-    def replacement(rows, channels, outputs, itemsize, ieee, need_input, need_weight, tma, gpu):
-        both = original(rows, channels, outputs, itemsize, ieee, need_input, need_weight, tma, gpu)[0 if tma else -1]
-        return ({**both, **choose(rows, channels, outputs, gpu.multiprocessors)},)
-
-    return {"pointwise_backward": replacement}
-
-
-def _input(c: Any, **constants: Any) -> Callable[..., dict[str, Any]]:
-    def choose(rows: int, channels: int, outputs: int, processors: int) -> dict[str, Any]:
-        columns = cdiv(channels, c.K)
-        kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, **constants)
-        count = programs(cdiv(rows, c.M), columns, processors, c.waves)
-        return {"STORED_DY": c.stored, "input": {"PROGRAMS": count, "TMA": c.tma, "kernel": kernel}}
-
-    return choose
-
-
-def pointwise_input(layer: Layer) -> Iterator[Candidate]:
-    k = layer.in_channels
-    for c in _grid(
-        M=(64, 128), N=(32, 64, 128), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2, 3),
-        stored=(True, False), tma=(False,),
-    ):  # fmt: skip
-        shared = c.stages * (c.M * c.N * (1 if c.stored else 2) + c.N * c.K) * 2
-        accumulators = c.M * c.K // (c.warps * 32)
-        if c.K > k or c.waves * shared > 220 * 1024 or not 32 <= accumulators <= 128 or c.waves * c.warps > 16:
-            continue
-        if c.stored == (c.N == 32) or (not c.stored and (c.M == 256 or c.stages > 4)):
-            continue
-        yield Candidate(vars(c), _backward(_input(c, WHOLE_N=False, FOLD=False)))
-
-
-def pointwise_weight(layer: Layer) -> Iterator[Candidate]:
-    k, n = layer.in_channels, layer.out_channels
-    for c in _grid(
-        M=(32, 64, 128), N=(128, 256), K=(64, 128, 256), warps=(4, 8), stages=(3, 4), waves=(1, 2),
-        stored=(True, False),
-    ):  # fmt: skip
-        shared = c.stages * c.M * (c.N + c.K) * 2
-        accumulators = c.N * c.K // (c.warps * 32)
-        if c.N > n or c.K > k or c.waves * shared > 220 * 1024 or not 64 <= accumulators <= 128:
-            continue
-        if c.waves * c.warps > 16:
-            continue
-
-        def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
-            kernel = config(c.warps, c.stages, maxnreg=c.registers, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K)
-            blocks = cdiv(outputs, c.N) * cdiv(channels, c.K)
-            count = programs(cdiv(rows, c.M), blocks, processors, c.waves)
-            return {"weight": {"PROGRAMS": count, "STORED_A": c.stored, "TMA": False, "kernel": kernel}}
-
-        yield Candidate(vars(c), _backward(choose))
-
-
-def pointwise_one_pass(layer: Layer) -> Iterator[Candidate]:
-    k, n = layer.in_channels, layer.out_channels
-    if k * n > 128 * 256:
-        return
-    for c in _grid(M=(16, 32, 64), warps=(4, 8), stages=(2, 3, 4), waves=(1, 2, 4), stored=(False,), tma=(False,)):
-        c.N, c.K = (max(32, size) for size in (n, k))
-        shared = (c.stages * c.M * (2 * c.N + c.K) + c.N * c.K) * 2
-        accumulators = (c.N + c.M) * c.K // (c.warps * 32)
-        if shared > 200 * 1024 or accumulators > 176 or c.waves * c.warps > 16:
-            continue
-        one_pass = _input(c, WHOLE_N=True, FOLD=False)
-        yield Candidate(vars(c), _backward(lambda *a, one_pass=one_pass: {**one_pass(*a), "weight": None}))
-
-
-def backward_tma(layer: Layer) -> Iterator[Candidate]:
-    """Both gradients apart, or in one pass where the whole weight fits, with operands copied by TMA."""
-    k, n = layer.in_channels, layer.out_channels
-
-    def kernel(c: Any, rows: int, blocks: int, processors: int) -> dict[str, Any]:
-        chosen = config(c.warps, maxnreg=255, BLOCK_M=c.M, BLOCK_N=c.N, BLOCK_K=c.K, STAGES=c.stages)
-        return {"PROGRAMS": programs(cdiv(rows, c.M), blocks, processors, c.waves), "TMA": True, "kernel": chosen}
-
-    for c in _grid(
-        M=(64, 128), N=(32, 64, 128, 256), K=(32, 64, 128, 256), warps=(4, 8), stages=(1, 2, 3, 4), waves=(1, 2),
-        part=("input", "weight", "weight stored", "both"),
-    ):  # fmt: skip
-        operands, accumulators = {
-            "input": (c.stages * (c.M + c.K) * c.N + c.M * c.K, c.M * c.K),
-            "both": ((c.stages * (2 * c.N + c.K) + 2 * c.K) * c.M + c.N * c.K, (c.M + c.N) * c.K),
-        }.get(c.part, (c.stages * c.M * (c.N + c.K), c.N * c.K))
-        if c.K > k or c.N > n or 2 * c.waves * operands > 225 * 1024 or c.waves * c.warps > 8:
-            continue
-        if accumulators // (c.warps * 32) > 128 or (c.part == "both" and (c.N < n or c.K < k)):
-            continue
-        if (c.part != "both" and c.stages == 1) or (c.part != "input" and c.N < 64):
-            continue
-
-        def choose(rows: int, channels: int, outputs: int, processors: int, c=c) -> dict[str, Any]:
-            if c.part == "both":
-                return {"STORED_DY": False, "input": kernel(c, rows, 1, processors), "weight": None}
-            if c.part == "input":
-                return {"input": kernel(c, rows, cdiv(channels, c.K), processors)}
-            blocks = cdiv(channels, c.K) * cdiv(outputs, c.N)
-            return {"weight": {**kernel(c, rows, blocks, processors), "STORED_A": c.part == "weight stored"}}
-
-        yield Candidate(vars(c), _backward(choose))
-
-
-def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], waves: tuple[int, ...]) -> Iterator[Candidate]:
-    for c in _grid(
-        elements=elements, warps=(2, 4, 8), C=(32, 64, 128), rows=(0, 28, 14), waves=waves, registers=(255,)
-    ):
-        if c.C > max(16, layer.in_channels) or c.rows >= layer.size:
-            continue
-        kernel = config(c.warps, BLOCK_P=c.warps * 32 * c.elements // c.C, BLOCK_C=c.C)
-
-        def grid(images, channels, height, lanes, processors, tile, waves, c=c) -> tuple[int, int]:
-            rows = min(height, c.rows) if c.rows else height
-            tasks = -(-images * lanes // tile[0]) * -(-height // rows)
-            return rows, min(tasks, max(1, waves * processors // -(-channels // tile[1])) if waves else 65535)
-
-        chosen = {"waves": c.waves, "kernel": kernel}
-        yield Candidate(vars(c), {heuristic: lambda *problem, chosen=chosen: (chosen,), "depthwise_grid": grid})
-
-
-def depthwise_forward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), (1, 2, 3, 4, 6))
-
-
-def depthwise_inference(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), (0,))
-
-
-def depthwise_backward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_backward", (2, 4), (1, 2, 3, 4, 6))
-
-
-def dense_forward(layer: Layer) -> Iterator[Candidate]:
-    for c in _grid(pixels=(32, 64, 128), warps=(2, 4, 8), registers=(96, 128, 168, 255), waves=(4, 8, 12, 16)):
-
-        def replacement(images, height, width, channels, filters, itemsize, gpu, c=c) -> tuple[Config]:
-            h, w = heuristics.rectangle(c.pixels, height, width)
-            kernel = config(c.warps, maxnreg=c.registers, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
-            tiles = images * cdiv(height, h) * cdiv(width, w)
-            return (
-                {
-                    "PROGRAMS": programs(tiles, cdiv(filters, 32), gpu.multiprocessors, c.waves // c.warps),
-                    "kernel": kernel,
-                },
-            )
-
-        if c.waves >= c.warps and c.pixels >= 16 * c.warps / 2 and c.registers * 32 * c.waves <= 2 * REGISTERS:
-            yield Candidate(vars(c), {"dense_forward": replacement})
-
-
-def dense_backward(layer: Layer) -> Iterator[Candidate]:
-    for c in _grid(pixels=(16, 32, 64, 128), warps=(1, 2, 4), waves=(8, 16, 24, 32), registers=(255,)):
-
-        def replacement(images, height, width, channels, filters, itemsize, gpu, c=c) -> tuple[Config]:
-            h, w = heuristics.rectangle(c.pixels, height, width)
-            kernel = config(c.warps, BLOCK_H=h, BLOCK_W=w, BLOCK_N=32, BLOCK_K=32)
-            tiles = images * cdiv(height, h) * cdiv(width, w)
-            return ({"PROGRAMS": programs(tiles, 1, gpu.multiprocessors, c.waves // c.warps), "kernel": kernel},)
-
-        if c.waves >= c.warps:
-            yield Candidate(vars(c), {"dense_weight_gradient": replacement})
-
-
-def block_inference(layer: Layer) -> Iterator[Candidate]:
-    yield Candidate({"two": True}, {"block_inference": lambda *args: (heuristics.TWO_KERNELS,)})
-    for c in _grid(H=(4, 8), W=(8, 16), N=(64, 128, 256), C=(32,), warps=(4, 8), registers=(168, 255)):
-        if c.N > layer.out_channels or c.H * c.W * c.N // (c.warps * 32) > 128 or c.registers * c.warps > 1024:
-            continue
-        if layer.in_channels > 256:
-            continue
-        kernel = config(c.warps, maxnreg=c.registers, BLOCK_H=c.H, BLOCK_W=c.W, BLOCK_N=c.N, BLOCK_C=c.C)
-        yield Candidate(vars(c), {"block_inference": lambda *args, kernel=kernel: (kernel,)})
-
-
-class Merge(NamedTuple):
-    """A merging kernel's problem: as many rows of partial results as programs left, of a layer's size."""
-
-    rows: int
-    columns: int
-
-    @property
-    def name(self) -> str:
-        return f"merge {self.rows}x{self.columns}"
-
-
-def merging(_: Any) -> Iterator[Candidate]:
-    for c in _grid(P=(4, 8, 16, 32, 64, 128, 256), C=(4, 8, 16, 32, 64, 128, 256, 512), warps=(1, 2, 4, 8)):
-        if 1 <= c.P * c.C // (c.warps * 32) <= 32:
-            chosen = config(c.warps, BLOCK_P=c.P, BLOCK_C=c.C)
-            yield Candidate(vars(c), {"merge": lambda columns, rows, chosen=chosen: chosen})
-
-
-# A kernel: the kind of layer and the pass that it belongs to, and its candidates.
-KERNELS: dict[str, tuple[str, str, Callable[[Layer], Iterator[Candidate]]]] = {
-    "pointwise_forward_on_load": ("pointwise", "forward", pointwise_on_load),
-    "pointwise_forward_stored": ("pointwise", "forward", pointwise_stored),
-    "pointwise_forward_tma": ("pointwise", "forward", pointwise_tma),
-    "pointwise_backward_input": ("pointwise", "backward", pointwise_input),
-    "pointwise_backward_weight": ("pointwise", "backward", pointwise_weight),
-    "pointwise_backward_one_pass": ("pointwise", "backward", pointwise_one_pass),
-    "pointwise_backward_tma": ("pointwise", "backward", backward_tma),
-    "depthwise_forward": ("depthwise", "forward", depthwise_forward),
-    "depthwise_backward": ("depthwise", "backward", depthwise_backward),
-    "dense_forward": ("dense", "forward", dense_forward),
-    "dense_backward": ("dense", "backward", dense_backward),
-    "pointwise_inference": ("pointwise", "inference", pointwise_stored),
-    "depthwise_inference": ("depthwise", "inference", depthwise_inference),
-    "block_inference": ("block", "inference", block_inference),
-}
-MERGES = [Merge(rows, columns) for rows in (16, 66, 132, 264, 528) for columns in (32, 128, 512, 1024)]
-GRADIENT_MERGES = [Merge(4, 1024 * 1024), Merge(16, 512 * 512), Merge(33, 256 * 256), Merge(264, 128 * 128)]
-
-
 def cases(kernels: list[str], width: float, resolution: int) -> Iterator[Case]:
     for kernel in kernels:
         kind, pass_, _ = KERNELS[kernel]
@@ -380,9 +68,6 @@ def cases(kernels: list[str], width: float, resolution: int) -> Iterator[Case]:
         for layer in dict.fromkeys(layers):
             if layer.kind == kind:
                 yield Case(kernel, layer, pass_)
-
-
-# --- compiling and timing ---------------------------------------------------------------------------------------------
 
 
 def compile_share(kernels: list[str], width: float, resolution: int, share: int, shares: int) -> None:

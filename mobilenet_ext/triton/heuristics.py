@@ -384,6 +384,11 @@ def pointwise_backward(
     return tuple(candidates)
 
 
+# Blocks of the two kernels for Hopper, where they are apart.
+TMA_INPUT: Shape = (128, 64, 128, 8, 4, 1)
+TMA_WEIGHT: Shape = (64, 256, 128, 8, 4, 1)
+
+
 def _backward_tma(
     rows: int, channels: int, outputs: int, need_input: bool, need_weight: bool, gpu: Gpu
 ) -> list[Config]:
@@ -405,7 +410,8 @@ def _backward_tma(
         return [{"STORED_DY": False, "input": kernel(one_pass, 1), "weight": None}]
     if channels < 64:
         return []
-    by_input, by_weight = (128, 64, 128, 8, 4, 1), (64, 256, 128, 8, 4, 1)
-    blocks = cdiv(channels, 128)
-    weight = {**kernel(by_weight, blocks * cdiv(outputs, 256)), "STORED_A": channels > 256} if need_weight else None
-    return [{"STORED_DY": True, "input": kernel(by_input, blocks), "weight": weight}]
+    weight = None
+    if need_weight:
+        blocks = cdiv(channels, TMA_WEIGHT[2]) * cdiv(outputs, TMA_WEIGHT[1])
+        weight = {**kernel(TMA_WEIGHT, blocks), "STORED_A": channels > 256}
+    return [{"STORED_DY": True, "input": kernel(TMA_INPUT, cdiv(channels, TMA_INPUT[2])), "weight": weight}]

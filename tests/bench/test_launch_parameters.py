@@ -1,4 +1,4 @@
-"""The candidates of ``benchmarks/launch_parameters.py`` are launch parameters as ``heuristics.py`` gives them."""
+"""The candidates of ``benchmarks/launch_candidates.py`` are launch parameters as ``heuristics.py`` gives them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import launch_parameters
-from benchmarks.launch_parameters import KERNELS, Candidate, cases, replaced
+from benchmarks.launch_candidates import KERNELS, Candidate, merging
+from benchmarks.launch_parameters import cases, replaced
 from mobilenet_ext.triton import gpu, heuristics
 
 # Problems of each function, as the kernels call it: with every kind of choice.
 PROBLEMS: dict[str, list[tuple[Any, ...]]] = {
-    "pointwise_forward": [(50176, 512, 512, 2, False, True, gpu.H100)],
-    "pointwise_backward": [(50176, k, n, 2, False, True, True, gpu.H100) for k, n in ((512, 512), (64, 128))],
+    "pointwise_forward": [(50176, 512, 512, 2, False, True, tma, gpu.H100) for tma in (True, False)],
+    "pointwise_backward": [
+        (50176, k, n, 2, False, True, True, tma, gpu.H100) for k, n in ((512, 512), (64, 128)) for tma in (True, False)
+    ],
     "depthwise_forward": [(128, 2, 1, True)],
     "depthwise_backward": [(128, 2)],
     "depthwise_grid": [(256, 128, 56, 28, 132, (16, 64), 2)],
@@ -54,7 +56,7 @@ def test_candidates(kernel: str) -> None:
 
 
 def test_merging() -> None:
-    for candidate in launch_parameters.merging(None):
+    for candidate in merging(None):
         check(candidate)
 
 
