@@ -1,5 +1,5 @@
-"""Launch parameters of the Triton kernels, to be timed beside each other by ``launch_parameters.py``: all sizes of blocks
-that fit, numbers of warps, of pipeline stages and of programs."""
+"""Launch parameters of the Triton kernels, to be timed beside each other by ``launch_parameters.py``: all sizes of
+blocks that fit, numbers of warps, of pipeline stages and of programs."""
 
 from __future__ import annotations
 
