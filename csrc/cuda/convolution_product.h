@@ -9,16 +9,22 @@
 
 namespace mx::cuda {
 
-// Adds the biases of a thread's channels; null: 0.
-template <int kWidth>
+// Adds the biases of a thread's channels; null: 0. kWide: the bias is aligned.
+template <bool kWide, int kWidth>
 __device__ __forceinline__ void add_bias(const float* bias, int column, int columns, float (&d)[kWidth]) {
-  if (bias == nullptr) return;
+  if (bias == nullptr || column >= columns) return;
+  constexpr int kFew = kWidth < 4 ? kWidth : 4;  // at a time: registers are taken
+#pragma unroll 1
+  for (int part = 0; part < kWidth / kFew; ++part) {
+    float b[kFew];
+    load_vector<kWide>(bias, column + part * kFew, columns, b);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i)
-    if (column + i < columns) d[i] += bias[column + i];
+    for (int i = 0; i < kWidth; ++i)
+      if (i / kFew == part) d[i] += b[i % kFew];
+  }
 }
 
-// Stores act(norm(y)). kWide: rows of y are multiples of 16 bytes, and y and bn aligned.
+// Stores act(norm(y)). kWide: rows of y are multiples of 16 bytes, and y, bias and bn aligned.
 template <class S, bool kWide>
 struct NormActOutput {
   using T = typename S::T;
@@ -49,7 +55,7 @@ struct NormActOutput {
 
   __device__ __forceinline__ void store(int, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
     if (!inside) return;
-    add_bias(args.bias, column, args.tiling.columns, d);
+    add_bias<kWide>(args.bias, column, args.tiling.columns, d);
     if (args.norm_act.bn != nullptr) {
 #pragma unroll
       for (int i = 0; i < S::kWidth; ++i) d[i] = norm.z(d[i], i);
@@ -121,7 +127,7 @@ struct StatisticsOutput {
   __device__ __forceinline__ Extra load(int64_t, bool) { return {}; }
 
   __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth], const Extra&) {
-    add_bias(args.bias, column, args.tiling.columns, d);
+    add_bias<kWide>(args.bias, column, args.tiling.columns, d);
     const auto y = round_pack<T>(d);
     if (inside) store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, y);
     to_floats(y, d);

@@ -128,8 +128,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
           }
         } else {
           if (p.bias != nullptr) {  // from the cache: registers are taken
+            float bias[P];
+            load_vector<(P > 1)>(p.bias, c, channels, bias);
 #pragma unroll
-            for (int i = 0; i < P; ++i) sums[0][o][i] += p.bias[c + i];
+            for (int i = 0; i < P; ++i) sums[0][o][i] += bias[i];
           }
           const Packed stored = round_pack<T>(sums[0][o]);
           float value[P];
@@ -189,7 +191,7 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
 
 template <class T>
 cudaError_t start_typed(const ForwardArgs& args, const Launch& on) {
-  const bool wide = args.g.c_in % kPack<T> == 0 && aligned(args.u) && aligned(args.y);
+  const bool wide = args.g.c_in % kPack<T> == 0 && aligned(args.u) && aligned(args.y) && aligned(args.bias);
   return wide ? start<T, kPack<T>>(args, on) : start<T, 1>(args, on);
 }
 

@@ -96,11 +96,12 @@ def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int)
     ],
 )
 def test_loads_are_in_flight_over_a_row(kernels: Kernels, file: str, pattern: str, loads: int, far: int) -> None:
-    """Those of a row are all under way before one is waited for: the first reader is most of a row's work away."""
+    """Those of a row are all under way before one is waited for: the first reader is most of a row's work away. (A bias
+    is read from the cache where it is added.)"""
     mine = {name: code for name, code in kernels.items() if name[0] == file and re.fullmatch(pattern, name[1])}
     assert mine
     flights = {name: code.in_flight for name, code in mine.items()}
-    waits = {name: flight for name, flight in flights.items() if len(flight) != loads or min(flight) < far}
+    waits = {name: flight for name, flight in flights.items() if sum(f >= far for f in flight) != loads}
     assert not waits, waits
 
 
