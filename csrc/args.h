@@ -13,10 +13,11 @@ enum class Dtype { f32, f64, bf16, f16 };
 enum class Conv { depthwise, pointwise, dense };
 constexpr int kConvs = 3;
 
-// Images are NHWC and dense. Pointwise convolutions use stride 1, padding 0 and a kernel of one tap.
+// Images are NHWC and dense. Pointwise convolutions use stride 1, padding 0 and a kernel of one tap. The padding on the
+// right and at the bottom is in out_w and out_h.
 struct Geometry {
   int64_t n, h, w, c_in, c_out, out_h, out_w;
-  int stride, padding;
+  int kernel, stride, pad_left, pad_top;
 };
 
 // z = (y - MEAN)*SCALE + SHIFT, then act(z): of an input on load, of an output on store.

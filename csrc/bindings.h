@@ -22,9 +22,10 @@ template <class Backend>
 struct Bindings {
   template <Conv conv>
   static std::tuple<Tensor, Tensor> conv_forward(const Tensor& u, const OptionalTensor& bn_u, int64_t act_u,
-                                                 const Tensor& weight, int64_t stride, int64_t padding,
-                                                 const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
-                                                 bool stats, const OptionalTensor& bias) {
+                                                 const Tensor& weight, int64_t stride,
+                                                 const std::vector<int64_t>& padding, const OptionalTensor& gamma,
+                                                 const OptionalTensor& beta, double eps, bool stats,
+                                                 const OptionalTensor& bias) {
     const Call<Backend> call(u);
     const ConvShape s = call.check_conv(conv, u, weight, stride, padding);
     const ScalarType acc = acc_type(s.type);
@@ -50,8 +51,9 @@ struct Bindings {
   static std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const OptionalTensor& y,
                                                           const OptionalTensor& grad_bn_y, const Tensor& u,
                                                           const OptionalTensor& bn_u, int64_t act_u, bool batch_stats_u,
-                                                          const Tensor& weight, int64_t stride, int64_t padding,
-                                                          bool need_input, bool need_weight) {
+                                                          const Tensor& weight, int64_t stride,
+                                                          const std::vector<int64_t>& padding, bool need_input,
+                                                          bool need_weight) {
     const Call<Backend> call(u);
     const ConvShape s = call.check_conv(conv, u, weight, stride, padding);
     const ScalarType acc = acc_type(s.type);
@@ -82,7 +84,7 @@ struct Bindings {
 
   template <Conv conv>
   static Tensor conv_inference(const Tensor& x, const OptionalTensor& bn_y, int64_t act_y, const Tensor& weight,
-                               int64_t stride, int64_t padding, const OptionalTensor& packed) {
+                               int64_t stride, const std::vector<int64_t>& padding, const OptionalTensor& packed) {
     const Call<Backend> call(x);
     const ConvShape s = call.check_conv(conv, x, weight, stride, padding);
     ForwardArgs args{};
@@ -113,10 +115,12 @@ struct Bindings {
   static constexpr auto* dense_inference = &conv_inference<Conv::dense>;
 
   static Tensor block_inference(const Tensor& x, const Tensor& depthwise_bn, int64_t depthwise_act,
-                                const Tensor& depthwise_weight, int64_t stride, const Tensor& pointwise_bn,
-                                int64_t pointwise_act, const Tensor& pointwise_weight, const OptionalTensor& packed) {
+                                const Tensor& depthwise_weight, int64_t stride, const std::vector<int64_t>& padding,
+                                const Tensor& pointwise_bn, int64_t pointwise_act, const Tensor& pointwise_weight,
+                                const OptionalTensor& packed) {
     const Call<Backend> call(x);
-    ConvShape s = call.check_conv(Conv::depthwise, x, depthwise_weight, stride, 1);
+    ConvShape s = call.check_conv(Conv::depthwise, x, depthwise_weight, stride, padding);
+    check_block(s.g.kernel, padding);
     const int64_t c = s.g.c_in;
     STD_TORCH_CHECK(pointwise_weight.dim() == 4 && pointwise_weight.size(0) > 0,
                     "pointwise_weight: expected 4 dimensions and at least one output channel, got ",

@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "args.h"
 #include "ops.h"
@@ -57,16 +58,27 @@ inline std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline int64_t kernel_size(Conv conv) { return conv == Conv::pointwise ? 1 : 3; }
+// What a convolution is called with beside its tensors.
+struct ConvSettings {
+  int64_t kernel, stride;
+  int64_t left, right, top, bottom;  // padding
+};
 
-inline void check_settings(Conv conv, int64_t stride, int64_t padding) {
-  if (conv == Conv::pointwise) {
-    STD_TORCH_CHECK(stride == 1, "stride: expected 1 of a pointwise convolution, got ", stride);
-    STD_TORCH_CHECK(padding == 0, "padding: expected 0 of a pointwise convolution, got ", padding);
-    return;
-  }
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
-  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding: expected 0 or 1, got ", padding);
+inline ConvSettings check_settings(Conv conv, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(padding.size() == 4, "padding: expected 4 sides, got ", padding.size());
+  const bool pointwise = conv == Conv::pointwise;
+  STD_TORCH_CHECK(stride == 1 || (stride == 2 && !pointwise), "stride: expected 1", pointwise ? "" : " or 2", ", got ",
+                  stride);
+  for (const int64_t side : padding)
+    STD_TORCH_CHECK(side >= 0 && side <= (pointwise ? 0 : 2), "padding: expected 0", pointwise ? "" : ", 1 or 2",
+                    ", got ", side);
+  return {kernel, stride, padding[0], padding[1], padding[2], padding[3]};
+}
+
+// The depthwise half of a block.
+inline void check_block(int64_t kernel, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(kernel == 3, "depthwise_weight: expected a kernel of 3x3 in a block, got ", kernel, "x", kernel);
+  for (const int64_t side : padding) STD_TORCH_CHECK(side <= 1, "padding: expected 0 or 1 in a block, got ", side);
 }
 
 inline Act act_of(int64_t act, const char* name) {
@@ -74,15 +86,24 @@ inline Act act_of(int64_t act, const char* name) {
   return Act(act);
 }
 
-inline Geometry conv_geometry(Conv conv, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int stride,
-                              int padding) {
-  const int64_t kernel = kernel_size(conv);
-  STD_TORCH_CHECK(h + 2 * padding >= kernel && w + 2 * padding >= kernel,
-                  "input: the padded image is smaller than the kernel; shape ", shape_text(std::array{n, c_in, h, w}),
-                  ", padding ", padding);
-  return {
-      n,      h,      w, c_in, c_out, (h + 2 * padding - kernel) / stride + 1, (w + 2 * padding - kernel) / stride + 1,
-      stride, padding};
+inline Geometry conv_geometry(const ConvSettings& s, int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out) {
+  const int64_t rows = h + s.top + s.bottom - s.kernel, columns = w + s.left + s.right - s.kernel;
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0, "input: the padded image is smaller than the kernel of ", s.kernel, "x",
+                  s.kernel, "; shape ", shape_text(std::array{n, c_in, h, w}), ", padding ",
+                  shape_text(std::array{s.left, s.right, s.top, s.bottom}));
+  Geometry g{};
+  g.n = n;
+  g.h = h;
+  g.w = w;
+  g.c_in = c_in;
+  g.c_out = c_out;
+  g.out_h = rows / s.stride + 1;
+  g.out_w = columns / s.stride + 1;
+  g.kernel = int(s.kernel);
+  g.stride = int(s.stride);
+  g.pad_left = int(s.left);
+  g.pad_top = int(s.top);
+  return g;
 }
 
 struct ConvShape {
@@ -192,24 +213,27 @@ struct Call {
     return backend.empty_activation(n, c, h, w, type);
   }
 
-  // Checks a weight for activations of c_in channels.
-  void check_weight(Conv conv, const Tensor& weight, ScalarType type, int64_t c_in) const {
+  // Checks a weight for activations of c_in channels; returns the kernel's size.
+  int64_t check_weight(Conv conv, const Tensor& weight, ScalarType type, int64_t c_in) const {
     STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
-    const int64_t c_out = weight.size(0), kernel = kernel_size(conv);
-    STD_TORCH_CHECK(c_out > 0, "weight: expected at least one output channel");
-    if (conv == Conv::depthwise)
+    STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one output channel");
+    if (conv == Conv::depthwise) {
+      const int64_t kernel = weight.size(2) == 5 ? 5 : 3;
       check_dense(weight, "weight", type, {c_in, 1, kernel, kernel});
-    else
-      check_dense(weight, "weight", type, {c_out, c_in, kernel, kernel});
+      return kernel;
+    }
+    const int64_t kernel = conv == Conv::pointwise ? 1 : 3;
+    check_dense(weight, "weight", type, {weight.size(0), c_in, kernel, kernel});
+    return kernel;
   }
 
   // Checks u and weight against each other.
-  ConvShape check_conv(Conv conv, const Tensor& u, const Tensor& weight, int64_t stride, int64_t padding) const {
+  ConvShape check_conv(Conv conv, const Tensor& u, const Tensor& weight, int64_t stride,
+                       const std::vector<int64_t>& padding) const {
     check_activation(u, "input");
-    check_weight(conv, weight, u.scalar_type(), u.size(1));
-    check_settings(conv, stride, padding);
-    const Geometry g =
-        conv_geometry(conv, u.size(0), u.size(2), u.size(3), u.size(1), weight.size(0), int(stride), int(padding));
+    const int64_t kernel = check_weight(conv, weight, u.scalar_type(), u.size(1));
+    const ConvSettings settings = check_settings(conv, kernel, stride, padding);
+    const Geometry g = conv_geometry(settings, u.size(0), u.size(2), u.size(3), u.size(1), weight.size(0));
     return {g, dtype_of<Backend>(u, "input"), u.scalar_type()};
   }
 };

@@ -20,7 +20,11 @@
 // Conventions
 //   activations   4-D, channels_last dense (NHWC in memory); dtype float32, bfloat16, float16 or float64
 //   acc           the accumulation dtype: float64 for float64 activations, otherwise float32
-//   weight        the activations' dtype; depthwise [C,1,3,3], pointwise [N,K,1,1], dense [N,K,3,3]; contiguous
+//   weight        the activations' dtype; depthwise [C,1,3,3] or [C,1,5,5], pointwise [N,K,1,1], dense [N,K,3,3];
+//                 contiguous
+//   stride        1 or 2; of a pointwise convolution 1
+//   padding       zeros on the left, right, top and bottom (the order of torch.nn.functional.pad), 0 to 2 each; of a
+//                 pointwise convolution 0; a block has a kernel of 3x3 and 0 or 1 on each side
 //   bias          the convolution's, [C], acc; added before y is rounded and stored: it may cancel the mean of the rest
 //   gamma, beta   BatchNorm's weight and bias, [C], acc
 //   bn            a normalisation, acc [5,C], contiguous: rows BnRow below
@@ -41,14 +45,14 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
 }  // namespace mx
 
 // clang-format off
-// The three convolutions have the same signatures. A pointwise one has stride 1 and padding 0.
+// The three convolutions have the same signatures.
 #define MX_CONV_OPS(X, conv)                                                                                           \
-  X(conv##_forward, #conv "_forward(Tensor u, Tensor? bn_u, int act_u, Tensor weight, int stride, int padding, "       \
-    "Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) -> (Tensor y, Tensor bn_y)")               \
+  X(conv##_forward, #conv "_forward(Tensor u, Tensor? bn_u, int act_u, Tensor weight, int stride, "                    \
+    "int[4] padding, Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) -> (Tensor y, Tensor bn_y)")               \
   X(conv##_backward, #conv "_backward(Tensor dz, Tensor? y, Tensor? grad_bn_y, Tensor u, Tensor? bn_u, int act_u, "    \
-    "bool batch_stats_u, Tensor weight, int stride, int padding, bool need_input, bool need_weight) "                  \
+    "bool batch_stats_u, Tensor weight, int stride, int[4] padding, bool need_input, bool need_weight) "               \
     "-> (Tensor dz_u, Tensor grad_weight, Tensor grad_bn_u)")                                                          \
-  X(conv##_inference, #conv "_inference(Tensor x, Tensor? bn_y, int act_y, Tensor weight, int stride, int padding, "   \
+  X(conv##_inference, #conv "_inference(Tensor x, Tensor? bn_y, int act_y, Tensor weight, int stride, int[4] padding, "  \
     "Tensor? packed=None) -> Tensor")
 
 #define MX_KERNEL_OPS(X)                                                                                               \
@@ -61,17 +65,17 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
   X(bn_from_running, "bn_from_running(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, "          \
     "Tensor? conv_bias, float eps) -> Tensor")                                                                         \
   X(block_inference, "block_inference(Tensor x, Tensor depthwise_bn, int depthwise_act, Tensor depthwise_weight, "     \
-    "int stride, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, Tensor? packed=None) -> Tensor")
+    "int stride, int[4] padding, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, Tensor? packed=None) -> Tensor")
 
 // Ops that are written once, in Python: the differentiable layers over the kernel ops (mobilenet_ext/layers.py), whose
 // autograd edges all carry the true derivative, and the one op that mutates (mobilenet_ext/running_stats.py).
 #define MX_LAYER_OPS(X)                                                                                                \
-  X("depthwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, int stride, int padding) "         \
+  X("depthwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, int stride, int[4] padding) "      \
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \
   X("pointwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight) "                                  \
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \
   X("norm_act(Tensor y, Tensor mean, Tensor scale, Tensor shift, int act) -> Tensor")                                  \
-  X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor")                  \
+  X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int[4] padding) -> Tensor")                  \
   X("pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor")                                           \
   X("update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] mean, Tensor[] var, "         \
     "SymInt[] count, float[] momentum) -> ()")

@@ -9,29 +9,46 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import chain
-from mobilenet_ext.contract import DTYPES, STRIDES
+from mobilenet_ext.contract import DTYPES, KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Padding, conv_output_size
 from mobilenet_ext.running_stats import overlap, why_unusable
 
 
-def check_conv(input, weight, bias, *, depthwise, stride=1, padding=0):
+def as_padding(padding: object) -> Padding:
+    """The four sides of what a convolution may be given as its padding."""
+    sides = [padding] * 4 if _is_integer(padding) else padding
+    if isinstance(sides, (tuple, list)):
+        if len(sides) == 2:
+            rows, columns = sides
+            sides = [columns, columns, rows, rows]
+        if len(sides) == 4 and all(_is_integer(side) and side in PADDINGS for side in sides):
+            left, right, top, bottom = map(int, sides)
+            return left, right, top, bottom
+    raise ValueError(
+        f"padding: got {padding!r}, accepted are 0, 1 and 2, alone or in (vertical, horizontal) or "
+        "(left, right, top, bottom)"
+    )
+
+
+def check_conv(input, weight, bias, *, depthwise, stride=1, padding=NO_PADDING):
     _check_activation("input", input)
     _check_tensor("weight", weight, input.device)
     if bias is not None:
         _check_tensor("bias", bias, input.device)
     channels = input.shape[1]
     if depthwise:
-        if tuple(weight.shape) != (channels, 1, 3, 3):
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [{channels}, 1, 3, 3]")
+        accepted = [(channels, 1, size, size) for size in KERNEL_SIZES["depthwise"]]
+        if tuple(weight.shape) not in accepted:
+            shapes = " and ".join(str(list(shape)) for shape in accepted)
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted are {shapes}")
     elif weight.ndim != 4 or tuple(weight.shape[1:]) != (channels, 1, 1) or weight.shape[0] == 0:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C, {channels}, 1, 1] with C > 0")
     _check_vector("bias", bias, weight.shape[0])
     if not _is_integer(stride) or stride not in STRIDES:
         raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
-    if not _is_integer(padding) or padding not in (0, 1):
-        raise ValueError(f"padding: got {padding!r}, accepted are 0 and 1")
-    smallest = weight.shape[2] - 2 * padding
-    if min(input.shape[2:]) < smallest:
-        raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are sides of {smallest} and more")
+    if min(conv_output_size(*input.shape[2:], weight.shape[2], 1, padding)) < 1:
+        left, right, top, bottom = padding
+        smallest = [max(weight.shape[2] - sides, 0) for sides in (top + bottom, left + right)]
+        raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are {smallest} and more")
 
     accepted = [d for d in DTYPES if d != torch.float64] if chain.is_autocast(input) else [input.dtype]
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -23,6 +23,7 @@ from mobilenet_ext.contract import (
     GRAD_DZ_COEFFICIENT,
     GRAD_GAMMA,
     Act,
+    Padding,
     acc_dtype,
     conv_output_size,
 )
@@ -37,7 +38,7 @@ class Unit(NamedTuple):
 
     kind: Kind
     stride: int
-    padding: int
+    padding: Padding
     weight: Tensor
     conv_bias: Tensor | None
     gamma: Tensor | None
@@ -50,8 +51,7 @@ class Unit(NamedTuple):
     act: int = Act.RELU.value
 
     def output_size(self, n: int, h: int, w: int) -> tuple[int, int, int, int]:
-        kernel = self.weight.shape[2]
-        h, w = (conv_output_size(size, kernel, self.stride, self.padding) for size in (h, w))
+        h, w = conv_output_size(h, w, self.weight.shape[2], self.stride, self.padding)
         return n, self.weight.shape[0], h, w
 
 
@@ -60,7 +60,7 @@ class InferenceUnit(NamedTuple):
 
     kind: Kind
     stride: int
-    padding: int
+    padding: Padding
     weight: Tensor
     bn: Tensor
     act: int = Act.RELU.value
@@ -71,7 +71,7 @@ class InferenceUnit(NamedTuple):
 class _Settings(NamedTuple):
     kind: Kind
     stride: int
-    padding: int
+    padding: Padding
     batch_stats: bool
     eps: float
     act: int
@@ -171,7 +171,10 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
             pointwise = _as_parameter(units[i].weight, dtype)
             packed = pack and pack(bn, weight, pointwise)
             steps.append(
-                Step(ops.block_inference, (bn, act, weight, stride, units[i].bn, units[i].act, pointwise, packed))
+                Step(
+                    ops.block_inference,
+                    (bn, act, weight, stride, padding, units[i].bn, units[i].act, pointwise, packed),
+                )
             )
             i += 1
         else:
@@ -184,7 +187,12 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
 
 def _is_block(depthwise: InferenceUnit, pointwise: InferenceUnit | None = None) -> bool:
     """Whether ``block_inference`` takes these two units."""
-    return pointwise is not None and pointwise.kind == "pointwise" and depthwise.padding == 1
+    return (
+        pointwise is not None
+        and pointwise.kind == "pointwise"
+        and depthwise.weight.shape[2] == 3
+        and max(depthwise.padding) <= 1
+    )
 
 
 def execute(x: Tensor, steps: list[Step]) -> Tensor:

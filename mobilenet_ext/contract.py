@@ -32,10 +32,14 @@ GRAD_ROWS = 6
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of activations; float64 not on a GPU
 
-# What the depthwise and dense kernels support beside dilation 1 and padding with zeros.
-KERNEL_SIZE = 3
+# What the kernels support beside dilation 1 and padding with zeros; a pointwise convolution has stride 1, padding 0.
+KERNEL_SIZES = {"depthwise": (3, 5), "dense": (3,), "pointwise": (1,)}
 STRIDES = (1, 2)
-PADDINGS = (0, 1)
+PADDINGS = (0, 1, 2)  # on each side
+
+# Zeros on the left, right, top and bottom of an image: the order of torch.nn.functional.pad.
+Padding = tuple[int, int, int, int]
+NO_PADDING: Padding = (0, 0, 0, 0)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +47,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def conv_output_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    """Output rows (or columns) of a convolution over ``size`` of them."""
-    return (size + 2 * padding - kernel) // stride + 1
+def conv_output_size(h: int, w: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """The rows and columns that a convolution makes of ``h`` rows and ``w`` columns."""
+    left, right, top, bottom = padding
+    return (h + top + bottom - kernel) // stride + 1, (w + left + right - kernel) // stride + 1

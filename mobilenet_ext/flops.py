@@ -58,8 +58,8 @@ def _inference(x, bn_y, act_y, weight, *rest, out_val):
 
 @_register("block_inference")
 def _block_inference(
-    x, depthwise_bn, depthwise_act, depthwise_weight, stride, pointwise_bn, pointwise_act, pointwise_weight, *rest,
-    out_val,
+    x, depthwise_bn, depthwise_act, depthwise_weight, stride, padding, pointwise_bn, pointwise_act, pointwise_weight,
+    *rest, out_val,
 ):  # fmt: skip
     n, _, h, w = out_val.shape
     between = torch.empty((n, x.shape[1], h, w), device="meta")

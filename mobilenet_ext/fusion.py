@@ -21,7 +21,7 @@ from torch.nn.modules import module as nn_module
 from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import Kind, Unit
-from mobilenet_ext.contract import DTYPES, KERNEL_SIZE, PADDINGS, STRIDES, Act, conv_output_size
+from mobilenet_ext.contract import DTYPES, KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Act, Padding, conv_output_size
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
 from mobilenet_ext.running_stats import why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
@@ -165,8 +165,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
         running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
         if any(why_unusable(t, _tracks(bn)) for t in running):
             return False
-        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        h, w = (conv_output_size(size, kernel, stride, padding) for size in (h, w))
+        h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], padding_of(conv))
         if channels != conv.in_channels or h < 1 or w < 1:
             return False
         channels = conv.out_channels
@@ -199,7 +198,7 @@ def as_tensors(unit: UnitModules) -> Unit:
         if momentum is None:  # a cumulative average
             momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
     return Unit(
-        kind, conv.stride[0], conv.padding[0], conv.weight, conv.bias, bn.weight, bn.bias,
+        kind, conv.stride[0], padding_of(conv), conv.weight, conv.bias, bn.weight, bn.bias,
         bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps, act,
     )  # fmt: skip
 
@@ -246,17 +245,31 @@ def conv_kind(conv: nn.Conv2d) -> Kind | None:
     """What the kernels take this convolution for, or None where they do not support it."""
     if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
         return None
-    if conv.kernel_size == (1, 1):
-        return "pointwise" if (conv.groups, conv.stride, conv.padding) == (1, (1, 1), (0, 0)) else None
-    if (
-        conv.kernel_size != (KERNEL_SIZE, KERNEL_SIZE)
-        or conv.stride not in [(s, s) for s in STRIDES]
-        or conv.padding not in [(p, p) for p in PADDINGS]
-    ):
+    kernel, padding = conv.kernel_size[0], padding_of(conv)
+    if conv.kernel_size != (kernel, kernel):
+        return None
+    if kernel == 1:
+        return "pointwise" if (conv.groups, conv.stride, padding) == (1, (1, 1), NO_PADDING) else None
+    if conv.stride not in [(s, s) for s in STRIDES] or any(side not in PADDINGS for side in padding):
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
-        return "depthwise"
-    return "dense" if conv.groups == 1 else None
+        kind = "depthwise"
+    elif conv.groups == 1:
+        kind = "dense"
+    else:
+        return None
+    return kind if kernel in KERNEL_SIZES[kind] else None
+
+
+def padding_of(conv: nn.Conv2d) -> Padding:
+    """The zeros around the image of a convolution that pads with zeros and has dilation 1."""
+    if conv.padding == "valid":
+        return NO_PADDING
+    if conv.padding == "same":  # the larger half of what is odd comes last
+        rows, columns = (size - 1 for size in conv.kernel_size)
+        return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+    rows, columns = conv.padding
+    return columns, columns, rows, rows
 
 
 def _unit(conv: nn.Module = None, bn: nn.Module = None, activation: nn.Module = None) -> UnitModules | None:

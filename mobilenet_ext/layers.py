@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
-from mobilenet_ext.contract import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA, Act, acc_dtype, conv_output_size
+from mobilenet_ext.contract import BN_MEAN, BN_VAR, GRAD_BETA, GRAD_GAMMA, NO_PADDING, Act, acc_dtype, conv_output_size
 
 _library = torch.library.Library("mobilenet_ext", "FRAGMENT")
 
@@ -56,7 +56,7 @@ def _layer_forward(kind, u, mean, scale, shift, weight, stride, padding):
 
 
 def _layer_fake(u, weight, stride, padding):
-    h, w = (conv_output_size(size, weight.shape[2], stride, padding) for size in u.shape[2:])
+    h, w = conv_output_size(*u.shape[2:], weight.shape[2], stride, padding)
     c = weight.shape[0]
     y = torch.empty((u.shape[0], c, h, w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     return y, *(u.new_empty(c, dtype=acc_dtype(u.dtype)) for _ in range(2))
@@ -91,7 +91,7 @@ def _depthwise(u, mean, scale, shift, weight, stride, padding):
 
 
 def _pointwise(u, mean, scale, shift, weight):
-    return _layer_forward("pointwise", u, mean, scale, shift, weight, 1, 0)
+    return _layer_forward("pointwise", u, mean, scale, shift, weight, 1, NO_PADDING)
 
 
 def _save_depthwise(ctx, inputs, output):
@@ -106,7 +106,7 @@ def _depthwise_backward(ctx, saved, *grads):
 
 @first_order("mobilenet_ext::pointwise")
 def _pointwise_backward(ctx, saved, *grads):
-    return _layer_backward("pointwise", ctx, saved, 1, 0, *grads)
+    return _layer_backward("pointwise", ctx, saved, 1, NO_PADDING, *grads)
 
 
 def _norm_act(y, mean, scale, shift, act):
@@ -144,7 +144,7 @@ def _depthwise_conv2d(input, weight, bias, stride, padding):
 
 
 def _pointwise_conv2d(input, weight, bias):
-    return _conv2d("pointwise", input, weight, bias, 1, 0)
+    return _conv2d("pointwise", input, weight, bias, 1, NO_PADDING)
 
 
 def _save_conv2d(ctx, inputs, output):
@@ -188,7 +188,7 @@ def _depthwise_conv2d_backward(ctx, saved, grad):
 
 @first_order("mobilenet_ext::pointwise_conv2d")
 def _pointwise_conv2d_backward(ctx, saved, grad):
-    return _conv2d_backward("pointwise", ctx, saved, 1, 0, grad)
+    return _conv2d_backward("pointwise", ctx, saved, 1, NO_PADDING, grad)
 
 
 def _autocast(op: str, casts: tuple[int, ...], device: str) -> None:
@@ -232,7 +232,7 @@ depthwise = _layer_op(
 pointwise = _layer_op(
     "pointwise",
     _pointwise,
-    lambda u, mean, scale, shift, weight: _layer_fake(u, weight, 1, 0),
+    lambda u, mean, scale, shift, weight: _layer_fake(u, weight, 1, NO_PADDING),
     _pointwise_backward,
     _save_layer,
     casts=(0, 4),
@@ -256,7 +256,7 @@ depthwise_conv2d = _layer_op(
 pointwise_conv2d = _layer_op(
     "pointwise_conv2d",
     _pointwise_conv2d,
-    lambda input, weight, bias: _layer_fake(input, weight, 1, 0)[0],
+    lambda input, weight, bias: _layer_fake(input, weight, 1, NO_PADDING)[0],
     _pointwise_conv2d_backward,
     _save_conv2d,
     casts=(0, 1, 2),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import backends
-from mobilenet_ext.contract import BN_ROWS, GRAD_ROWS, KERNEL_SIZE, acc_dtype, conv_output_size
+from mobilenet_ext.contract import BN_ROWS, GRAD_ROWS, acc_dtype, conv_output_size
 
 _library = torch.library.Library("mobilenet_ext", "FRAGMENT")
 
@@ -40,7 +40,7 @@ def _image(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 
 
 def _conv_output(u: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    h, w = (conv_output_size(size, weight.shape[2], stride, padding) for size in u.shape[2:])
+    h, w = conv_output_size(*u.shape[2:], weight.shape[2], stride, padding)
     return _image(u, u.shape[0], weight.shape[0], h, w)
 
 
@@ -75,9 +75,10 @@ def _bn_from_running(running_mean, running_var, gamma, beta, conv_bias, eps):
 
 
 def _block_inference(
-    x, depthwise_bn, depthwise_act, depthwise_weight, stride, pointwise_bn, pointwise_act, pointwise_weight, packed=None
+    x, depthwise_bn, depthwise_act, depthwise_weight, stride, padding, pointwise_bn, pointwise_act, pointwise_weight,
+    packed=None,
 ):  # fmt: skip
-    h, w = (conv_output_size(size, KERNEL_SIZE, stride, 1) for size in x.shape[2:])
+    h, w = conv_output_size(*x.shape[2:], depthwise_weight.shape[2], stride, padding)
     return _image(x, x.shape[0], pointwise_weight.shape[0], h, w)
 
 

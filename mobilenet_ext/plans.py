@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilenet_ext import _host, backends, chain, fusion
-from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, Act, acc_dtype
+from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
 from mobilenet_ext.fusion import UnitModules
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
@@ -213,7 +213,7 @@ def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
     bn[BN_SCALE] = 1
     if linear.bias is not None:
         bn[BN_SHIFT] = linear.bias.detach()
-    return chain.InferenceUnit("pointwise", 1, 0, weight[:, :, None, None], bn, Act.LINEAR.value)
+    return chain.InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, Act.LINEAR.value)
 
 
 def parts_of(module: fusion.Staged) -> list[Part]:

@@ -69,7 +69,7 @@ struct DepthwiseRows {
       for (int v = 0; v < N::kVectors; ++v) w[tap][v] = load<A>(channels + tap * pitch + channel + v * kLanes<A>);
     int64_t ox = begin;
     while (ox < end) {
-      const int64_t ix = ox * stride - g.padding;
+      const int64_t ix = ox * stride - g.pad_left;
       Operand<T>* const to = out + (ox - begin) * out_pitch;
       if (ox + 4 <= end && ix >= 0 && ix + 3 * stride + 3 <= g.w) {
         compute<stride, 4, false, partial>(lines, ix, channel, count, w, to, out_pitch);
@@ -89,7 +89,7 @@ struct DepthwiseRows {
       const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
       const T* lines[3];
       for (int ky = 0; ky < 3; ++ky) {
-        const int64_t iy = oy * stride - g.padding + ky;
+        const int64_t iy = oy * stride - g.pad_top + ky;
         lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * g.c_in;
       }
       for (int64_t channel = 0; channel < g.c_in; channel += N::kChannels) {

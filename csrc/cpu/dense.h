@@ -40,10 +40,10 @@ inline void gather_taps_of(const T* x, const Geometry& g, int64_t begin, int64_t
     const int64_t image = pixel / (g.out_w * g.out_h), length = min_of(pixels - done, g.out_w - ox);
     const T* lines[3];
     for (int ky = 0; ky < 3; ++ky) {
-      const int64_t iy = oy * g.stride - g.padding + ky;
+      const int64_t iy = oy * g.stride - g.pad_top + ky;
       lines[ky] = iy < 0 || iy >= g.h ? nullptr : x + (image * g.h + iy) * g.w * c;
     }
-    for (int64_t ix = ox * g.stride - g.padding, end = ix + length * g.stride; ix < end;
+    for (int64_t ix = ox * g.stride - g.pad_left, end = ix + length * g.stride; ix < end;
          ix += g.stride, rows += pitch) {
       const bool interior = ix >= 0 && ix + 3 <= g.w;
       if (interior) {
@@ -155,8 +155,8 @@ inline void dense_input_gradient(const BackwardArgs& args, const OutputGradient<
       const int64_t image = task / g.h, iy = task % g.h;
       __builtin_memset(line, 0, line_size * sizeof(A));
       for (int64_t ky = 0; ky < 3; ++ky) {
-        const int64_t oy = (iy + g.padding - ky) / g.stride;
-        if (iy + g.padding < ky || oy >= g.out_h || (iy + g.padding - ky) % g.stride) continue;
+        const int64_t oy = (iy + g.pad_top - ky) / g.stride;
+        if (iy + g.pad_top < ky || oy >= g.out_h || (iy + g.pad_top - ky) % g.stride) continue;
         for (int64_t first = 0; first < g.out_w; first += kPixels) {
           const int64_t pixels = min_of(kPixels, g.out_w - first);
           gradient_rows<T>(gradient, (image * g.out_h + oy) * g.out_w + first, pixels, {dy, nullptr, 0});
@@ -167,7 +167,7 @@ inline void dense_input_gradient(const BackwardArgs& args, const OutputGradient<
           }
           for (int64_t p = 0; p < pixels; ++p)
             for (int64_t kx = 0; kx < 3; ++kx) {
-              const int64_t ix = (first + p) * g.stride - g.padding + kx;
+              const int64_t ix = (first + p) * g.stride - g.pad_left + kx;
               if (ix < 0 || ix >= g.w) continue;
               for (int64_t j = 0; j < c; ++j) line[ix * c + j] += taps[p * columns + kx * c + j];
             }

@@ -28,8 +28,8 @@ struct BackwardRow {
   T* dz_u;       // null: not wanted
   Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN); only of a normalised input
   int64_t pitch, weight_pitch, lanes, out_w, x_begin, x_end;
-  int padding, count;
-  bool streaming;  // dz_u goes past the cache
+  int padding, count;  // padding: on the left
+  bool streaming;      // dz_u goes past the cache
 };
 
 // `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.
@@ -272,7 +272,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const Geometry& g = args.g;
-  const int64_t channels = g.c_in, p = g.padding;
+  const int64_t channels = g.c_in, top = g.pad_top, left = g.pad_left;
   const int64_t in_image = t.image * g.h * g.w * channels + t.channel_begin;
   const int64_t out_image = t.image * g.out_h * g.out_w * channels + t.channel_begin;
   const T* u = static_cast<const T*>(args.u) + in_image;
@@ -284,9 +284,9 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   weight += t.channel_begin;
   const bool streaming = dz_u && streams<T>(args.dz_u, g.n * g.h * g.w, channels);
 
-  // The outputs that touch the tile's columns; output ox touches columns ox*stride - p to ox*stride - p + 2.
-  const int64_t out_begin = max_of(t.column_begin + p - 2 + stride - 1, 0) / stride;
-  const int64_t out_end = max_of(min_of((t.column_end - 1 + p) / stride + 1, g.out_w), out_begin);
+  // The outputs that touch the tile's columns; output ox touches columns ox*stride - left to ox*stride - left + 2.
+  const int64_t out_begin = max_of(t.column_begin + left - 2 + stride - 1, 0) / stride;
+  const int64_t out_end = max_of(min_of((t.column_end - 1 + left) / stride + 1, g.out_w), out_begin);
   const int64_t out_columns = out_end - out_begin;
   const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
   const bool in_passes = input.normalises() && !is_simple(input.act);
@@ -296,9 +296,9 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   A* const row_buffer = sums + kBackwardSums * lanes;
   for (int64_t i = 0; i < kBackwardSums * lanes; ++i) sums[i] = 0;
 
-  int64_t next_row = max_of(t.row_begin + p - 2 + stride - 1, 0) / stride;
+  int64_t next_row = max_of(t.row_begin + top - 2 + stride - 1, 0) / stride;
   for (int64_t iy = t.row_begin; iy < t.row_end; ++iy) {
-    for (; next_row <= min_of((iy + p) / stride, g.out_h - 1); ++next_row) {
+    for (; next_row <= min_of((iy + top) / stride, g.out_h - 1); ++next_row) {
       const int64_t from = (next_row * g.out_w + out_begin) * channels;
       load_gradient_row<T>(dz + from, y ? y + from : nullptr, out_columns, grad_bn, channels, t.channels,
                            g.out_w * channels, ring + next_row % 3 * lanes * out_columns);
@@ -314,7 +314,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       BackwardRow<T> r{};
       int rows = 0;
       for (int ky = 0; ky < 3; ++ky) {
-        const int64_t numerator = iy + p - ky;
+        const int64_t numerator = iy + top - ky;
         if (numerator < 0 || numerator % stride != 0 || numerator / stride >= g.out_h) continue;
         r.dy[rows] = ring + (numerator / stride % 3 * lanes + c) * out_columns - out_begin * L;
         r.weight[rows] = weight + ky * 3 * channels + c;
@@ -329,7 +329,7 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.out_w = g.out_w;
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
-      r.padding = g.padding;
+      r.padding = g.pad_left;
       r.streaming = streaming;
       r.count = int(min_of(t.channels - c, L));
       const auto row = [&](auto partial) {

@@ -87,7 +87,7 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     for (int ky = 0; ky < 3; ++ky) {
 #pragma GCC unroll 3
       for (int kx = 0; kx < 3; ++kx) {
-        const int64_t ix = x * stride + kx - g.padding;
+        const int64_t ix = x * stride + kx - g.pad_left;
         if (ix >= 0 && ix < g.w) acc[0][0] = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc[0][0]);
       }
     }
@@ -96,8 +96,8 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   };
 
   // Interior pixels have all three columns inside the image.
-  const int64_t interior_begin = min_of(max_of(x_begin, g.padding), x_end);
-  const int64_t interior_end = max_of(min_of(x_end, (g.w - 3 + g.padding + stride) / stride), interior_begin);
+  const int64_t interior_begin = min_of(max_of(x_begin, g.pad_left), x_end);
+  const int64_t interior_end = max_of(min_of(x_end, (g.w - 3 + g.pad_left + stride) / stride), interior_begin);
   constexpr int kPixels = 4;
   constexpr int kInputs = (kPixels - 1) * stride + 3;
   int64_t x = x_begin;
@@ -108,7 +108,7 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
     for (int i = 0; i < kPixels; ++i) acc[i][0] = bias;
 #pragma GCC unroll 3
     for (int ky = 0; ky < 3; ++ky) {
-      const A* p = row[ky] + (x * stride - g.padding) * L;
+      const A* p = row[ky] + (x * stride - g.pad_left) * L;
 #pragma GCC unroll 16
       for (int i = 0; i < kInputs; ++i) {
         const Vec<A> a = load<A>(p + i * L);
@@ -171,8 +171,8 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const A* bias = args.bias ? static_cast<const A*>(args.bias) + t.channel_begin : nullptr;
   const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
-  const int64_t in_begin = max_of(t.column_begin * stride - g.padding, 0);
-  const int64_t in_end = min_of((t.column_end - 1) * stride - g.padding + 3, g.w);
+  const int64_t in_begin = max_of(t.column_begin * stride - g.pad_left, 0);
+  const int64_t in_end = min_of((t.column_end - 1) * stride - g.pad_left + 3, g.w);
   const int64_t in_columns = in_end - in_begin, width = t.column_end - t.column_begin;
   const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
   A* const ring = static_cast<A*>(scratch(1, sizeof(A) * ((3 * lanes + L) * in_columns + 3 * lanes)));
@@ -180,9 +180,9 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   A *const shift = zeros + L * in_columns, *const sum = shift + lanes, *const sum_squares = sum + lanes;
   for (A* p = zeros; p < sum_squares + lanes; ++p) *p = 0;
 
-  int64_t next_row = max_of(t.row_begin * stride - g.padding, 0);
+  int64_t next_row = max_of(t.row_begin * stride - g.pad_top, 0);
   for (int64_t oy = t.row_begin; oy < t.row_end; ++oy) {
-    const int64_t top = oy * stride - g.padding;
+    const int64_t top = oy * stride - g.pad_top;
     next_row = max_of(next_row, top);
     for (; next_row < min_of(top + 3, g.h); ++next_row) {
       const auto load_row = [&](auto normalises, auto act) {

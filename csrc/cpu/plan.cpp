@@ -17,9 +17,11 @@ namespace {
 // The steps of a plan hold the arguments of their kernels, all but the image's memory and sizes.
 struct ConvStep {
   Conv conv;
+  ConvSettings settings;
   ForwardArgs args;
 };
 struct BlockStep {
+  ConvSettings settings;
   BlockArgs args;
 };
 struct PoolStep {
@@ -117,11 +119,9 @@ class PlanBuilder {
     const Tensor& bn = tensor();
     const int64_t act = setting();
     const Tensor& weight = tensor();
-    const int64_t stride = setting(), padding = setting();
-    ConvStep step{conv, {}};
+    ConvStep step{conv, begin(conv, weight), {}};
     step.args.dtype = plan_->dtype;
-    begin(conv, weight, stride, padding);
-    step.args.g = sizeless(weight.size(0), stride, padding);
+    step.args.g = sizeless(weight.size(0));
     step.args.output = norm_act(bn, act, weight.size(0));
     if (conv == Conv::pointwise) {
       const Tensor& packed = tensor();
@@ -137,16 +137,16 @@ class PlanBuilder {
     const Tensor& depthwise_bn = tensor();
     const int64_t depthwise_act = setting();
     const Tensor& depthwise_weight = tensor();
-    const int64_t stride = setting();
-    BlockStep step{};
+    BlockStep step{begin(Conv::depthwise, depthwise_weight), {}};
+    const ConvSettings& s = step.settings;
+    check_block(s.kernel, {s.left, s.right, s.top, s.bottom});
     step.args.dtype = plan_->dtype;
-    begin(Conv::depthwise, depthwise_weight, stride, 1);
     const Tensor& pointwise_bn = tensor();
     const int64_t pointwise_act = setting();
     const Tensor &pointwise_weight = tensor(), &packed = tensor();
     call_.check_weight(Conv::pointwise, pointwise_weight, plan_->type, channels_);
     const int64_t c_out = pointwise_weight.size(0);
-    step.args.g = sizeless(c_out, stride, 1);
+    step.args.g = sizeless(c_out);
     call_.check_packed(packed, plan_->dtype, channels_, c_out, true);
     step.args.depthwise = call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", plan_->type, channels_);
     step.args.depthwise.bn = nullptr;  // packed, as both weights are; the tensor may go before the plan does
@@ -198,22 +198,22 @@ class PlanBuilder {
     return {copy(bn), checked.act};
   }
 
-  // A convolution; the first one tells the channels of the input.
-  void begin(Conv conv, const Tensor& weight, int64_t stride, int64_t padding) {
-    check_settings(conv, stride, padding);
+  // A convolution, whose stride and padding come next; the first one tells the channels of the input.
+  ConvSettings begin(Conv conv, const Tensor& weight) {
+    const int64_t stride = setting();
+    std::vector<int64_t> padding;
+    for (int side = 0; side < 4; ++side) padding.push_back(setting());
     if (plan_->steps.empty()) {
       STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
       plan_->channels = channels_ = weight.size(conv == Conv::depthwise ? 0 : 1);
     }
-    call_.check_weight(conv, weight, plan_->type, channels_);
+    return check_settings(conv, call_.check_weight(conv, weight, plan_->type, channels_), stride, padding);
   }
 
-  Geometry sizeless(int64_t c_out, int64_t stride, int64_t padding) const {
+  Geometry sizeless(int64_t c_out) const {
     Geometry g{};
     g.c_in = channels_;
     g.c_out = c_out;
-    g.stride = int(stride);
-    g.padding = int(padding);
     return g;
   }
 
@@ -231,14 +231,15 @@ class PlanBuilder {
   int64_t channels_ = 0;  // of what the next step reads
 };
 
-Geometry with_sizes(Conv conv, const Geometry& g, const Images& x) {
-  return conv_geometry(conv, x.n, x.h, x.w, g.c_in, g.c_out, g.stride, g.padding);
+template <class AStep>
+Geometry with_sizes(const AStep& step, const Images& x) {
+  return conv_geometry(step.settings, x.n, x.h, x.w, step.args.g.c_in, step.args.g.c_out);
 }
 
-Images output_of(const Geometry& g) { return {g.n, g.c_out, g.out_h, g.out_w}; }
-Images output_of(const ConvStep& step, const Images& x) { return output_of(with_sizes(step.conv, step.args.g, x)); }
-Images output_of(const BlockStep& step, const Images& x) {
-  return output_of(with_sizes(Conv::depthwise, step.args.g, x));
+template <class AStep>
+Images output_of(const AStep& step, const Images& x) {
+  const Geometry g = with_sizes(step, x);
+  return {g.n, g.c_out, g.out_h, g.out_w};
 }
 Images output_of(const PoolStep&, const Images& x) { return {x.n, x.c, 1, 1}; }
 Images output_of(const Step& step, const Images& x) {
@@ -246,14 +247,14 @@ Images output_of(const Step& step, const Images& x) {
 }
 
 void run(const Backend& backend, ConvStep step, const Images& x, const void* from, void* to) {
-  step.args.g = with_sizes(step.conv, step.args.g, x);
+  step.args.g = with_sizes(step, x);
   step.args.u = from;
   step.args.y = to;
   backend.forward(step.conv, step.args);
 }
 
 void run(const Backend& backend, BlockStep step, const Images& x, const void* from, void* to) {
-  step.args.g = with_sizes(Conv::depthwise, step.args.g, x);
+  step.args.g = with_sizes(step, x);
   step.args.x = from;
   step.args.y = to;
   backend.block_inference(step.args);

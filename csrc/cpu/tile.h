@@ -36,12 +36,13 @@ inline RowTiles row_tiles(int64_t total, int64_t bytes_per_row) {
   return {total, rows, ceil_div(total, rows)};
 }
 
-// The end of the input that output pixels [0, pixel) of a 3x3 convolution read. Pixels are numbered across the whole
+// The end of the input that output pixels [0, pixel) of a convolution read. Pixels are numbered across the whole
 // batch.
 template <class T>
 MX_INLINE const T* reach_of_taps(const T* x, const Geometry& g, int64_t pixel) {
   const int64_t ox = pixel % g.out_w, oy = pixel / g.out_w % g.out_h, image = pixel / (g.out_w * g.out_h);
-  const int64_t ix = min_of(ox * g.stride - g.padding + 3, g.w), iy = min_of(oy * g.stride - g.padding + 2, g.h - 1);
+  const int64_t ix = min_of(ox * g.stride - g.pad_left + g.kernel, g.w);
+  const int64_t iy = min_of(oy * g.stride - g.pad_top + g.kernel - 1, g.h - 1);
   return x + min_of((image * g.h + iy) * g.w + ix, g.n * g.h * g.w) * g.c_in;
 }
 

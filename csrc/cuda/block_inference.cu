@@ -137,7 +137,8 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   const int64_t rows = g.n * g.out_h * g.out_w;
   ForwardArgs first = {};
   first.dtype = args.dtype;
-  first.g = {g.n, g.h, g.w, g.c_in, g.c_in, g.out_h, g.out_w, g.stride, g.padding};
+  first.g = g;
+  first.g.c_out = g.c_in;
   first.u = args.x;
   first.weight = args.depthwise_weight;
   first.y = launch.temporary<char>(size_t(rows) * size_t(g.c_in) * (args.dtype == Dtype::f32 ? 4 : 2));

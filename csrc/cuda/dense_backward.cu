@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kInputThreads, 4)
        e += int64_t(gridDim.x) * kInputThreads) {
     const int64_t pixel = e / g.c_in, line = pixel / g.w, image = line / g.h;
     const int64_t c = e - pixel * g.c_in;
-    const int column = int(pixel - line * g.w) + g.padding, row = int(line - image * g.h) + g.padding;
+    const int column = int(pixel - line * g.w) + g.pad_left, row = int(line - image * g.h) + g.pad_top;
     float sum = 0.0f;
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 3; ++j) {

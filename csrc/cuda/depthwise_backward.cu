@@ -8,7 +8,7 @@
 // Everything is loaded a row before its use, all of a row together, and stays in flight while the row before is
 // computed.
 //
-// Rows and columns are counted in the padded image where marked ': input row i' = i + padding is seen by the output
+// Rows and columns are counted in the padded image where marked ': input row i' = i + pad_top is seen by the output
 // rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, is multiplied with
 // nothing: there a product with 0 would make a NaN of another's infinity.
 #include "activation.h"
@@ -20,7 +20,7 @@ namespace mx::cuda {
 namespace {
 
 struct Problem {
-  int height, width, channels, out_height, out_width, padding;
+  int height, width, channels, out_height, out_width, pad_left, pad_top;
   DepthwiseGrid grid;
   const void *dz, *y, *u, *weight;
   const float* grad_bn_y;
@@ -154,10 +154,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
     const bool second = column + 1 < p.width;
 
     // Tap k of the first column is of the output column out_column - k, of the second one to the right of it.
-    const int out_column = column + p.padding;
+    const int out_column = column + p.pad_left;
     bool seen[4];  // by the output columns out_column + 1 - q
     for (int q = 0; q < 4; ++q) seen[q] = out_column + 1 - q >= 0 && out_column + 1 - q < p.out_width;
-    int out_row = first_row - 2 + p.padding;
+    int out_row = first_row - 2 + p.pad_top;
     int64_t out = ((image * p.out_height + out_row) * p.out_width + out_column + 1) * p.channels + channels.c;
     int64_t in = ((image * p.height + first_row) * p.width + column) * p.channels + channels.c;
     const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
@@ -234,7 +234,7 @@ template <class T, int P>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p) {
   Channels<T, P> channels(p);
   const DepthwiseGrid& grid = p.grid;
-  const int quad_rows = (p.height - 1 + p.padding) / 2 + 1;
+  const int quad_rows = (p.height - 1 + p.pad_top) / 2 + 1;
   const int chunks = (quad_rows + grid.rows - 1) / grid.rows;
   const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
   for (int64_t task = blockIdx.y; task < strips * chunks; task += gridDim.y) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
     if (lane >= grid.total_lanes || !channels.inside) continue;
     const int64_t image = lane / grid.lanes_per_image;
     const int s = int(lane % grid.lanes_per_image);
-    const int column = 2 * s - p.padding;
+    const int column = 2 * s - p.pad_left;
     const int first = int(task % chunks) * grid.rows;
     const int end = min_of(first + grid.rows, quad_rows);
     const bool left = column >= 0, right = column + 1 < p.width;
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
     };
     // Of the inputs in row 2*r' + odd.
     const auto load_input = [&](int r, int odd, int o) {
-      const int row = 2 * r - p.padding + odd;
+      const int row = 2 * r - p.pad_top + odd;
       channels.load_input(u[odd][o], in + row * in_stride + o * p.channels,
                           r < end && row >= 0 && row < p.height && (o == 0 ? left : right));
     };
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
         load_input(r + 1, i / 2, i % 2);
       }
       const bool here = r < p.out_height, before = r >= 1 && r - 1 < p.out_height;
-      const int row = 2 * r - p.padding;
+      const int row = 2 * r - p.pad_top;
       // Tap rows: of an even row 0 (with dy) and 2 (with the dy above), of an odd one 1; columns alike.
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
@@ -313,8 +313,8 @@ template <class T, int P>
 cudaError_t start(const BackwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
   const bool first = g.stride == 1;
-  const int64_t lanes = first ? (g.w + 1) / 2 : (g.w - 1 + g.padding) / 2 + 1;
-  const int64_t rows = first ? g.h : (g.h - 1 + g.padding) / 2 + 1;
+  const int64_t lanes = first ? (g.w + 1) / 2 : (g.w - 1 + g.pad_left) / 2 + 1;
+  const int64_t rows = first ? g.h : (g.h - 1 + g.pad_top) / 2 + 1;
   Problem p{};
   p.grid = depthwise_grid(int(g.c_in / P), g.n, int(rows), int(lanes), true, on);
   p.height = int(g.h);
@@ -322,7 +322,8 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
   p.channels = int(g.c_in);
   p.out_height = int(g.out_h);
   p.out_width = int(g.out_w);
-  p.padding = g.padding;
+  p.pad_left = g.pad_left;
+  p.pad_top = g.pad_top;
   p.dz = args.dz;
   p.y = args.y;
   p.u = args.u;

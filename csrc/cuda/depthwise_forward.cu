@@ -12,7 +12,7 @@ namespace mx::cuda {
 namespace {
 
 struct Problem {
-  int height, width, channels, out_height, out_width, padding;
+  int height, width, channels, out_height, out_width, pad_left, pad_top;
   DepthwiseGrid grid;
   const void* u;
   NormActParameters norm_act;  // of u, or of y
@@ -57,14 +57,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
     const int first_row = int(task % chunks) * grid.rows;
     const int row_end = min_of(first_row + grid.rows, p.out_height);
 
-    int in_row = first_row * kStride - p.padding;
-    const int in_column = column * kStride - p.padding;
+    int in_row = first_row * kStride - p.pad_top;
+    const int in_column = column * kStride - p.pad_left;
     const T* in = static_cast<const T*>(p.u) + ((image * p.height + in_row) * p.width + in_column) * channels + c;
     T* out = static_cast<T*>(p.y) + ((image * p.out_height + first_row) * p.out_width + column) * channels + c;
     const int64_t in_stride = int64_t(p.width) * channels, out_stride = int64_t(p.out_width) * channels;
     bool inside[kInputs];
     for (int j = 0; j < kInputs; ++j) inside[j] = in_column + j >= 0 && in_column + j < p.width;
-    const int last_row = min_of((row_end - 1) * kStride - p.padding + 2, p.height - 1);
+    const int last_row = min_of((row_end - 1) * kStride - p.pad_top + 2, p.height - 1);
 
     // Packs are loaded kStride rows, a step of the loop below, before their use, each as soon as its place is free.
     PackedWords<T, P> next[kStride][kInputs];
@@ -169,7 +169,8 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   p.channels = int(g.c_in);
   p.out_height = int(g.out_h);
   p.out_width = int(g.out_w);
-  p.padding = g.padding;
+  p.pad_left = g.pad_left;
+  p.pad_top = g.pad_top;
   p.u = args.u;
   p.norm_act = parameters_of(on_load ? args.input : args.output);
   p.weight = args.weight;

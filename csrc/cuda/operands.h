@@ -83,13 +83,13 @@ struct Patches {
   };
   struct Vectors {};
   const T* x;
-  int channels, height, width, out_height, out_width, stride, padding;
+  int channels, height, width, out_height, out_width, stride, pad_left, pad_top;
 
   __device__ __forceinline__ Raw load(int64_t pixel, int k) const {
     auto seen = Pack<T, kWidth>::zero();
     const int64_t line = pixel / out_width, image = line / out_height;
-    const int column = int(pixel - line * out_width) * stride - padding;
-    const int row = int(line - image * out_height) * stride - padding;
+    const int column = int(pixel - line * out_width) * stride - pad_left;
+    const int row = int(line - image * out_height) * stride - pad_top;
     const T* const corner = x + ((image * height + row) * width + column) * channels;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
@@ -107,7 +107,15 @@ struct Patches {
 
 template <class T>
 Patches<T> patches_of(const void* x, const Geometry& g) {
-  return {static_cast<const T*>(x), int(g.c_in), int(g.h), int(g.w), int(g.out_h), int(g.out_w), g.stride, g.padding};
+  return {static_cast<const T*>(x),
+          int(g.c_in),
+          int(g.h),
+          int(g.w),
+          int(g.out_h),
+          int(g.out_w),
+          g.stride,
+          g.pad_left,
+          g.pad_top};
 }
 
 }  // namespace mx::cuda

@@ -44,7 +44,10 @@ def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Te
     (``csrc/cpu/plan.h``), which has copies of the tensors that it needs."""
     arguments = [argument for _, args in steps for argument in args if argument is not None]
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    settings = [int(argument) for argument in arguments if not isinstance(argument, Tensor)]
+    settings = []
+    for argument in arguments:
+        if not isinstance(argument, Tensor):
+            settings += map(int, argument) if isinstance(argument, tuple) else [int(argument)]
     run, plan = kernels.run_plan.default, kernels.make_plan([name for name, _ in steps], tensors, settings)
     return lambda x: run(x, plan)
 

@@ -22,7 +22,9 @@ from mobilenet_ext.contract import (
     GRAD_DZ_COEFFICIENT,
     GRAD_MEAN,
     GRAD_Y_COEFFICIENT,
+    NO_PADDING,
     Act,
+    Padding,
     acc_dtype,
 )
 
@@ -122,7 +124,7 @@ def _forward(
     act_u: int,
     weight: Tensor,
     stride: int,
-    padding: int,
+    padding: Padding,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
@@ -150,7 +152,7 @@ def _backward(
     batch_stats_u: bool,
     weight: Tensor,
     stride: int,
-    padding: int,
+    padding: Padding,
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,13 +164,14 @@ def _backward(
     dy = _conv_output_grad(dz, y, grad_bn_y)
     a = _norm_act(u, bn_u, act_u)
     da, grad_weight, _ = torch.ops.aten.convolution_backward(
-        dy, a, _acc(weight), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
+        dy, F.pad(a, padding), _acc(weight), None, [stride] * 2, [0, 0], [1, 1], False, [0, 0],
         u.shape[1] if depthwise else 1, [need_input, need_weight, False],
     )  # fmt: skip
     grad_weight = grad_weight.contiguous() if need_weight else a.new_empty(0)
     no_bn = a.new_empty(0)  # a tensor of its own: the outputs of an op must not share memory
     if not need_input:
         return u.new_empty(0), grad_weight, no_bn
+    da = F.pad(da, [-side for side in padding])
     if bn_u is None:
         return _store(da, u), grad_weight, no_bn
     dz_u = _store(_ACTIVATE_BACKWARD[act_u](_normalise(u, bn_u), da), u)
@@ -182,16 +185,16 @@ def _inference(
     act_y: int,
     weight: Tensor,
     stride: int,
-    padding: int,
+    padding: Padding,
     packed: Tensor | None = None,
 ) -> Tensor:
     """``act(norm(conv(x, weight)))``: x ``[N, C_in, H, W]``, the result ``[N, C_out, H_out, W_out]``."""
     return _store(_norm_act(_conv(depthwise, _acc(x), weight, stride, padding), bn_y, act_y), x)
 
 
-def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     groups = a.shape[1] if depthwise else 1
-    return F.conv2d(a, _acc(weight), stride=stride, padding=padding, groups=groups)
+    return F.conv2d(F.pad(a, padding), _acc(weight), stride=stride, groups=groups)
 
 
 depthwise_forward = partial(_forward, True)
@@ -241,14 +244,15 @@ def block_inference(
     depthwise_act: int,
     depthwise_weight: Tensor,
     stride: int,
+    padding: Padding,
     pointwise_bn: Tensor,
     pointwise_act: int,
     pointwise_weight: Tensor,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """A depthwise (padding 1) and a pointwise ``_inference``; what is between them is not rounded.
+    """A depthwise 3x3 and a pointwise ``_inference``; what is between them is not rounded.
 
     x ``[N, C, H, W]``, the result ``[N, C_out, H_out, W_out]``.
     """
-    a = _inference(True, _acc(x), depthwise_bn, depthwise_act, depthwise_weight, stride, 1)
-    return _store(_inference(False, a, pointwise_bn, pointwise_act, pointwise_weight, 1, 0), x)
+    a = _inference(True, _acc(x), depthwise_bn, depthwise_act, depthwise_weight, stride, padding)
+    return _store(_inference(False, a, pointwise_bn, pointwise_act, pointwise_weight, 1, NO_PADDING), x)

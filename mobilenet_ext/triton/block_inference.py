@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.contract import KERNEL_SIZE, conv_output_size
+from mobilenet_ext.contract import NO_PADDING, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics
 from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.depthwise_forward import depthwise_inference
@@ -24,19 +24,20 @@ from mobilenet_ext.triton.pointwise_forward import pointwise_inference
 
 
 def block_inference(
-    x: Tensor, depthwise_bn: Tensor, depthwise_act: int, depthwise_weight: Tensor, stride: int, pointwise_bn: Tensor,
-    pointwise_act: int, pointwise_weight: Tensor, packed: Tensor | None = None,
+    x: Tensor, depthwise_bn: Tensor, depthwise_act: int, depthwise_weight: Tensor, stride: int,
+    padding: Padding, pointwise_bn: Tensor, pointwise_act: int, pointwise_weight: Tensor, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A depthwise (padding 1) and a pointwise ``_inference``; the weights are taken as they are, not packed."""
+    """A depthwise 3x3 (padding 0 or 1) and a pointwise ``_inference``; the weights are taken as they are."""
     n, channels, height, width = x.shape
     filters = pointwise_weight.shape[0]
-    out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, 1) for size in (height, width))
+    out_h, out_w = conv_output_size(height, width, 3, stride, padding)
+    pad_left, _, pad_top, _ = padding
     problem = (n, out_h, out_w, channels, filters, stride, x.dtype.itemsize, gpu.of(x))
 
     def launch(config: heuristics.Config) -> Tensor:
         if config == heuristics.TWO_KERNELS:
-            a = depthwise_inference(x, depthwise_bn, depthwise_act, depthwise_weight, stride, 1)
-            return pointwise_inference(a, pointwise_bn, pointwise_act, pointwise_weight, 1, 0)
+            a = depthwise_inference(x, depthwise_bn, depthwise_act, depthwise_weight, stride, padding)
+            return pointwise_inference(a, pointwise_bn, pointwise_act, pointwise_weight, 1, NO_PADDING)
         y = torch.empty((n, filters, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if y.numel() == 0:
             return y
@@ -44,7 +45,7 @@ def block_inference(
         tiles = n * heuristics.cdiv(out_h, config["BLOCK_H"]) * heuristics.cdiv(out_w, config["BLOCK_W"])
         _kernel[(heuristics.cdiv(filters, config["BLOCK_N"]) * tiles,)](
             x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y,
-            height, width, out_h, out_w, channels // unit, filters // filter_unit,
+            height, width, out_h, out_w, channels // unit, filters // filter_unit, pad_left, pad_top,
             UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, DEPTHWISE_ACT=depthwise_act, POINTWISE_ACT=pointwise_act,
             PRECISION=gpu.product_precision(x.dtype), **config,
         )  # fmt: skip
@@ -54,10 +55,12 @@ def block_inference(
     return autotune.run("block_inference", (*problem, *acts), heuristics.block_inference(*problem), launch)
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "C_units", "N_units"])
+@triton.jit(
+    do_not_specialize=["height", "width", "out_height", "out_width", "C_units", "N_units", "pad_left", "pad_top"]
+)
 def _kernel(
     x_ptr, depthwise_bn_ptr, depthwise_weight_ptr, pointwise_bn_ptr, pointwise_weight_ptr, y_ptr,
-    height, width, out_height, out_width, C_units, N_units,
+    height, width, out_height, out_width, C_units, N_units, pad_left, pad_top,
     UNIT: tl.constexpr, N_UNIT: tl.constexpr, STRIDE: tl.constexpr, DEPTHWISE_ACT: tl.constexpr,
     POINTWISE_ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -72,9 +75,9 @@ def _kernel(
     m = tl.arange(0, BLOCK_H * BLOCK_W)[:, None]
     inside = (m // BLOCK_W < out_height - row) & (m % BLOCK_W < out_width - column)
 
-    in_row = row * STRIDE - 1 + m // BLOCK_W * STRIDE
-    in_column = column * STRIDE - 1 + m % BLOCK_W * STRIDE
-    x_base = x_ptr + ((image * height + (row * STRIDE - 1)) * width + (column * STRIDE - 1)) * channels
+    in_row = row * STRIDE - pad_top + m // BLOCK_W * STRIDE
+    in_column = column * STRIDE - pad_left + m % BLOCK_W * STRIDE
+    x_base = x_ptr + ((image * height + (row * STRIDE - pad_top)) * width + (column * STRIDE - pad_left)) * channels
     x_offsets = (m // BLOCK_W * STRIDE * width + m % BLOCK_W * STRIDE) * channels
     column_inside = (in_column >= 0, in_column + 1 < width, in_column + 2 < width)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import Act, Padding
 
 
 def check_input(bn_u: Tensor | None, act_u: int) -> None:
@@ -20,8 +20,8 @@ def check_plain_input(bn_u: Tensor | None, act_u: int) -> None:
     check_input(bn_u, act_u)
 
 
-def check_pointwise(stride: int, padding: int) -> None:
+def check_pointwise(stride: int, padding: Padding) -> None:
     if stride != 1:
         raise ValueError(f"stride: expected 1 for a pointwise convolution, got {stride}")
-    if padding != 0:
+    if any(padding):
         raise ValueError(f"padding: expected 0 for a pointwise convolution, got {padding}")

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mobilenet_ext.contract import Padding
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics, merge
 from mobilenet_ext.triton.checks import check_plain_input
 from mobilenet_ext.triton.formulas import load_gradient_coefficients, output_gradient, rounded
@@ -21,7 +22,7 @@ from mobilenet_ext.triton.patches import load_patches, tile_origin, weight_offse
 
 def dense_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
-    batch_stats_u: bool, weight: Tensor, stride: int, padding: int, need_input: bool, need_weight: bool,
+    batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, an empty tensor); empty are also those not needed. ``bn_u`` must be None."""
     check_plain_input(bn_u, act_u)
@@ -36,10 +37,11 @@ def dense_backward(
 
 
 def _weight_gradient(
-    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, weight: Tensor, stride: int, padding: int
+    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, weight: Tensor, stride: int, padding: Padding
 ) -> Tensor:
     n, channels, height, width = u.shape
     _, filters, out_h, out_w = dz.shape
+    pad_left, _, pad_top, _ = padding
     grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=u.device)
     unit = math.gcd(filters, 8)
     problem = (n, out_h, out_w, channels, filters, u.dtype.itemsize, gpu.of(u))
@@ -54,7 +56,7 @@ def _weight_gradient(
                 programs,
             )
             _weight_kernel[grid](
-                dz, y, grad_bn_y, u, partial, n, height, width, out_h, out_w, filters // unit, padding,
+                dz, y, grad_bn_y, u, partial, n, height, width, out_h, out_w, filters // unit, pad_left, pad_top,
                 CHANNELS=channels, UNIT=unit, STRIDE=stride, PRECISION=gpu.product_precision(u.dtype), **kernel,
             )  # fmt: skip
         merge.gradients(None, None, False, 0, partial, grad_weight)
@@ -64,17 +66,18 @@ def _weight_gradient(
 
 
 def _input_gradient(
-    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, weight: Tensor, stride: int, padding: int
+    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, weight: Tensor, stride: int, padding: Padding
 ) -> Tensor:
     n, channels, height, width = u.shape
     _, filters, out_h, out_w = dz.shape
+    pad_left, _, pad_top, _ = padding
     dz_u = torch.empty_like(u, memory_format=torch.channels_last)
     if u.numel():
         kernel = heuristics.dense_input_gradient(height, width, channels, filters, u.dtype.itemsize)
         unit = math.gcd(filters, 8)
         tiles = n * heuristics.cdiv(height, kernel["BLOCK_H"]) * heuristics.cdiv(width, kernel["BLOCK_W"])
         _input_kernel[(tiles, heuristics.cdiv(channels, kernel["BLOCK_C"]))](
-            dz, y, grad_bn_y, weight, dz_u, height, width, out_h, out_w, channels, filters // unit, padding,
+            dz, y, grad_bn_y, weight, dz_u, height, width, out_h, out_w, channels, filters // unit, pad_left, pad_top,
             UNIT=unit, STRIDE=stride, PRECISION=gpu.product_precision(u.dtype), **kernel,
         )  # fmt: skip
     return dz_u
@@ -92,9 +95,12 @@ def _load_dy(dz_ptr, y_ptr, base, offsets, mask, coefficients, NORMALISED: tl.co
     return dy
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "padding"])
+@triton.jit(
+    do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "pad_left", "pad_top"]
+)
 def _weight_kernel(
-    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, partial_ptr, images, height, width, out_height, out_width, N_units, padding,
+    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, partial_ptr,
+    images, height, width, out_height, out_width, N_units, pad_left, pad_top,
     CHANNELS: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +118,7 @@ def _weight_kernel(
         image, row, column = tile_origin(tile, out_height, out_width, BLOCK_H, BLOCK_W)
         inside = (m // BLOCK_W < out_height - row) & (m % BLOCK_W < out_width - column)
         patches = load_patches(
-            u_ptr, image, row, column, inside, k, height, width, padding, CHANNELS, STRIDE, BLOCK_H, BLOCK_W
+            u_ptr, image, row, column, inside, k, height, width, pad_left, pad_top, CHANNELS, STRIDE, BLOCK_H, BLOCK_W
         )
         base = ((image * out_height + row) * out_width + column) * filters
         offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters + n[None, :]
@@ -124,10 +130,12 @@ def _weight_kernel(
     tl.store(partial + offsets, acc, mask=(k < 9 * CHANNELS)[:, None] & n_inside[None, :])
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "channels", "N_units", "padding"])
+@triton.jit(
+    do_not_specialize=["height", "width", "out_height", "out_width", "channels", "N_units", "pad_left", "pad_top"]
+)
 def _input_kernel(
     dz_ptr, y_ptr, grad_bn_ptr, weight_ptr, dz_u_ptr,
-    height, width, out_height, out_width, channels, N_units, padding,
+    height, width, out_height, out_width, channels, N_units, pad_left, pad_top,
     UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +156,8 @@ def _input_kernel(
         coefficients = load_gradient_coefficients(grad_bn_ptr, filters, n, n_inside, BATCH_STATS)
         for tap in range(9):
             # The output pixel that sees this input pixel through the filter's tap, if there is one.
-            out_row = tile_row + (padding - tap // 3)
-            out_column = tile_column + (padding - tap % 3)
+            out_row = tile_row + (pad_top - tap // 3)
+            out_column = tile_column + (pad_left - tap % 3)
             inside = (out_row >= 0) & (out_column >= 0)
             if STRIDE == 2:
                 inside = inside & (out_row % 2 == 0) & (out_column % 2 == 0)

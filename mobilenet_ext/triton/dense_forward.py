@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.contract import KERNEL_SIZE, Act, conv_output_size
+from mobilenet_ext.contract import Act, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics, merge
 from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.checks import check_plain_input
@@ -24,7 +24,7 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def dense_forward(
-    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
+    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
     beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor; ``bn_u`` must be None."""
@@ -35,19 +35,26 @@ def dense_forward(
 
 
 def dense_inference(
-    x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
+    x: Tensor,
+    bn_y: Tensor | None,
+    act_y: int,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
     return _run("dense_inference", x, weight, stride, padding, None, bn_y, act_y, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, weight: Tensor, stride: int, padding: int, bias: Tensor | None, bn_y: Tensor | None, act_y: int,
-    stats: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip  # fmt: skip
+    op: str, u: Tensor, weight: Tensor, stride: int, padding: Padding, bias: Tensor | None, bn_y: Tensor | None,
+    act_y: int, stats: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
     filters = weight.shape[0]
-    out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, padding) for size in (height, width))
+    out_h, out_w = conv_output_size(height, width, 3, stride, padding)
+    pad_left, _, pad_top, _ = padding
     y = torch.empty((n, filters, out_h, out_w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y, merge.empty_statistics(u, 0, filters) if stats else None
@@ -58,7 +65,7 @@ def _run(
         kernel, programs = config["kernel"], config["PROGRAMS"]
         partial = merge.empty_statistics(u, programs, filters) if stats else None
         _kernel[(heuristics.cdiv(filters, kernel["BLOCK_N"]), programs)](
-            u, weight, bias, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, padding,
+            u, weight, bias, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, pad_left, pad_top,
             CHANNELS=channels, UNIT=unit, STRIDE=stride, ACT_Y=act_y, PRECISION=gpu.product_precision(u.dtype),
             **kernel,
         )  # fmt: skip
@@ -73,10 +80,12 @@ def _load_weight(weight_ptr, k, n, n_inside, CHANNELS: tl.constexpr):
     return tl.load(weight_ptr + weight_offsets(k[:, None], n[None, :], CHANNELS), mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "padding"])
+@triton.jit(
+    do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "pad_left", "pad_top"]
+)
 def _kernel(
     u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
-    images, height, width, out_height, out_width, N_units, padding,
+    images, height, width, out_height, out_width, N_units, pad_left, pad_top,
     CHANNELS: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +115,7 @@ def _kernel(
             if start > 0:
                 weight = _load_weight(weight_ptr, start + first_k, n, n_inside, CHANNELS)
             patches = load_patches(
-                u_ptr, image, row, column, inside, start + first_k, height, width, padding,
+                u_ptr, image, row, column, inside, start + first_k, height, width, pad_left, pad_top,
                 CHANNELS, STRIDE, BLOCK_H, BLOCK_W,
             )  # fmt: skip
             y = formulas.dot(patches, weight, y, PRECISION)

@@ -13,8 +13,8 @@ would wait for memory one after another, six times per row, because ptxas moves 
 At the image's border a lane also multiplies its inputs by the dy of outputs that do not exist, which is 0: there a NaN
 or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
 
-Rows and columns are counted in the padded image, where input i' = i + padding is seen by output (i' - k)/stride through
-tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps between them and dy:
+Rows and columns are counted in the padded image, where input row i' = i + pad_top is seen by output row
+(i' - k)/stride through tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps between them and dy:
 
     column of dy    j' - 2        j' - 1        j'          j' + 1
                     dy[3]         dy[2]         dy[1]       dy[0]
@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mobilenet_ext.contract import Padding
 from mobilenet_ext.triton import autotune, gpu, heuristics, merge
 from mobilenet_ext.triton.activation import activate_backward_by_output, centred, load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
@@ -51,17 +52,18 @@ from mobilenet_ext.triton.merge import store_sums
 
 def depthwise_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
-    batch_stats_u: bool, weight: Tensor, stride: int, padding: int, need_input: bool, need_weight: bool,
+    batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, grad_bn_u); those that are not wanted, and the last without ``bn_u``, are empty."""
     check_input(bn_u, act_u)
     n, channels, height, width = u.shape
+    pad_left, _, pad_top, _ = padding
     grad_weight = u.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
     dz_u = torch.empty_like(u, memory_format=torch.channels_last) if need_input else u.new_empty(0)
     if stride == 1:
         lanes, rows = (width + 1) // 2, height
     else:
-        lanes, rows = ((size - 1 + padding) // 2 + 1 for size in (width, height))
+        lanes, rows = (width - 1 + pad_left) // 2 + 1, (height - 1 + pad_top) // 2 + 1
     multiprocessors, unit = gpu.of(u).multiprocessors, math.gcd(channels, 8)
     kernel = _stride_1 if stride == 1 else _stride_2
     want_sums = need_input and bn_u is not None
@@ -75,14 +77,14 @@ def depthwise_backward(
         if programs:
             kernel[(heuristics.cdiv(channels, sizes["BLOCK_C"]), programs)](
                 dz, y if grad_bn_y is not None else None, grad_bn_y, u, bn_u, weight, dz_u if need_input else None,
-                sums, partial, n, height, width, channels // unit, *dz.shape[2:], padding, rows_at_once,
+                sums, partial, n, height, width, channels // unit, *dz.shape[2:], pad_left, pad_top, rows_at_once,
                 UNIT=unit, ACT_U=act_u, **sizes,
             )  # fmt: skip
         count = n * height * width
         return dz_u, grad_weight, merge.gradients(sums, bn_u, batch_stats_u, count, partial, grad_weight)
 
     flags = (y is not None, want_sums, need_weight)
-    problem = (n, channels, height, width, stride, padding, str(u.dtype), int(act_u), *flags)
+    problem = (n, channels, height, width, stride, *padding, str(u.dtype), int(act_u), *flags)
     candidates = heuristics.depthwise_backward(channels, u.dtype.itemsize)
     return autotune.run("depthwise_backward", problem, candidates, launch)
 
@@ -192,10 +194,12 @@ def _add_products(acc, left, right, dy):
     )
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "padding", "rows"])
+@triton.jit(
+    do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "pad_left", "pad_top", "rows"]
+)
 def _stride_1(
     dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_ptr, dz_u_ptr, sums_ptr, partial_ptr,
-    images, height, width, C_units, out_height, out_width, padding, rows,
+    images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, ACT_U: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A lane owns two neighbouring input columns, left and right, which are seen by four output columns."""
@@ -225,7 +229,7 @@ def _stride_1(
         first_row = task % chunks * rows
         row_end = tl.minimum(first_row + rows, height)
 
-        out_column = column + padding  # j'
+        out_column = column + pad_left  # j'
         left_inside = (lane < images * pairs)[:, None] & channel_inside[None, :]
         right_inside = left_inside & (column + 1 < width)[:, None]
         dy_inside = (
@@ -234,7 +238,7 @@ def _stride_1(
             left_inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None],
             left_inside & ((out_column >= 2) & (out_column - 2 < out_width))[:, None],
         )
-        out_row = first_row + padding - 2
+        out_row = first_row + pad_top - 2
         out_offset = (((image * out_height + out_row) * out_width + out_column + 1) * channels)[:, None] + c[None, :]
         in_offset = (((image * height + first_row) * width + column) * channels)[:, None] + c[None, :]
 
@@ -298,10 +302,12 @@ def _stride_1(
         _store_partial(partial_ptr, channels, c, channel_inside, grad_top, grad_middle, grad_bottom)
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "padding", "rows"])
+@triton.jit(
+    do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "pad_left", "pad_top", "rows"]
+)
 def _stride_2(
     dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_ptr, dz_u_ptr, sums_ptr, partial_ptr,
-    images, height, width, C_units, out_height, out_width, padding, rows,
+    images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, ACT_U: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A lane owns four inputs, in an even and an odd row and in a left and a right column, which four outputs see."""
@@ -321,15 +327,15 @@ def _stride_2(
     sum_dz = zero
     sum_dz_centred = zero
 
-    column_pairs = (width - 1 + padding) // 2 + 1
-    row_pairs = (height - 1 + padding) // 2 + 1
+    column_pairs = (width - 1 + pad_left) // 2 + 1
+    row_pairs = (height - 1 + pad_top) // 2 + 1
     chunks = tl.cdiv(row_pairs, rows)
     tasks = tl.cdiv(images * column_pairs, BLOCK_P) * chunks
     for task in range(tl.program_id(1), tasks, tl.num_programs(1)):
         lane = task // chunks * BLOCK_P + tl.arange(0, BLOCK_P)
         image = (lane // column_pairs).to(tl.int64)
         out_column = lane % column_pairs
-        column = out_column * 2 - padding
+        column = out_column * 2 - pad_left
         first_row = task % chunks * rows
 
         inside = (lane < images * column_pairs)[:, None] & channel_inside[None, :]
@@ -339,12 +345,12 @@ def _stride_2(
         out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
         dy_inside = (out_right_inside, out_left_inside)
         out_offset = (((image * out_height + first_row) * out_width + out_column) * channels)[:, None] + c[None, :]
-        in_offset = (((image * height + 2 * first_row - padding) * width + column) * channels)[:, None] + c[None, :]
+        in_offset = (((image * height + 2 * first_row - pad_top) * width + column) * channels)[:, None] + c[None, :]
 
         # The first row; in the loop it is the next one.
         row_inside = first_row < out_height
         outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
-        in_row = first_row * 2 - padding
+        in_row = first_row * 2 - pad_top
         even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, in_row >= 0)
         odd_offset = in_offset + width * channels
         odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, in_row + 1 < height)

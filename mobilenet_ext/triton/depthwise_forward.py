@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.contract import KERNEL_SIZE, Act, conv_output_size
+from mobilenet_ext.contract import Act, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, gpu, heuristics, merge
 from mobilenet_ext.triton.activation import load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
@@ -27,7 +27,7 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def depthwise_forward(
-    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
+    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
     beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
@@ -38,18 +38,25 @@ def depthwise_forward(
 
 
 def depthwise_inference(
-    x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
+    x: Tensor,
+    bn_y: Tensor | None,
+    act_y: int,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
     return _run("depthwise_inference", x, None, Act.LINEAR, weight, stride, padding, None, bn_y, act_y, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int,
+    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding,
     bias: Tensor | None, bn_y: Tensor | None, act_y: int, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
-    out_h, out_w = (conv_output_size(size, KERNEL_SIZE, stride, padding) for size in (height, width))
+    out_h, out_w = conv_output_size(height, width, weight.shape[2], stride, padding)
+    pad_left, _, pad_top, _ = padding
     y = torch.empty((n, channels, out_h, out_w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y, merge.empty_statistics(u, 0, channels) if stats else None
@@ -64,13 +71,14 @@ def _run(
         rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, config["waves"])
         partial = merge.empty_statistics(u, programs, channels) if stats else None
         _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
-            u, bn_u, weight, bias, y, partial, bn_y, n, height, width, channels // unit, out_h, out_w, padding, rows,
+            u, bn_u, weight, bias, y, partial, bn_y,
+            n, height, width, channels // unit, out_h, out_w, pad_left, pad_top, rows,
             UNIT=unit, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
         )  # fmt: skip
         return y, partial
 
     flags = (int(act_u), int(act_y), bn_u is not None, bias is not None, stats)
-    problem = (n, channels, height, width, stride, padding, str(u.dtype), *flags)
+    problem = (n, channels, height, width, stride, *padding, str(u.dtype), *flags)
     return autotune.run(op, problem, candidates, launch)
 
 
@@ -104,10 +112,12 @@ def _add_row(acc0, acc1, a, w, STRIDE: tl.constexpr):
     return acc0, acc1
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "padding", "rows"])
+@triton.jit(
+    do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "pad_left", "pad_top", "rows"]
+)
 def _kernel(
     u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
-    images, height, width, C_units, out_height, out_width, padding, rows,
+    images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -146,9 +156,9 @@ def _kernel(
         first_counts = tl.where(first_inside, 1.0, 0.0)[:, None]
         second_counts = tl.where(second_inside, 1.0, 0.0)[:, None]
 
-        first_row = row * STRIDE - padding
-        last_row = tl.minimum(row_end * STRIDE - padding + 2 - STRIDE, height - 1)  # the last to be loaded
-        in_column = column * STRIDE - padding
+        first_row = row * STRIDE - pad_top
+        last_row = tl.minimum(row_end * STRIDE - pad_top + 2 - STRIDE, height - 1)  # the last to be loaded
+        in_column = column * STRIDE - pad_left
         inside = first_inside[:, None] & channel_inside[None, :]
         column_inside = (
             inside & ((in_column >= 0) & (in_column < width))[:, None],

@@ -24,7 +24,7 @@ def tile_origin(tile, out_height, out_width, BLOCK_H: tl.constexpr, BLOCK_W: tl.
 
 @triton.jit
 def load_patches(
-    u_ptr, image, row, column, output_inside, k, height, width, padding,
+    u_ptr, image, row, column, output_inside, k, height, width, pad_left, pad_top,
     CHANNELS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """The columns ``k`` of a tile's left operand, [BLOCK_H * BLOCK_W, len(k)].
@@ -34,8 +34,8 @@ def load_patches(
     m = tl.arange(0, BLOCK_H * BLOCK_W)[:, None]
     kernel_row = (k // (3 * CHANNELS))[None, :]
     element = (k % (3 * CHANNELS))[None, :]  # column of the filter and channel
-    row = row * STRIDE - padding
-    column = column * STRIDE - padding
+    row = row * STRIDE - pad_top
+    column = column * STRIDE - pad_left
     tile_row = m // BLOCK_W * STRIDE + kernel_row
     tile_element = m % BLOCK_W * (STRIDE * CHANNELS) + element
     inside = output_inside & (tile_row >= -row) & (tile_row < height - row) & (k < 9 * CHANNELS)[None, :]

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mobilenet_ext.contract import Padding
 from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_backward, merge
 from mobilenet_ext.triton.activation import activate_backward, centred, gates, load_norm, norm_act_inside, normalise
 from mobilenet_ext.triton.checks import check_input, check_pointwise
@@ -42,7 +43,7 @@ from mobilenet_ext.triton.norm_act import norm_act_forward
 
 def pointwise_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
-    batch_stats_u: bool, weight: Tensor, stride: int, padding: int, need_input: bool, need_weight: bool,
+    batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, grad_bn_u); those that are not wanted, and the last without ``bn_u``, are empty."""
     check_input(bn_u, act_u)

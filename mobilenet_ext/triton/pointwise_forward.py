@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import Act, Padding
 from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_forward, merge
 from mobilenet_ext.triton.activation import load_norm, norm_act
 from mobilenet_ext.triton.checks import check_input, check_pointwise
@@ -43,7 +43,7 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 
 def pointwise_forward(
-    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: int, gamma: Tensor | None,
+    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
     beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
@@ -55,7 +55,13 @@ def pointwise_forward(
 
 
 def pointwise_inference(
-    x: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, stride: int, padding: int, packed: Tensor | None = None
+    x: Tensor,
+    bn_y: Tensor | None,
+    act_y: int,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
     check_pointwise(stride, padding)
