@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import KERNEL_SIZES, PADDINGS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAN, INF = float("nan"), float("inf")
@@ -163,8 +164,9 @@ def draw_unit(draw: Draw, kind: str, c_in: int, c_out: int, size: float) -> tupl
         conv = nn.Conv2d(c_in, c_out, 1, bias=bias)
     else:
         groups = c_in if kind == "depthwise" else 1
-        stride, padding = draw.choice([1, 1, 2]), draw.choice([1, 1, 1, 0])
-        conv = nn.Conv2d(c_in, c_out, 3, stride, padding, groups=groups, bias=bias)
+        kernel, stride = draw.choice(KERNEL_SIZES[kind]), draw.choice([1, 1, 2])
+        padding = draw.choice([kernel // 2, kernel // 2, (draw.choice(PADDINGS), draw.choice(PADDINGS))])
+        conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
     bn = nn.BatchNorm2d(
         c_out,
         eps=draw.choice([1e-5, 1e-5, 1e-3, 0.1, 1e-12]),
@@ -179,6 +181,11 @@ def draw_unit(draw: Draw, kind: str, c_in: int, c_out: int, size: float) -> tupl
     return conv, bn, act(inplace=draw.chance(0.3))
 
 
+def smallest_image(conv: nn.Conv2d) -> int:
+    """The side of the smallest square image that the convolution takes."""
+    return max(conv.kernel_size[0] - 2 * min(conv.padding), 1)
+
+
 def describe(model: nn.Module) -> str:
     """The leaves of a chain, short."""
     words = []
@@ -187,7 +194,8 @@ def describe(model: nn.Module) -> str:
             groups = {1: "", module.in_channels: "dw"}.get(module.groups, f"g{module.groups}")
             words.append(
                 f"{module.in_channels}-{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}{groups}"
-                f" s{module.stride[0]} p{module.padding[0]}" + (" bias" if module.bias is not None else "")
+                f" s{module.stride[0]} p{module.padding[0]},{module.padding[1]}"
+                + (" bias" if module.bias is not None else "")
             )
         elif isinstance(module, nn.BatchNorm2d):
             changes = [
@@ -297,13 +305,15 @@ def draw_chain(draw: Draw, dtype: torch.dtype, plain: float) -> tuple[nn.Module,
     _, _, h, w = draw.settings["input"]
     modules: list[nn.Module] = []
     for _ in range(draw.choice([1, 2, 2, 3, 4, 6])):
-        kind = draw.choice(["depthwise", "depthwise", "pointwise", "pointwise", "stem"])
-        c_out = c if kind == "depthwise" else draw.choice(CHANNELS[:20] if kind == "stem" else CHANNELS)
+        kind = draw.choice(["depthwise", "depthwise", "pointwise", "pointwise", "dense"])
+        c_out = c if kind == "depthwise" else draw.choice(CHANNELS[:20] if kind == "dense" else CHANNELS)
         unit = list(draw_unit(draw, kind, c, c_out, size))
         if draw.chance(plain):
             alter(draw, unit)
         conv = unit[0]
-        sides = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in (h, w)]
+        sides = [
+            (s + 2 * p - conv.kernel_size[0]) // conv.stride[0] + 1 for s, p in zip((h, w), conv.padding, strict=True)
+        ]
         if min(sides) < 1:
             break
         (h, w), c, size = sides, c_out, 1.0
@@ -319,14 +329,14 @@ def draw_chain(draw: Draw, dtype: torch.dtype, plain: float) -> tuple[nn.Module,
 def alter(draw: Draw, unit: list[nn.Module]) -> None:
     """Make a unit one that the kernels do not support, or that somebody watches."""
     conv, bn, relu = unit
-    how = draw.choice(["5x5", "dilation", "stride 3", "groups", "hook", "no relu"])
+    how = draw.choice(["7x7", "dilation", "stride 3", "groups", "hook", "no relu"])
     if how == "hook":
         draw.choice(unit).register_forward_hook(_watch)
     elif how == "no relu":
         del unit[2]
     elif conv.kernel_size == (3, 3):
         settings = {
-            "5x5": {"kernel_size": 5, "padding": 2},
+            "7x7": {"kernel_size": 7, "padding": 3},
             "dilation": {"dilation": 2, "padding": 2},
             "stride 3": {"stride": 3},
         }

@@ -28,6 +28,7 @@ from fuzz_draw import (
     poison,
     set_bn,
     set_conv,
+    smallest_image,
 )
 from fuzz_frozen import draw_frozen
 from fuzz_judge import Problem
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 import mobilenet_ext as mx
 from mobilenet_ext import layers
 from mobilenet_ext.contract import Act
+from mobilenet_ext.fusion import padding_of
 
 
 def problem(seed: int, kind: str, index: int) -> Problem:
@@ -59,11 +61,9 @@ def draw_function(draw: Draw, name: str) -> Problem:
     dtype, c_in = draw_dtype(draw), draw.choice(CHANNELS)
     c_out = c_in if kind == "depthwise" else draw.choice(CHANNELS)
     conv, bn, _ = draw_unit(draw, kind, c_in, c_out, 1.0)
-    if bn_relu and kind == "depthwise":
-        conv.padding = (1, 1)
     bn.momentum = draw.choice([0.1, 1.0, 0.3])
     relu = bn_relu and draw.chance(0.8)
-    x, size = draw_input(draw, c_in, dtype, 3 if kind == "depthwise" and conv.padding == (0, 0) else 1)
+    x, size = draw_input(draw, c_in, dtype, smallest_image(conv))
     set_bn(draw, bn, size)
     model = nn.Sequential(conv, *([bn] if bn_relu else []), *([nn.ReLU()] if relu else []))
     model.train(not bn.track_running_stats or draw.pick("training", [True, False]))
@@ -73,10 +73,9 @@ def draw_function(draw: Draw, name: str) -> Problem:
 
     def ours(model: nn.Module, x: Tensor) -> Tensor:
         conv = model[0]
-        geometry = {} if kind == "pointwise" else {"stride": conv.stride[0]}
+        geometry = {} if kind == "pointwise" else {"stride": conv.stride[0], "padding": conv.padding}
         if not bn_relu:
-            padding = {} if kind == "pointwise" else {"padding": conv.padding[0]}
-            return getattr(mx.functional, name)(x, conv.weight, conv.bias, **geometry, **padding)
+            return getattr(mx.functional, name)(x, conv.weight, conv.bias, **geometry)
         bn = model[1]
         return getattr(mx.functional, name)(
             x, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias,
@@ -103,7 +102,7 @@ def draw_layer(draw: Draw, name: str) -> Problem:
         conv = draw_unit(draw, kind, c_in, c_out, 1.0)[0]
         conv.bias = None
         modules = [conv, Statistics()]
-    x, size = draw_input(draw, c_in, dtype, 3 if kind == "depthwise" and conv.padding == (0, 0) else 1)
+    x, size = draw_input(draw, c_in, dtype, 1 if kind == "norm_act" else smallest_image(conv))
     relu = kind != "norm_act" or draw.chance(0.7)
     normalised = kind == "norm_act" or draw.chance(0.7)
     if normalised:
@@ -120,7 +119,7 @@ def draw_layer(draw: Draw, name: str) -> Problem:
         if kind == "norm_act":
             return LAYERS[name](x, *vectors, Act(relu))
         conv = model[-2]
-        geometry = (conv.stride[0], conv.padding[0]) if kind == "depthwise" else ()
+        geometry = (conv.stride[0], padding_of(conv)) if kind == "depthwise" else ()
         return LAYERS[name](x, *vectors, conv.weight, *geometry)
 
     made = with_gradients(draw, Problem(draw.settings, model, x, ours), finite=True, autocast=None)

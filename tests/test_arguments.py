@@ -182,15 +182,28 @@ def test_stride(function, stride):
     assert "accepted are 1 and 2" in refused(function, "stride", stride)
 
 
-@pytest.mark.parametrize("padding", [-1, 2, 1.0, "same", None, (1, 1), True])
-def test_padding(padding):
-    assert "accepted are 0 and 1" in refused("depthwise_conv2d", "padding", padding)
+@pytest.mark.parametrize("function", DEPTHWISE)
+@pytest.mark.parametrize(
+    "padding",
+    [-1, 3, 1.0, "same", None, True, (), (1,), (1, 1, 1), (0, 3), (0, 1, 2, 3), (1, 1, 1, 1, 1), (1, 1.0), {1}],
+)
+def test_padding(function, padding):
+    assert "accepted are 0, 1 and 2" in refused(function, "padding", padding)
 
 
 @pytest.mark.parametrize("size", [(2, 5), (5, 2), (1, 1)])
 def test_image_smaller_than_the_kernel(size):
     refused("depthwise_conv2d", "input", torch.randn(2, 8, *size), padding=0)
     assert mx.functional.depthwise_conv2d(torch.randn(2, 8, *size), torch.randn(8, 1, 3, 3)).shape == (2, 8, *size)
+    height, width = size
+    sides = (0, max(3 - width, 0), max(3 - height, 0), 0)
+    x, weight = torch.randn(2, 8, *size), torch.randn(8, 1, 3, 3)
+    assert mx.functional.depthwise_conv2d(x, weight, padding=sides).shape == (
+        2,
+        8,
+        max(height - 2, 1),
+        max(width - 2, 1),
+    )
 
 
 @pytest.mark.parametrize("function", WITH_BATCH_NORM)

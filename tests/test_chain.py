@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mobilenet_ext import chain
 from mobilenet_ext.contract import Act
+from mobilenet_ext.fusion import padding_of
 
 # Three activations: every pair at every two places.
 TRIPLES = [(first, second, Act((first + second) % len(Act))) for first, second in itertools.product(Act, repeat=2)]
@@ -35,7 +36,7 @@ def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> lis
     units = []
     for kind, (conv, bn, _), act in zip(KINDS, plain, acts, strict=False):
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        shape = (kind, conv.stride[0], conv.padding[0])
+        shape = (kind, conv.stride[0], padding_of(conv))
         units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value))
     return units
 

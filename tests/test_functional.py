@@ -16,6 +16,7 @@ from plain import FORWARD, GRADIENT, Shape
 from torch import Tensor
 
 import mobilenet_ext as mx
+from mobilenet_ext.contract import KERNEL_SIZES, PADDINGS, Padding
 
 SHAPES = plain.channel_shapes(("depthwise", "pointwise"))
 # At the size they have in the network: the largest images, the largest channel counts and both strides.
@@ -66,13 +67,21 @@ def random_vectors(channels: int) -> list[Tensor]:
     ]
 
 
-def conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 1) -> Tensor:
+SYMMETRIC: Padding = (1, 1, 1, 1)
+PADDING = st.tuples(*[st.sampled_from(PADDINGS)] * 4)
+
+
+def conv(
+    kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding = SYMMETRIC
+) -> Tensor:
     if kind == "pointwise":
         return F.conv2d(x, weight, bias)
-    return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
+    return F.conv2d(F.pad(x, padding), weight, bias, stride, groups=x.shape[1])
 
 
-def fused_conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 1) -> Tensor:
+def fused_conv(
+    kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int | tuple[int, ...] = 1
+) -> Tensor:
     if kind == "pointwise":
         return mx.functional.pointwise_conv2d(x, weight, bias)
     return mx.functional.depthwise_conv2d(x, weight, bias, stride, padding)
@@ -101,7 +110,7 @@ def gradients(out: Tensor, inputs: list[Tensor | None], upstream: Tensor, keep: 
     return [None if x is None else next(grads) for x in inputs]
 
 
-def check_conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+def check_conv(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> None:
     given = [x, weight, bias]
     leaves = [None if t is None else t.requires_grad_() for t in given]
     expected_leaves = [None if t is None else plain.as_leaf64(t) for t in given]
@@ -149,7 +158,7 @@ def check_bn_relu(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_convolution_of_every_layer(backend: str, device: str, shape: Shape) -> None:
     x, weight, bias = (t.to(device) for t in random_input(shape))
-    check_conv(shape.kind, x.contiguous(memory_format=torch.channels_last), weight, bias, shape.stride, 1)
+    check_conv(shape.kind, x.contiguous(memory_format=torch.channels_last), weight, bias, shape.stride, SYMMETRIC)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -164,17 +173,20 @@ def test_unit_of_every_layer(backend: str, device: str, shape: Shape, training: 
 def test_full_size(backend: str, device: str, shape: Shape) -> None:
     x, weight, bias = (t.to(device) for t in random_input(shape))
     vectors = [t.to(device) for t in random_vectors(shape.out_channels)]
-    check_conv(shape.kind, x.clone(), weight.clone(), bias.clone(), shape.stride, 1)
+    check_conv(shape.kind, x.clone(), weight.clone(), bias.clone(), shape.stride, SYMMETRIC)
     check_bn_relu(shape.kind, x, weight, bias, vectors, shape.stride, True)
 
 
-def odd_input(data: Any, kind: str, smallest: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Any batch, channels and image, in one of the memory formats that people pass."""
+def odd_input(
+    data: Any, kind: str, smallest: int = 1, padding: Padding = SYMMETRIC
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any batch, channels, image and kernel, in one of the memory formats that people pass."""
     n, c = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
-    h, w = (data.draw(st.integers(smallest, 19)) for _ in range(2))
+    inner, kernel = (1, data.draw(st.sampled_from(KERNEL_SIZES["depthwise"]))) if kind == "depthwise" else (c, 1)
+    left, right, top, bottom = padding
+    h, w = (data.draw(st.integers(max(smallest, kernel - sides), 19)) for sides in (top + bottom, left + right))
     c_out = c if kind == "depthwise" else data.draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    inner, kernel = (1, 3) if kind == "depthwise" else (c, 1)
     x = torch.randn(n, c, h, w, generator=generator)
     layout = data.draw(st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"]))
     if layout == "channels_last":
@@ -182,7 +194,7 @@ def odd_input(data: Any, kind: str, smallest: int) -> tuple[Tensor, Tensor, Tens
     elif layout == "sliced":
         x = torch.stack([x, -x], 4)[..., 0]
     elif layout == "transposed":
-        x = x.transpose(2, 3)
+        x = torch.randn(n, c, w, h, generator=generator).transpose(2, 3)
     weight = torch.randn(c_out, inner, kernel, kernel, generator=generator) / (inner * kernel * kernel) ** 0.5
     bias = torch.randn(c_out, generator=generator) if data.draw(st.booleans()) else None
     return x, weight, bias
@@ -192,8 +204,8 @@ def odd_input(data: Any, kind: str, smallest: int) -> tuple[Tensor, Tensor, Tens
 @RANDOM
 @given(data=st.data())
 def test_convolution_of_any_shape(backend: str, device: str, kind: str, data: Any) -> None:
-    stride, padding = (data.draw(st.integers(*bounds)) for bounds in ((1, 2), (0, 1)))
-    x, weight, bias = odd_input(data, kind, 1 if kind == "pointwise" else 3 - 2 * padding)
+    stride, padding = data.draw(st.integers(1, 2)), data.draw(PADDING)
+    x, weight, bias = odd_input(data, kind, padding=padding)
     x, weight, bias = (None if t is None else t.to(device) for t in (x, weight, bias))
     check_conv(kind, x, weight, bias, stride, padding)
 
@@ -208,6 +220,24 @@ def test_unit_of_any_shape(backend: str, device: str, kind: str, data: Any) -> N
     x, weight, bias = (None if t is None else t.to(device) for t in (x, weight, bias))
     vectors = [t.to(device) for t in random_vectors(weight.shape[0])]
     check_bn_relu(kind, x, weight, bias, vectors, stride, training)
+
+
+@pytest.mark.parametrize(
+    ("padding", "sides"), [(2, (2, 2, 2, 2)), ((1, 2), (2, 2, 1, 1)), ([0, 1, 0, 2], (0, 1, 0, 2)), (0, (0, 0, 0, 0))]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_padding(backend: str, device: str, stride: int, padding: Any, sides: Padding) -> None:
+    """One number, two as nn.Conv2d has them or four as F.pad has them, of the convolution and of the unit."""
+    x, weight, bias = (t.to(device) for t in random_input(Shape("depthwise", 16, 16, 1, 9)))
+    vectors = [t.to(device) for t in random_vectors(16)]
+    plain.assert_close(
+        fused_conv("depthwise", x, weight, bias, stride, padding),
+        conv("depthwise", *(t.double() for t in (x, weight, bias)), stride, sides),
+        FORWARD,
+    )
+    out = mx.functional.depthwise_bn_relu(x, weight, bias, *vectors, stride=stride, padding=padding)
+    y = conv("depthwise", *(t.double() for t in (x, weight, bias)), stride, sides)
+    plain.assert_close(out, F.relu(F.batch_norm(y, *(t.double() for t in vectors))), FORWARD)
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])

@@ -14,7 +14,8 @@ At the image's border a lane also multiplies its inputs by the dy of outputs tha
 or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
 
 Rows and columns are counted in the padded image, where input row i' = i + pad_top is seen by output row
-(i' - k)/stride through tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps between them and dy:
+(i' - k)/stride through tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps
+between them and dy:
 
     column of dy    j' - 2        j' - 1        j'          j' + 1
                     dy[3]         dy[2]         dy[1]       dy[0]
