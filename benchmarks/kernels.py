@@ -14,7 +14,7 @@ from benchmarks.network import Layer, Workload, layers_of
 from benchmarks.peers import OURS
 from benchmarks.timing import KERNEL_CLEARS, Call, interleave
 from mobilenet_ext import backends, ops
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 PASSES = ("forward", "backward", "inference")
 # Relative errors against float64 of the same inputs: a peer in 16 bits rounds what we keep in float32.
@@ -98,14 +98,15 @@ def kernel_call(layer: Layer, pass_: str, work: Workload) -> Callable[[], Any]:
     u, bn_u = activation(k, size), rows(5, k)
     if kind == "block":
         return bind(
-            ops.block_inference, u, bn_u, Act.RELU, weight(k, 1, 3, 3), stride, rows(5, n), Act.RELU, weight(n, k, 1, 1)
+            ops.block_inference,
+            *(u, bn_u, Act.RELU, weight(k, 1, 3, 3), stride, (1, 1, 1, 1), rows(5, n), Act.RELU, weight(n, k, 1, 1)),
         )
     if kind == "pool":
         if pass_ == "forward":
             return bind(ops.norm_act_forward, u, bn_u, Act.RELU, True)
         return bind(ops.norm_act_backward, activation(k, 1), u, bn_u, Act.RELU, True, True)
     filters = {"dense": (n, k, 3, 3), "depthwise": (n, 1, 3, 3), "pointwise": (n, k, 1, 1)}[kind]
-    convolution = (weight(*filters), stride, 0 if kind == "pointwise" else 1)
+    convolution = (weight(*filters), stride, NO_PADDING if kind == "pointwise" else (1, 1, 1, 1))
     is_first = kind == "dense"  # of an image, which needs no gradient
     source = (u, None, Act.LINEAR) if is_first else (u, bn_u, Act.RELU)
     if pass_ == "inference":

@@ -102,7 +102,7 @@ def calls(
                 (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, 1, True, True),
             )
             yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1))
-            yield Call("block_inference", (u, bn_u, act, depthwise, stride, bn(k), act, pointwise))
+            yield Call("block_inference", (u, bn_u, act, depthwise, stride, 1, bn(k), act, pointwise))
             yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *with_affine(k)))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(

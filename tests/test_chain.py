@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from plain import FORWARD, GRADIENT, MODULES, assert_close, one_thread, randomise_
 from torch import Tensor, nn
 
-from mobilenet_ext import chain
-from mobilenet_ext.contract import Act
+from mobilenet_ext import backends, chain
+from mobilenet_ext.contract import Act, Padding
 from mobilenet_ext.fusion import padding_of
 
 # Three activations: every pair at every two places.
@@ -63,6 +64,46 @@ def test_gradients(cpu_backend: str, acts: tuple[Act, ...], pool: bool, training
     # Some gradients are 0 but for rounding: of what the batch statistics after a linear unit cancel.
     for (name, _), ours, theirs in zip([("x", x), *plain.named_parameters()], grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Padded(nn.Module):
+    """A unit with other zeros around it, on each side."""
+
+    def __init__(self, unit: nn.Sequential, padding: Padding) -> None:
+        super().__init__()
+        unit[0].padding = (0, 0)
+        self.unit, self.padding = unit, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit(F.pad(x, self.padding))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sides", [(0, 1, 0, 1), (1, 0, 1, 1), (2, 0, 1, 2)], ids=str)
+def test_other_padding_on_each_side(cpu_backend: str, sides: Padding, training: bool) -> None:
+    """As for TensorFlow's "same" at stride 2, or a ZeroPad2d in front: with a block, and in a plan."""
+    acts = (Act.RELU, Act.SILU, Act.LINEAR, Act.RELU, Act.RELU6)
+    plain = plain_units(acts).train(training)
+    units = units_of(plain, acts, training)
+    for i, kind in enumerate(KINDS):
+        if kind != "pointwise":
+            units[i] = units[i]._replace(padding=sides)
+            plain[i] = Padded(plain[i], sides)
+    x = torch.randn(2, 3, 9, 12, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *plain.parameters()]
+    out = chain.run(x, units, False)
+    grad = torch.randn_like(out)
+    with one_thread():
+        expected = plain(x)
+    assert_close(out, expected, 1e-11, "output")
+    for ours, theirs in zip(
+        torch.autograd.grad(out, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    if not training and cpu_backend == "cpu":
+        steps = chain.plan([chain.fold(unit) for unit in units], False, torch.float64, backends.cpu.pack)
+        run = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
+        assert_close(run(chain.as_input(x, torch.float64)), expected, 1e-11, "plan")
 
 
 @pytest.mark.parametrize("acts", TRIPLES, ids=str)

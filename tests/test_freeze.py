@@ -506,7 +506,8 @@ def test_only_a_plan_is_taken_for_one():
     weight, bn = torch.randn(8, 3, 3, 3), torch.ones(5, 8)
     kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     dense = ["dense_inference"]
-    plan = kernels.make_plan(dense, [bn, weight], [1, 2, 1])
+    padding = [1, 1, 1, 1]
+    plan = kernels.make_plan(dense, [bn, weight], [1, 2, *padding])
     assert torch.equal(kernels.run_plan(x, plan), kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
     for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
         with pytest.raises(RuntimeError, match=message):
@@ -516,18 +517,19 @@ def test_only_a_plan_is_taken_for_one():
             kernels.run_plan(wrong, plan)
     pooled, narrow = [*dense, "norm_act_forward"], bn[:, :4].contiguous()
     for ops, tensors, settings, message in (
-        (dense, [bn, weight], [1, 3, 1], "stride: expected 1 or 2"),
-        (dense, [bn, weight], [7, 1, 1], "act: expected an Act"),
+        (dense, [bn, weight], [1, 3, *padding], "stride: expected 1 or 2"),
+        (dense, [bn, weight], [7, 1, *padding], "act: expected an Act"),
         (["dense_forward"], [bn, weight], [1, 1, 1], "ops: no step of a plan"),
         (["norm_act_forward"], [bn, weight], [1, 1], "pooling after a convolution"),
         ([], [bn, weight], [], "ops: expected at least one"),
-        (dense, [bn, weight], [1, 1], "settings: too few"),
-        (dense, [bn, weight], [1, 1, 1, 1], "settings: more"),
-        (pooled, [bn, weight], [1, 1, 1, 0, 1], "tensors: too few"),
-        (pooled, [bn, weight, bn], [1, 1, 1, 0, 0], "pooling"),
-        (dense, [narrow, weight], [1, 1, 1], "bn: expected shape"),
-        (dense, [bn, weight, bn], [1, 1, 1], "tensors: more"),
-        (dense, [bn], [1, 1, 1], "tensors: too few"),
+        (dense, [bn, weight], [1, 1, 1, 1, 1], "settings: too few"),
+        (dense, [bn, weight], [1, 1, 1, 1, 1, 3], "padding: expected 0, 1 or 2"),
+        (dense, [bn, weight], [1, 1, *padding, 1], "settings: more"),
+        (pooled, [bn, weight], [1, 1, *padding, 0, 1], "tensors: too few"),
+        (pooled, [bn, weight, bn], [1, 1, *padding, 0, 0], "pooling"),
+        (dense, [narrow, weight], [1, 1, *padding], "bn: expected shape"),
+        (dense, [bn, weight, bn], [1, 1, *padding], "tensors: more"),
+        (dense, [bn], [1, 1, *padding], "tensors: too few"),
     ):
         with pytest.raises(RuntimeError, match=message):
             kernels.make_plan(ops, tensors, settings)

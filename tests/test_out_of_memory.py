@@ -121,7 +121,7 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
     depthwise, pointwise = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(k, c, 1, 1).to(dtype)
     dense = torch.randn(k, c, 3, 3).to(dtype)
     packed = kernels.pack(bn, depthwise, pointwise)
-    plan = kernels.make_plan(['dense_inference'], [bn_k, dense], [1, 1, 1])
+    plan = kernels.make_plan(['dense_inference'], [bn_k, dense], [1, 1, 1, 1, 1, 1])
     pooled = channels_last(2, c, 1, 1, dtype=dtype)
     here = {{
         "depthwise_forward": (u, bn, relu, depthwise, 1, 1, None, None, 1e-5, True),
@@ -137,8 +137,8 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
         "norm_act_backward": (image(c), u, bn, relu, True, False),
         "norm_act_forward pooled": (u, bn, relu, True),
         "norm_act_backward pooled": (pooled, u, bn, relu, True, True),
-        "block_inference": (u, bn, relu, depthwise, 1, bn_k, relu, pointwise),
-        "block_inference packed": (u, bn, relu, depthwise, 1, bn_k, relu, pointwise, packed),
+        "block_inference": (u, bn, relu, depthwise, 1, 1, bn_k, relu, pointwise),
+        "block_inference packed": (u, bn, relu, depthwise, 1, 1, bn_k, relu, pointwise, packed),
         "run_plan": (u, plan),
         "pack": (bn, depthwise, pointwise),
     }}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mobilenet_ext import backends
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 kernels = backends.cpu.kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -36,16 +36,22 @@ class Chain:
         pointwise = weight(24, 40, 1, 1)
         packed = kernels.pack(None, None, pointwise)
         self.steps = [
-            ("dense_inference", (bns[0], Act.RELU, weight(16, 3, 3, 3), 2, 1)),
-            ("block_inference", (bns[1], Act.HARDSWISH, weights[0], 1, bns[2], Act.SILU, weights[1], block)),
-            ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, 0)),
-            ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, 0, packed)),
+            ("dense_inference", (bns[0], Act.RELU, weight(16, 3, 3, 3), 2, (0, 1, 0, 1))),
+            (
+                "block_inference",
+                (bns[1], Act.HARDSWISH, weights[0], 1, (1, 0, 0, 1), bns[2], Act.SILU, weights[1], block),
+            ),
+            ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, (2, 0, 1, 0))),
+            ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, NO_PADDING, packed)),
             ("norm_act_forward", (bn(24), Act.RELU6, True)),
         ]
         arguments = [argument for _, args in self.steps for argument in args]
         self.ops = [name for name, _ in self.steps]
         self.tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        self.settings = [int(argument) for argument in arguments if not isinstance(argument, Tensor)]
+        self.settings = []
+        for argument in arguments:
+            if not isinstance(argument, Tensor):
+                self.settings += argument if isinstance(argument, tuple) else [int(argument)]
         self.expected = self.op_by_op()
 
     def op_by_op(self) -> Tensor:
@@ -205,7 +211,7 @@ def test_a_handle_lost_while_the_plan_runs() -> None:
 def test_handles_may_outlive_everything() -> None:
     code = (
         "import torch; from mobilenet_ext.backends.cpu import kernels;"
-        "keep = kernels.make_plan(['dense_inference'], [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1]);"
+        "keep = kernels.make_plan(['dense_inference'], [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1, 1, 1, 1]);"
         "import builtins; builtins.keep = keep"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -79,10 +79,10 @@ depthwise, pointwise = torch.randn(32, 1, 3, 3), torch.randn(32, 32, 1, 1)
 packed = kernels.pack(bn, depthwise, pointwise)
 for share in (0, 0.5):
     broken = resized(packed.clone(), share)
-    refused(lambda: kernels.block_inference(x, bn, 1, depthwise, 1, bn, 1, pointwise, broken))
+    refused(lambda: kernels.block_inference(x, bn, 1, depthwise, 1, 1, bn, 1, pointwise, broken))
     refused(lambda: kernels.pack(bn, depthwise, resized(pointwise.clone(), share)))
     refused(lambda: kernels.pack(resized(bn.clone(), share), depthwise, pointwise))
-kernels.block_inference(x, bn, 1, depthwise, 1, bn, 1, pointwise, packed)
+kernels.block_inference(x, bn, 1, depthwise, 1, 1, bn, 1, pointwise, packed)
 """
     )
 

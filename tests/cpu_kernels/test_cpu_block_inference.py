@@ -20,15 +20,22 @@ from cpu_ops import (
 )
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
-# (n, c, h, w, c_out, stride)
+ALL = (1, 1, 1, 1)
+
+# (n, c, h, w, c_out, stride, padding)
 each_shape = cases(
-    [(2, 32, 28, 28, 64, 1), (2, 32, 28, 28, 64, 2), (3, 33, 9, 11, 17, 1), (1, 3, 8, 7, 5, 2)],
-    (9, 16, 1, 1, 8, 2),
-    (3, 16, 2, 3, 8, 1),
-    (1, 520, 7, 7, 300, 1),
-    (0, 16, 7, 7, 8, 1),
+    [
+        (2, 32, 28, 28, 64, 1, ALL),
+        (2, 32, 28, 28, 64, 2, (0, 1, 0, 1)),
+        (3, 33, 9, 11, 17, 1, (1, 0, 0, 1)),
+        (1, 3, 8, 7, 5, 2, ALL),
+    ],
+    (9, 16, 1, 1, 8, 2, ALL),
+    (3, 16, 2, 3, 8, 1, ALL),
+    (1, 520, 7, 7, 300, 1, ALL),
+    (0, 16, 7, 7, 8, 1, ALL),
 )
 
 
@@ -36,17 +43,17 @@ each_shape = cases(
 @each_shape
 @pytest.mark.parametrize("acts", [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act]) -> None:
-    n, c, h, w, c_out, stride = shape
+    n, c, h, w, c_out, stride, padding = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
     depthwise_weight = torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype)
     pointwise_weight = (torch.randn(c_out, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype)
-    args = (x, depthwise_bn, acts[0], depthwise_weight, stride, pointwise_bn, acts[1], pointwise_weight)
+    args = (x, depthwise_bn, acts[0], depthwise_weight, stride, padding, pointwise_bn, acts[1], pointwise_weight)
     y = ops.block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     if rounds_operands(dtype):
-        depthwise = map(as_double, (x, depthwise_bn, acts[0], depthwise_weight, stride, 1))
+        depthwise = map(as_double, (x, depthwise_bn, acts[0], depthwise_weight, stride, padding))
         inside = reference.depthwise_inference(*depthwise)
-        exact = (inside.to(dtype), pointwise_bn, acts[1], pointwise_weight, 1, 0)
+        exact = (inside.to(dtype), pointwise_bn, acts[1], pointwise_weight, 1, NO_PADDING)
         assert_close(y, *in_float64(reference.pointwise_inference, exact), TOLERANCE[dtype])
     else:
         assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
@@ -60,5 +67,15 @@ def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch
     depthwise_weight, pointwise_weight = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(c_out, c, 1, 1).to(dtype)
     check_threads(
         ops.block_inference,
-        (x, depthwise_bn, Act.RELU, depthwise_weight, 1, pointwise_bn, Act.RELU, pointwise_weight),
+        (x, depthwise_bn, Act.RELU, depthwise_weight, 1, ALL, pointwise_bn, Act.RELU, pointwise_weight),
     )
+
+
+def test_what_the_depthwise_half_may_be() -> None:
+    x, bn, pointwise = activation(1, 8, 9, 9, dtype=torch.float32), random_bn(8, torch.float32), torch.randn(8, 8, 1, 1)
+    for kernel, padding, message in (
+        (5, ALL, "expected a kernel of 3x3"),
+        (3, (1, 2, 1, 1), "padding: expected 0 or 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.block_inference(x, bn, Act.RELU, torch.randn(8, 1, kernel, kernel), 1, padding, bn, Act.RELU, pointwise)

@@ -31,7 +31,7 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
 # 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
@@ -65,7 +65,7 @@ def pointwise_inputs(
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
     gamma, beta, bias = grad_bn_y[:3] if act_u is not None else (None, None, None)
-    args = (u, *norm_act_of(bn_u, act_u), weight, 1, 0, gamma, beta, 1e-5)
+    args = (u, *norm_act_of(bn_u, act_u), weight, 1, NO_PADDING, gamma, beta, 1e-5)
     y, bn_y = ops.pointwise_forward(*args, True, bias)
     assert y.dtype == dtype and is_channels_last_dense(y)
     exact = (*args, True, bias)
@@ -99,7 +99,7 @@ def test_pointwise_backward(
 ) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
-    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, 1, 0)
+    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, 1, NO_PADDING)
     check_conv_backward("pointwise_backward", output, source)
 
 
@@ -108,11 +108,11 @@ def test_pointwise_backward(
 @pytest.mark.parametrize("count", range(1, 30))
 def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 5, 1, count, count), dtype)
-    args = (u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, False)
+    args = (u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, False)
     assert_close(
         ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], TOLERANCE[dtype], "y"
     )
-    check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, 0))
+    check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, NO_PADDING))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,7 +121,7 @@ def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: to
 @pytest.mark.parametrize("act", Act)
 def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, _, weight, *_ = pointwise_inputs(shape, dtype)
-    args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, 0)
+    args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, NO_PADDING)
     y = ops.pointwise_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
@@ -132,7 +132,9 @@ def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
 def test_statistics_survive_a_large_mean(mean: float) -> None:
     # The identity as weight copies the input, so the statistics are those of the input.
     u = activation(4, 40, 56, 60, dtype=torch.float32, mean=mean)
-    y, bn_y = ops.pointwise_forward(u, None, Act.LINEAR, torch.eye(40).view(40, 40, 1, 1), 1, 0, None, None, 1e-5, True)
+    y, bn_y = ops.pointwise_forward(
+        u, None, Act.LINEAR, torch.eye(40).view(40, 40, 1, 1), 1, NO_PADDING, None, None, 1e-5, True
+    )
     assert torch.equal(y, u)
     exact = u.double().var((0, 2, 3), correction=0)
     module = torch.nn.BatchNorm2d(40, momentum=1.0)
@@ -149,22 +151,22 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
 def test_nan_and_inf(dtype: torch.dtype, where: str, value: float, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((2, 33, 7, 9, 40), dtype)
     {"u": u[1, 3, 2], "dz": dz[0, 5, 6], "y": y[1, 39, 0], "weight": weight[7, 32], "bn_u": bn_u[1]}[where][0] = value
-    args = (u, bn_u, act_u, weight, 1, 0, None, None, 1e-5, True)
+    args = (u, bn_u, act_u, weight, 1, NO_PADDING, None, None, 1e-5, True)
     ours, bn_y = ops.pointwise_forward(*args)
     theirs, their_bn = reference.pointwise_forward(*args)
     assert_same_specials(ours, theirs.double())
     assert torch.equal(torch.isfinite(bn_y), torch.isfinite(their_bn))
-    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, 1, 0, True, True)
+    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, 1, NO_PADDING, True, True)
     for actual, expected in zip(ops.pointwise_backward(*args), reference.pointwise_backward(*args), strict=True):
         assert_same_specials(actual, expected.double())
 
 
 def test_more_channels_than_fit_on_a_stack() -> None:
     x, bn_u, weight, *_ = pointwise_inputs((1, 20_000, 1, 2, 3), torch.float32)
-    args = (x, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, False)
+    args = (x, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
     assert_close(ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], 1e-5)
     x, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 3, 1, 2, 20_000), torch.float32)
-    args = (dz, y, grad_bn_y, x, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    args = (dz, y, grad_bn_y, x, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
     for actual, expected in zip(
         ops.pointwise_backward(*args), in_float64(reference.pointwise_backward, args), strict=True
     ):
@@ -180,13 +182,15 @@ def test_outputs_past_the_cache(dtype, channels):
     weight = torch.randn(channels, 32, 1, 1).to(dtype)
     dz = torch.randn(images, channels, 96, 96).to(dtype).contiguous(memory_format=torch.channels_last)
     assert dz.numel() * dz.element_size() >= 16 << 20
-    y = ops.pointwise_inference(u, None, Act.LINEAR, weight, 1, 0)
+    y = ops.pointwise_inference(u, None, Act.LINEAR, weight, 1, NO_PADDING)
     back = weight.transpose(0, 1).contiguous()  # [32, channels]: its input gradient is the large one
-    dz_u = ops.pointwise_backward(u, None, None, dz, None, Act.LINEAR, False, back, 1, 0, True, False)[0]
+    dz_u = ops.pointwise_backward(u, None, None, dz, None, Act.LINEAR, False, back, 1, NO_PADDING, True, False)[0]
     for i in range(images):
         one = slice(i, i + 1)
-        assert torch.equal(y[one], ops.pointwise_inference(u[one], None, Act.LINEAR, weight, 1, 0))
-        alone = ops.pointwise_backward(u[one], None, None, dz[one], None, Act.LINEAR, False, back, 1, 0, True, False)[0]
+        assert torch.equal(y[one], ops.pointwise_inference(u[one], None, Act.LINEAR, weight, 1, NO_PADDING))
+        alone = ops.pointwise_backward(
+            u[one], None, None, dz[one], None, Act.LINEAR, False, back, 1, NO_PADDING, True, False
+        )[0]
         assert torch.equal(dz_u[one], alone)
 
 
@@ -194,8 +198,10 @@ def test_outputs_past_the_cache(dtype, channels):
 @cases([(1, 300, 7, 7, 520)], (3, 40, 57, 60, 72), (2, 330, 20, 41, 410))
 def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
-    check_threads(ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True))
-    check_threads(ops.pointwise_backward, (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, 1, 0, True, True))
+    check_threads(ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, True))
+    check_threads(
+        ops.pointwise_backward, (dz, y, grad_bn_y, u, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
+    )
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -204,7 +210,7 @@ def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "stride: expected 1 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 2, 0, *tail)),
         "padding: expected 0 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 1, *tail)),
-        "packed: expected": (ops.pointwise_inference, (u, None, Act.RELU, weight, 1, 0, u)),
+        "packed: expected": (ops.pointwise_inference, (u, None, Act.RELU, weight, 1, NO_PADDING, u)),
     }
 
 

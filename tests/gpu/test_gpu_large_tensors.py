@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_RSTD, BN_SCALE, BN_VAR, GRAD_GAMMA, Act
+from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_RSTD, BN_SCALE, BN_VAR, GRAD_GAMMA, NO_PADDING, Act
 
 # One image of more than 2^31 elements, and a batch of small ones.
 SHAPES = {"image": (1, 8, 16_400, 16_400), "batch": (170_000, 64, 14, 15)}
@@ -53,9 +53,9 @@ def test_depthwise(shape: tuple[int, ...], device: str, stride: int) -> None:
     assert x.numel() > 2**31
     weight = torch.randn(channels, 1, 3, 3).to(device, torch.bfloat16)
     bn = zero_keeping_bn(channels, device)
-    y, bn_y = ops.depthwise_forward(x, bn, Act.RELU, weight, stride, 1, None, None, 1e-5, True)
+    y, bn_y = ops.depthwise_forward(x, bn, Act.RELU, weight, stride, PADDING, None, None, 1e-5, True)
     part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
-    expected, _ = reference.depthwise_forward(part, bn64, Act.RELU, weight64, stride, 1, None, None, 1e-5, False)
+    expected, _ = reference.depthwise_forward(part, bn64, Act.RELU, weight64, stride, PADDING, None, None, 1e-5, False)
     check(tail(y, TAIL // stride), expected, "y")
     assert not y[:-1].any() and not y[-1, :, : -TAIL // stride - 1].any()
     check(bn_y[BN_MEAN], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
@@ -63,10 +63,10 @@ def test_depthwise(shape: tuple[int, ...], device: str, stride: int) -> None:
     dz = with_tail(tuple(y.shape), device)
     dz[-1, :, : -TAIL // stride] = 0  # with stride 2 the same rows of the input
     dz_u, grad_weight, grad_bn = ops.depthwise_backward(
-        dz, None, None, x, bn, Act.RELU, True, weight, stride, 1, True, True
+        dz, None, None, x, bn, Act.RELU, True, weight, stride, PADDING, True, True
     )
     expected, wanted_weight, wanted_bn = reference.depthwise_backward(
-        tail(dz, TAIL // stride), None, None, part, bn64, Act.RELU, True, weight64, stride, 1, True, True
+        tail(dz, TAIL // stride), None, None, part, bn64, Act.RELU, True, weight64, stride, PADDING, True, True
     )
     check(tail(dz_u), expected, "dz_u")
     check(grad_weight, wanted_weight, "grad_weight")
@@ -81,7 +81,7 @@ def test_pointwise(shape: tuple[int, ...], device: str) -> None:
     bn = zero_keeping_bn(channels, device)
     y, bn_y = ops.pointwise_forward(x, bn, Act.RELU, weight, 1, 0, None, None, 1e-5, True)
     part, bn64, weight64 = tail(x), bn.cpu().double(), weight.cpu().double()
-    expected, _ = reference.pointwise_forward(part, bn64, Act.RELU, weight64, 1, 0, None, None, 1e-5, False)
+    expected, _ = reference.pointwise_forward(part, bn64, Act.RELU, weight64, 1, NO_PADDING, None, None, 1e-5, False)
     check(tail(y), expected, "y")
     assert not y[:-1].any() and not y[-1, :, :-TAIL].any()
     check(bn_y[BN_MEAN], y.sum((0, 2, 3), dtype=torch.float64) / (y.numel() // channels), "mean")
@@ -90,7 +90,7 @@ def test_pointwise(shape: tuple[int, ...], device: str) -> None:
     dz = with_tail(shape, device)
     dz_u, grad_weight, grad_bn = ops.pointwise_backward(dz, None, None, x, bn, Act.RELU, True, weight, 1, 0, True, True)
     expected, wanted_weight, wanted_bn = reference.pointwise_backward(
-        tail(dz), None, None, part, bn64, Act.RELU, True, weight64, 1, 0, True, True
+        tail(dz), None, None, part, bn64, Act.RELU, True, weight64, 1, NO_PADDING, True, True
     )
     check(tail(dz_u), expected, "dz_u")
     check(grad_weight, wanted_weight, "grad_weight")
@@ -118,10 +118,10 @@ def test_inference(shape: tuple[int, ...], device: str) -> None:
     bn = zero_keeping_bn(channels, device)
     part = tail(x)
     bn64, depthwise64, pointwise64 = (t.cpu().double() for t in (bn, depthwise, pointwise))
-    expected = reference.block_inference(part, bn64, Act.RELU, depthwise64, 2, bn64, Act.RELU, pointwise64)
-    y = ops.block_inference(x, bn, Act.RELU, depthwise, 2, bn, Act.RELU, pointwise)
+    expected = reference.block_inference(part, bn64, Act.RELU, depthwise64, 2, PADDING, bn64, Act.RELU, pointwise64)
+    y = ops.block_inference(x, bn, Act.RELU, depthwise, 2, PADDING, bn, Act.RELU, pointwise)
     check(tail(y, TAIL // 2), expected, "block")
-    expected = reference.pointwise_inference(part, bn64, Act.RELU, pointwise64, 1, 0)
+    expected = reference.pointwise_inference(part, bn64, Act.RELU, pointwise64, 1, NO_PADDING)
     check(tail(ops.pointwise_inference(x, bn, Act.RELU, pointwise, 1, 0)), expected, "pointwise")
 
 
@@ -130,12 +130,12 @@ def test_dense(shape: tuple[int, ...], device: str) -> None:
     weight = torch.randn(16, channels, 3, 3).to(device, torch.bfloat16)
     y, _ = ops.dense_forward(x, None, Act.LINEAR, weight, 2, 1, None, None, 1e-5, True)
     weight64 = weight.cpu().double()
-    expected, _ = reference.dense_forward(tail(x), None, Act.LINEAR, weight64, 2, 1, None, None, 1e-5, False)
+    expected, _ = reference.dense_forward(tail(x), None, Act.LINEAR, weight64, 2, PADDING, None, None, 1e-5, False)
     check(tail(y, TAIL // 2), expected, "y")
     dz = with_tail(tuple(y.shape), device)
     dz[-1, :, : -TAIL // 2] = 0
     source = (None, Act.LINEAR, False)
     _, grad_weight, _ = ops.dense_backward(dz, None, None, x, *source, weight, 2, 1, False, True)
     part = tail(dz, TAIL // 2)
-    _, expected, _ = reference.dense_backward(part, None, None, tail(x), *source, weight64, 2, 1, False, True)
+    _, expected, _ = reference.dense_backward(part, None, None, tail(x), *source, weight64, 2, PADDING, False, True)
     check(grad_weight, expected, "grad_weight")
