@@ -1,4 +1,4 @@
-// Depthwise 3x3 convolutions.
+// Depthwise convolutions, 3x3 and 5x5.
 #pragma once
 
 #include "depthwise_backward.h"

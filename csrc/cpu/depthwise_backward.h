@@ -1,5 +1,6 @@
-// Depthwise 3x3 convolution, backward, in one pass over the data: the gradient of the input (through the activation
-// before the convolution, with the sums that the BatchNorm before it needs) and the gradient of the weight.
+// Depthwise convolution of K x K taps, 3x3 or 5x5, backward, in one pass over the data: the gradient of the input
+// (through the activation before the convolution, with the sums that the BatchNorm before it needs) and the gradient of
+// the weight.
 //
 // A tile walks down a band of *input* rows. The output gradient dy is built from dz and y once per element, into a ring
 // of rows in L1. At an input pixel the same few dy vectors serve both products: times the weights they make the input
@@ -14,39 +15,45 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// A tile's sums, each [channels]: of dz_u, of dz_u*(u - MEAN), and of the weight gradient's nine taps.
-constexpr int kBackwardSums = 2 + kTaps;
+// A tile's sums, each [channels]: of dz_u, of dz_u*(u - MEAN), and of the weight gradient's taps.
+template <int K>
+constexpr int kBackwardSums = 2 + K * K;
+
+// The tap rows whose weights and sums are in registers at once. Those of a 5x5 convolution take turns.
+template <int K>
+constexpr int kTapRows = K == 3 ? 3 : 1;
 
 // What one input row of one vector of channels needs. Column 0 of the image is dy[k][0] (a vector a pixel), u[0] and
 // dz_u[0] (`pitch` elements per pixel); tap row k belongs to dy[k].
-template <class T>
+template <class T, int K>
 struct BackwardRow {
-  const Acc<T>* dy[3];
-  const Acc<T>* weight[3];  // tap (k, kx) at weight[k] + kx * weight_pitch
-  Acc<T>* grad_weight[3];   // and its sum at grad_weight[k] + kx * lanes
+  const Acc<T>* dy[K];
+  const Acc<T>* weight[K];  // of tap row k, a vector a tap
+  Acc<T>* grad_weight[K];   // the sum of tap (k, kx) at grad_weight[k] + kx * lanes
   const T* u;
   T* dz_u;       // null: not wanted
   Acc<T>* sums;  // of dz_u, then `lanes` elements on of dz_u*(u - MEAN); only of a normalised input
-  int64_t pitch, weight_pitch, lanes, out_w, x_begin, x_end;
+  int64_t pitch, lanes, out_w, x_begin, x_end;
   int padding, count;  // padding: on the left
   bool streaming;      // dz_u goes past the cache
 };
 
-// `rows`: how many of the three tap rows have an output row; stride 2 uses one or two at a time.
-template <class T, int stride, int rows, bool partial, Act act>
-inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
+// `rows`: how many tap rows, the first ones of r, are done here. Where not all are done at once, da is not begun with 0
+// but with what dz_u holds.
+template <class T, int K, int stride, int rows, bool partial, Act act>
+inline void depthwise_backward_row(const BackwardRow<T, K>& r, const ChannelNormAct<Acc<T>>& input) {
   using A = Acc<T>;
   constexpr int kStep = kLanes<A>;
   const int64_t pitch = r.pitch, lanes = r.lanes;
   const int count = r.count, padding = r.padding;
   const bool normalises = input.normalises(), need_input = r.dz_u != nullptr;
   const ChannelNorm<A> norm = normalises ? input.template norm<partial>(0, count) : ChannelNorm<A>{};
-  Vec<A> w[rows][3], dw[rows][3];
+  Vec<A> w[rows][K], dw[rows][K];
 #pragma GCC unroll 3
   for (int k = 0; k < rows; ++k) {
-#pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) {
-      w[k][kx] = load_lanes<partial, A>(r.weight[k] + kx * r.weight_pitch, count);
+#pragma GCC unroll 5
+    for (int kx = 0; kx < K; ++kx) {
+      w[k][kx] = load<A>(r.weight[k] + kx * kStep);
       dw[k][kx] = zero<A>();
     }
   }
@@ -61,7 +68,7 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
     p.centred = u - norm.mean;
     p.z = norm.of_centred(p.centred);
     p.a = normalises ? activate<act>(p.z) : u;
-    p.da = zero<A>();
+    p.da = kTapRows<K> < K && need_input ? load_lanes<partial, T>(r.dz_u + x * pitch, count) : zero<A>();
     return p;
   };
   auto end_pixel = [&](int64_t x, const Pixel& p) {
@@ -80,8 +87,8 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
     // In the order of the loops over interior pixels: of constant images the gradients stay constant.
 #pragma GCC unroll 3
     for (int k = 0; k < rows; ++k) {
-#pragma GCC unroll 3
-      for (int kx = 2; kx >= 0; --kx) {
+#pragma GCC unroll 5
+      for (int kx = K - 1; kx >= 0; --kx) {
         const int64_t numerator = x + padding - kx;
         if (numerator < 0 || numerator % stride != 0 || numerator / stride >= r.out_w) continue;
         const Vec<A> dy = load<A>(r.dy[k] + numerator / stride * kStep);
@@ -96,7 +103,7 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
   if constexpr (stride == 1) {
     // Pixel x takes dy[x + padding - kx].
     constexpr int kPixels = 2;
-    const int64_t interior_begin = min_of(max_of(r.x_begin, 2 - padding), r.x_end);
+    const int64_t interior_begin = min_of(max_of(r.x_begin, K - 1 - padding), r.x_end);
     const int64_t interior_end = min_of(r.x_end, r.out_w - padding);
     for (; x < interior_begin; ++x) border_pixel(x);
     for (; x + kPixels <= interior_end; x += kPixels) {
@@ -105,14 +112,14 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
       for (int i = 0; i < kPixels; ++i) p[i] = begin_pixel(x + i);
 #pragma GCC unroll 3
       for (int k = 0; k < rows; ++k) {
-        const A* from = r.dy[k] + (x + padding - 2) * kStep;
-#pragma GCC unroll 4
-        for (int j = 0; j < kPixels + 2; ++j) {
+        const A* from = r.dy[k] + (x + padding - (K - 1)) * kStep;
+#pragma GCC unroll 6
+        for (int j = 0; j < kPixels + K - 1; ++j) {
           const Vec<A> dy = load<A>(from + j * kStep);
 #pragma GCC unroll 2
           for (int i = 0; i < kPixels; ++i) {
-            const int kx = i + 2 - j;
-            if (kx < 0 || kx > 2) continue;
+            const int kx = i + K - 1 - j;
+            if (kx < 0 || kx >= K) continue;
             p[i].da = fma(dy, w[k][kx], p[i].da);
             dw[k][kx] = fma(dy, p[i].a, dw[k][kx]);
           }
@@ -122,22 +129,30 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
       for (int i = 0; i < kPixels; ++i) end_pixel(x + i, p[i]);
     }
   } else {
-    // The pixels 2m+1-padding and 2m+2-padding take dy[m] (taps 1 and 2) and dy[m+1] (tap 0 of the second).
-    const int64_t interior_begin = r.x_begin + ((r.x_begin + padding) % 2 == 0);
+    // The pixels 2m+1-padding and 2m+2-padding take dy[m+1] and those before it: of taps 0, 2 and 4 the second pixel,
+    // of taps 1 and 3, which begin at dy[m], the first.
+    constexpr int kBefore = (K - 1) / 2;
+    int64_t interior_begin = max_of(r.x_begin, K - 2 - padding);
+    interior_begin += (interior_begin + padding) % 2 == 0;
     for (; x < min_of(interior_begin, r.x_end); ++x) border_pixel(x);
     for (; x + 2 <= r.x_end; x += 2) {
-      const int64_t m = (x + padding - 1) / 2;
-      if (m + 1 >= r.out_w) break;
+      const int64_t last = (x + padding + 1) / 2;
+      if (last >= r.out_w) break;
       Pixel first = begin_pixel(x), second = begin_pixel(x + 1);
 #pragma GCC unroll 3
       for (int k = 0; k < rows; ++k) {
-        const Vec<A> dy0 = load<A>(r.dy[k] + m * kStep), dy1 = load<A>(r.dy[k] + (m + 1) * kStep);
-        first.da = fma(dy0, w[k][1], first.da);
-        dw[k][1] = fma(dy0, first.a, dw[k][1]);
-        second.da = fma(dy0, w[k][2], second.da);
-        dw[k][2] = fma(dy0, second.a, dw[k][2]);
-        second.da = fma(dy1, w[k][0], second.da);
-        dw[k][0] = fma(dy1, second.a, dw[k][0]);
+        const A* from = r.dy[k] + (last - kBefore) * kStep;
+#pragma GCC unroll 3
+        for (int j = 0; j <= kBefore; ++j) {
+          const Vec<A> dy = load<A>(from + j * kStep);
+          const int kx = K - 1 - 2 * j;
+          if (kx > 0) {
+            first.da = fma(dy, w[k][kx - 1], first.da);
+            dw[k][kx - 1] = fma(dy, first.a, dw[k][kx - 1]);
+          }
+          second.da = fma(dy, w[k][kx], second.da);
+          dw[k][kx] = fma(dy, second.a, dw[k][kx]);
+        }
       }
       end_pixel(x, first);
       end_pixel(x + 1, second);
@@ -147,8 +162,8 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
 
 #pragma GCC unroll 3
   for (int k = 0; k < rows; ++k) {
-#pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx) {
+#pragma GCC unroll 5
+    for (int kx = 0; kx < K; ++kx) {
       A* to = r.grad_weight[k] + kx * lanes;
       store<A>(to, load<A>(to) + dw[k][kx]);
     }
@@ -159,21 +174,21 @@ inline void depthwise_backward_row(const BackwardRow<T>& r, const ChannelNormAct
 }
 
 // a of a row of one vector of channels, a vector a pixel.
-template <class T, Act act, bool partial>
-inline void activate_row(const BackwardRow<T>& r, const ChannelNorm<Acc<T>>& norm, Acc<T>* a) {
+template <class T, int K, Act act, bool partial>
+inline void activate_row(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, Acc<T>* a) {
   using A = Acc<T>;
   for (int64_t x = r.x_begin; x < r.x_end; ++x, a += kLanes<A>)
     store<A>(a, activate<act>(norm.z(load_lanes<partial, T>(r.u + x * r.pitch, r.count))));
 }
 
 // dz_u and its sums from da, a vector a pixel.
-template <class T, Act act, bool partial>
-inline void activate_row_backward(const BackwardRow<T>& r, const ChannelNorm<Acc<T>>& norm, const Acc<T>* da) {
+template <class T, int K, Act act, bool partial>
+inline void activate_row_backward(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, const Acc<T>* da) {
   using A = Acc<T>;
   Vec<A> sum = zero<A>(), centred_sum = zero<A>();
   for (int64_t x = r.x_begin; x < r.x_end; ++x, da += kLanes<A>) {
     const Vec<A> centred = load_lanes<partial, T>(r.u + x * r.pitch, r.count) - norm.mean;
-    const Vec<A> dz = activate_backward<act>(norm.of_centred(centred), load_lanes<partial, A>(da, r.count));
+    const Vec<A> dz = activate_backward<act>(norm.of_centred(centred), load<A>(da));
     if (!partial && r.streaming)
       store_streaming<T>(r.dz_u + x * r.pitch, dz);
     else
@@ -186,27 +201,41 @@ inline void activate_row_backward(const BackwardRow<T>& r, const ChannelNorm<Acc
   store<A>(r.sums + r.lanes, load<A>(r.sums + r.lanes) + centred_sum);
 }
 
-template <class T, int stride, bool partial, Act act>
-inline void depthwise_backward_row_of(int rows, const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input) {
-  if (rows == 1) return depthwise_backward_row<T, stride, 1, partial, act>(r, input);
-  if (rows == 2) return depthwise_backward_row<T, stride, 2, partial, act>(r, input);
-  if constexpr (stride == 1) {
-    if (rows == 3) return depthwise_backward_row<T, stride, 3, partial, act>(r, input);
+template <class T, int K, int stride, bool partial, Act act>
+inline void depthwise_backward_row_of(int rows, const BackwardRow<T, K>& r, const ChannelNormAct<Acc<T>>& input) {
+  if constexpr (kTapRows<K> == 1) {
+    BackwardRow<T, K> one = r;
+    for (int k = 0; k < rows; ++k) {
+      one.dy[0] = r.dy[k];
+      one.weight[0] = r.weight[k];
+      one.grad_weight[0] = r.grad_weight[k];
+      depthwise_backward_row<T, K, stride, 1, partial, act>(one, input);
+    }
+  } else {
+    if (rows == 1) return depthwise_backward_row<T, K, stride, 1, partial, act>(r, input);
+    if (rows == 2) return depthwise_backward_row<T, K, stride, 2, partial, act>(r, input);
+    if constexpr (stride == 1) {
+      if (rows == 3) return depthwise_backward_row<T, K, stride, 3, partial, act>(r, input);
+    }
+    depthwise_backward_row<T, K, stride, 0, partial, act>(r, input);
   }
-  depthwise_backward_row<T, stride, 0, partial, act>(r, input);
 }
 
-// The same with the activation of a normalised input, and its derivative, in passes of their own: the products take all
-// registers. a has room for two rows.
-template <class T, int stride, bool partial>
-inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T>& r, const ChannelNormAct<Acc<T>>& input,
+// The same with the normalisation and activation of the input, and its derivative, in passes of their own: the products
+// take all registers, or themselves take several passes, which meet in da. a has room for two rows.
+template <class T, int K, int stride, bool partial>
+inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T, K>& r, const ChannelNormAct<Acc<T>>& input,
                                              Acc<T>* a) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  A* const da = a + (r.x_end - r.x_begin) * L;
-  const ChannelNorm<A> norm = input.template norm<partial>(0, r.count);
-  with_act(input.act, [&](auto act) { activate_row<T, act.value, partial>(r, norm, a); });
-  BackwardRow<A> products{};
+  const int64_t size = (r.x_end - r.x_begin) * L;
+  A* const da = a + size;
+  ChannelNorm<A> norm{zero<A>(), broadcast<A>(1), zero<A>()};
+  if (input.normalises()) norm = input.template norm<partial>(0, r.count);
+  with_act(input.act, [&](auto act) { activate_row<T, K, act.value, partial>(r, norm, a); });
+  if (kTapRows<K> < K && r.dz_u)
+    for (int64_t i = 0; i < size; ++i) da[i] = 0;
+  BackwardRow<A, K> products{};
   for (int k = 0; k < rows; ++k) {
     products.dy[k] = r.dy[k];
     products.weight[k] = r.weight[k];
@@ -215,16 +244,15 @@ inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T>& r, 
   products.u = a - r.x_begin * L;
   products.dz_u = r.dz_u ? da - r.x_begin * L : nullptr;
   products.pitch = L;
-  products.weight_pitch = r.weight_pitch;
   products.lanes = r.lanes;
   products.out_w = r.out_w;
   products.x_begin = r.x_begin;
   products.x_end = r.x_end;
   products.padding = r.padding;
-  products.count = r.count;
-  depthwise_backward_row_of<A, stride, partial, Act::linear>(rows, products,
-                                                             ChannelNormAct<A>({nullptr, Act::linear}, L));
-  if (r.dz_u) with_act(input.act, [&](auto act) { activate_row_backward<T, act.value, partial>(r, norm, da); });
+  products.count = L;
+  depthwise_backward_row_of<A, K, stride, false, Act::linear>(rows, products,
+                                                              ChannelNormAct<A>({nullptr, Act::linear}, L));
+  if (r.dz_u) with_act(input.act, [&](auto act) { activate_row_backward<T, K, act.value, partial>(r, norm, da); });
 }
 
 // Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks
@@ -267,7 +295,7 @@ inline void load_gradient_row(const T* dz, const T* y, int64_t columns, const Ac
   });
 }
 
-template <class T, int stride>
+template <class T, int K, int stride>
 inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, const Acc<T>* weight, Acc<T>* partials) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -281,27 +309,29 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
   const T* y = args.y ? static_cast<const T*>(args.y) + out_image : nullptr;
   const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
   const A* grad_bn = args.grad_bn_y ? static_cast<const A*>(args.grad_bn_y) + t.channel_begin : nullptr;
-  weight += t.channel_begin;
+  weight += t.channel_begin * (K * K);
   const bool streaming = dz_u && streams<T>(args.dz_u, g.n * g.h * g.w, channels);
 
-  // The outputs that touch the tile's columns; output ox touches columns ox*stride - left to ox*stride - left + 2.
-  const int64_t out_begin = max_of(t.column_begin + left - 2 + stride - 1, 0) / stride;
+  // The outputs that touch the tile's columns; output ox touches columns ox*stride - left to
+  // ox*stride - left + K - 1.
+  const int64_t out_begin = max_of(t.column_begin + left - (K - 1) + stride - 1, 0) / stride;
   const int64_t out_end = max_of(min_of((t.column_end - 1 + left) / stride + 1, g.out_w), out_begin);
   const int64_t out_columns = out_end - out_begin;
   const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
-  const bool in_passes = input.normalises() && !is_simple(input.act);
+  const bool in_passes = kTapRows<K> < K || (input.normalises() && !is_simple(input.act));
   const int64_t pixels = in_passes ? 2 * (t.column_end - t.column_begin) * L : 0;
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (3 * lanes * out_columns + kBackwardSums * lanes + pixels)));
-  A* const sums = ring + 3 * lanes * out_columns;
-  A* const row_buffer = sums + kBackwardSums * lanes;
-  for (int64_t i = 0; i < kBackwardSums * lanes; ++i) sums[i] = 0;
+  constexpr int kSums = kBackwardSums<K>;
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (K * lanes * out_columns + kSums * lanes + pixels)));
+  A* const sums = ring + K * lanes * out_columns;
+  A* const row_buffer = sums + kSums * lanes;
+  for (int64_t i = 0; i < kSums * lanes; ++i) sums[i] = 0;
 
-  int64_t next_row = max_of(t.row_begin + top - 2 + stride - 1, 0) / stride;
+  int64_t next_row = max_of(t.row_begin + top - (K - 1) + stride - 1, 0) / stride;
   for (int64_t iy = t.row_begin; iy < t.row_end; ++iy) {
     for (; next_row <= min_of((iy + top) / stride, g.out_h - 1); ++next_row) {
       const int64_t from = (next_row * g.out_w + out_begin) * channels;
       load_gradient_row<T>(dz + from, y ? y + from : nullptr, out_columns, grad_bn, channels, t.channels,
-                           g.out_w * channels, ring + next_row % 3 * lanes * out_columns);
+                           g.out_w * channels, ring + next_row % K * lanes * out_columns);
     }
     if (iy + 1 < t.row_end) {
       for (int64_t x = t.column_begin; x < t.column_end; ++x)
@@ -311,20 +341,20 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
         }
     }
     for (int c = 0; c < t.channels; c += L) {
-      BackwardRow<T> r{};
+      BackwardRow<T, K> r{};
       int rows = 0;
-      for (int ky = 0; ky < 3; ++ky) {
+      for (int ky = 0; ky < K; ++ky) {
         const int64_t numerator = iy + top - ky;
         if (numerator < 0 || numerator % stride != 0 || numerator / stride >= g.out_h) continue;
-        r.dy[rows] = ring + (numerator / stride % 3 * lanes + c) * out_columns - out_begin * L;
-        r.weight[rows] = weight + ky * 3 * channels + c;
-        r.grad_weight[rows] = sums + (2 + ky * 3) * lanes + c;
+        r.dy[rows] = ring + (numerator / stride % K * lanes + c) * out_columns - out_begin * L;
+        r.weight[rows] = weight + c * (K * K) + ky * K * L;
+        r.grad_weight[rows] = sums + (2 + ky * K) * lanes + c;
         ++rows;
       }
       r.u = u + iy * g.w * channels + c;
       r.dz_u = dz_u ? dz_u + iy * g.w * channels + c : nullptr;
       r.sums = sums + c;
-      r.pitch = r.weight_pitch = channels;
+      r.pitch = channels;
       r.lanes = lanes;
       r.out_w = g.out_w;
       r.x_begin = t.column_begin;
@@ -334,10 +364,11 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
       r.count = int(min_of(t.channels - c, L));
       const auto row = [&](auto partial) {
         if (in_passes)
-          return depthwise_backward_row_in_passes<T, stride, partial.value>(rows, r, input.from(c), row_buffer);
-        with_simple_act(input.act, [&](auto act) {
-          depthwise_backward_row_of<T, stride, partial.value, act.value>(rows, r, input.from(c));
-        });
+          return depthwise_backward_row_in_passes<T, K, stride, partial.value>(rows, r, input.from(c), row_buffer);
+        if constexpr (kTapRows<K> == K)
+          with_simple_act(input.act, [&](auto act) {
+            depthwise_backward_row_of<T, K, stride, partial.value, act.value>(rows, r, input.from(c));
+          });
       };
       if (r.count == L)
         row(Constant<false>{});
@@ -346,15 +377,15 @@ inline void depthwise_backward_tile(const BackwardArgs& args, const Tile& t, con
     }
   }
   if (streaming) finish_streaming();
-  A* to = partials + t.place * kBackwardSums * channels + t.channel_begin;
-  for (int i = 0; i < kBackwardSums; ++i)
+  A* to = partials + t.place * kSums * channels + t.channel_begin;
+  for (int i = 0; i < kSums; ++i)
     for (int c = 0; c < t.channels; ++c) to[i * channels + c] = sums[i * lanes + c];
 }
 
-// grad_weight [channels][9] from the tiles' sums, added in tile order.
-template <class A>
+// grad_weight [channels][K*K] from the tiles' sums, added in tile order.
+template <class A, int K>
 inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials, A* grad_weight) {
-  constexpr int kChannels = 32;
+  constexpr int kChannels = 32, kTaps = K * K;
   parallel(ceil_div(channels, kChannels), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c0 = i * kChannels;
@@ -362,7 +393,7 @@ inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials
       double sums[kTaps][kChannels] = {};
       for (int64_t t = 0; t < tiles; ++t)
         for (int tap = 0; tap < kTaps; ++tap) {
-          const A* tile = partials + (t * kBackwardSums + 2 + tap) * channels + c0;
+          const A* tile = partials + (t * kBackwardSums<K> + 2 + tap) * channels + c0;
           for (int i = 0; i < size; ++i) sums[tap][i] += double(tile[i]);
         }
       for (int c = 0; c < size; ++c)
@@ -371,27 +402,29 @@ inline void merge_grad_weight(int64_t tiles, int64_t channels, const A* partials
   });
 }
 
-template <class T>
-inline void depthwise_backward(const BackwardArgs& args) {
+template <class T, int K, int stride>
+inline void depthwise_backward_of(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t channels = g.c_in;
-  const TileGrid grid(g.n, g.h, g.w, channels, sizeof(A), 1);
-  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + kBackwardSums * grid.places())));
-  A* const partials = weight + channels * kTaps;
-  transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
+  const int64_t channels = g.c_in, weight_size = arranged_size<A, K>(channels);
+  const TileGrid grid(g.n, g.h, g.w, channels, sizeof(A), 1, K);
+  const int64_t partials_size = kBackwardSums<K> * grid.places() * channels;
+  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * (weight_size + partials_size)));
+  A* const partials = weight + weight_size;
+  arrange_weight<T, K>(static_cast<const T*>(args.weight), channels, weight);
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (g.stride == 1)
-        depthwise_backward_tile<T, 1>(args, grid.tile(i), weight, partials);
-      else
-        depthwise_backward_tile<T, 2>(args, grid.tile(i), weight, partials);
-    }
+    for (int64_t i = begin; i < end; ++i) depthwise_backward_tile<T, K, stride>(args, grid.tile(i), weight, partials);
   });
-  if (args.grad_weight) merge_grad_weight<A>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
+  if (args.grad_weight) merge_grad_weight<A, K>(grid.places(), channels, partials, static_cast<A*>(args.grad_weight));
   if (args.grad_bn_u)
-    merge_grad_bn<A>(grid.places(), channels, kBackwardSums * channels, partials, g.n * g.h * g.w,
+    merge_grad_bn<A>(grid.places(), channels, kBackwardSums<K> * channels, partials, g.n * g.h * g.w,
                      static_cast<const A*>(args.input.bn), args.batch_stats_u, static_cast<A*>(args.grad_bn_u));
+}
+
+template <class T>
+inline void depthwise_backward(const BackwardArgs& args) {
+  with_kernel_and_stride(args.g,
+                         [&](auto kernel, auto stride) { depthwise_backward_of<T, kernel.value, stride.value>(args); });
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

@@ -1,8 +1,8 @@
-// Depthwise 3x3 convolution, forward: y = conv(act(norm(u)), weight) + bias, with the statistics of y, or in inference
-// with the output's normalisation and activation, in the same pass.
+// Depthwise convolution of K x K taps, 3x3 or 5x5, forward: y = conv(act(norm(u)), weight) + bias, with the statistics
+// of y, or in inference with the output's normalisation and activation, in the same pass.
 //
 // A tile walks down its band of output rows. Each input row is loaded, widened, normalised and activated once, into a
-// ring of three rows that stays in L1; outputs are made from registers, four pixels at a time; the statistics are taken
+// ring of K rows that stays in L1; outputs are made from registers, four pixels at a time; the statistics are taken
 // from rows just stored. Taps outside the image are left out rather than multiplied by zero, so that an infinite
 // weight gives what nn.Conv2d gives.
 #pragma once
@@ -16,16 +16,15 @@
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
 // What one output row of a tile needs, for one vector of channels.
-template <class T>
+template <class T, int K>
 struct ForwardRow {
   using A = Acc<T>;
-  // The input row under weight row ky, a vector a pixel, so placed that row[ky][0] would be column 0 of the image;
-  // null outside the image. `zeros` is a row of zeros, placed likewise.
-  const A* row[3];
-  const A* zeros;
-  const A* weight;  // [9][channels]
-  const A* bias;    // null: 0
-  T* y;             // column 0
+  // The input row under tap row ky, a vector a pixel, so placed that row[ky][0] would be column 0 of the image, and the
+  // taps, [K][lanes]. For a row outside the image both are zeros, so that the loops over pixels have one form.
+  const A* row[K];
+  const A* weight[K];
+  const A* bias;  // null: 0
+  T* y;           // column 0
   int64_t x_begin, x_end;
   int count;
   bool streaming;  // y goes past the cache
@@ -35,22 +34,27 @@ struct ForwardRow {
 
 // `simple`: the output's activation is linear or ReLU, which need no registers; the others are called, from a copy that
 // would cost those two a tenth of the time.
-template <class T, int stride, bool partial, bool simple>
-inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
+template <class T, int K, int stride, bool partial, bool simple>
+inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t channels = g.c_in, x_begin = r.x_begin, x_end = r.x_end;
   const int count = r.count;
-  // A row outside the image is read as zeros, with zeros for weights, so that the loops below have one form.
-  const A* row[3];
-  Vec<A> w[3][3];
+  // Nine weights stay in registers. Of twenty-five, those of one tap row are loaded where they are used.
+  constexpr bool kKeepsWeights = K == 3;
+  Vec<A> kept[kKeepsWeights ? K : 1][K];
+  if constexpr (kKeepsWeights) {
 #pragma GCC unroll 3
-  for (int ky = 0; ky < 3; ++ky) {
-    row[ky] = r.row[ky] ? r.row[ky] : r.zeros;
+    for (int ky = 0; ky < K; ++ky)
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; ++kx)
-      w[ky][kx] = r.row[ky] ? load_lanes<partial, A>(r.weight + (ky * 3 + kx) * channels, count) : zero<A>();
+      for (int kx = 0; kx < K; ++kx) kept[ky][kx] = load<A>(r.weight[ky] + kx * L);
   }
+  const auto weight = [&](int ky, int kx) {
+    if constexpr (kKeepsWeights)
+      return kept[ky][kx];
+    else
+      return load<A>(r.weight[ky] + kx * L);
+  };
   const bool normalises = output.normalises();
   const ChannelNorm<A> norm = normalises ? output.template norm<partial>(0, count) : ChannelNorm<A>{};
   const Vec<A> bias = r.bias ? load_lanes<partial, A>(r.bias, count) : zero<A>(), shift = load<A>(r.shift);
@@ -83,40 +87,40 @@ inline void depthwise_forward_row(const ForwardRow<T>& r, const Geometry& g, con
   auto border_pixel = [&](int64_t x) {
     Vec<A> acc[1][1] = {{bias}};
     // In the order of the loop over interior pixels: a constant image stays one.
-#pragma GCC unroll 3
-    for (int ky = 0; ky < 3; ++ky) {
-#pragma GCC unroll 3
-      for (int kx = 0; kx < 3; ++kx) {
+#pragma GCC unroll 5
+    for (int ky = 0; ky < K; ++ky) {
+#pragma GCC unroll 5
+      for (int kx = 0; kx < K; ++kx) {
         const int64_t ix = x * stride + kx - g.pad_left;
-        if (ix >= 0 && ix < g.w) acc[0][0] = fma(load<A>(row[ky] + ix * L), w[ky][kx], acc[0][0]);
+        if (ix >= 0 && ix < g.w) acc[0][0] = fma(load<A>(r.row[ky] + ix * L), weight(ky, kx), acc[0][0]);
       }
     }
     norm_act(acc);
     put(x, acc[0][0]);
   };
 
-  // Interior pixels have all three columns inside the image.
-  const int64_t interior_begin = min_of(max_of(x_begin, g.pad_left), x_end);
-  const int64_t interior_end = max_of(min_of(x_end, (g.w - 3 + g.pad_left + stride) / stride), interior_begin);
+  // Interior pixels have all K columns inside the image.
+  const int64_t interior_begin = min_of(max_of(x_begin, ceil_div(g.pad_left, stride)), x_end);
+  const int64_t interior_end = max_of(min_of(x_end, (g.w - K + g.pad_left + stride) / stride), interior_begin);
   constexpr int kPixels = 4;
-  constexpr int kInputs = (kPixels - 1) * stride + 3;
+  constexpr int kInputs = (kPixels - 1) * stride + K;
   int64_t x = x_begin;
   for (; x < interior_begin; ++x) border_pixel(x);
   for (; x + kPixels <= interior_end; x += kPixels) {
     Vec<A> acc[kPixels][1];
 #pragma GCC unroll 4
     for (int i = 0; i < kPixels; ++i) acc[i][0] = bias;
-#pragma GCC unroll 3
-    for (int ky = 0; ky < 3; ++ky) {
-      const A* p = row[ky] + (x * stride - g.pad_left) * L;
+#pragma GCC unroll 5
+    for (int ky = 0; ky < K; ++ky) {
+      const A* p = r.row[ky] + (x * stride - g.pad_left) * L;
 #pragma GCC unroll 16
       for (int i = 0; i < kInputs; ++i) {
         const Vec<A> a = load<A>(p + i * L);
-#pragma GCC unroll 3
-        for (int kx = 0; kx < 3; ++kx) {
+#pragma GCC unroll 5
+        for (int kx = 0; kx < K; ++kx) {
           const int offset = i - kx;
           if (offset >= 0 && offset % stride == 0 && offset / stride < kPixels)
-            acc[offset / stride][0] = fma(a, w[ky][kx], acc[offset / stride][0]);
+            acc[offset / stride][0] = fma(a, weight(ky, kx), acc[offset / stride][0]);
         }
       }
     }
@@ -157,7 +161,7 @@ inline void load_input_row(const T* u, int64_t columns, const ChannelNormAct<Acc
   });
 }
 
-template <class T, int stride>
+template <class T, int K, int stride>
 inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const Acc<T>* weight, Acc<T>* partials) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -167,40 +171,40 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   T* y = static_cast<T*>(args.y) + t.image * g.out_h * g.out_w * channels + t.channel_begin;
   const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
   const auto output = ChannelNormAct<A>(args.output, channels).from(t.channel_begin);
-  weight += t.channel_begin;
+  weight += t.channel_begin * (K * K);
   const A* bias = args.bias ? static_cast<const A*>(args.bias) + t.channel_begin : nullptr;
   const bool streaming = streams<T>(args.y, g.n * g.out_h * g.out_w, channels);
 
   const int64_t in_begin = max_of(t.column_begin * stride - g.pad_left, 0);
-  const int64_t in_end = min_of((t.column_end - 1) * stride - g.pad_left + 3, g.w);
+  const int64_t in_end = min_of((t.column_end - 1) * stride - g.pad_left + K, g.w);
   const int64_t in_columns = in_end - in_begin, width = t.column_end - t.column_begin;
-  const int64_t lanes = ceil_div(t.channels, L) * L;  // whole vectors
-  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * ((3 * lanes + L) * in_columns + 3 * lanes)));
-  A* const zeros = ring + 3 * lanes * in_columns;
-  A *const shift = zeros + L * in_columns, *const sum = shift + lanes, *const sum_squares = sum + lanes;
+  const int64_t lanes = ceil_div(t.channels, L) * L;     // whole vectors
+  const int64_t zero_count = max_of(in_columns, K) * L;  // a row of pixels, or of taps
+  A* const ring = static_cast<A*>(scratch(1, sizeof(A) * (K * lanes * in_columns + zero_count + 3 * lanes)));
+  A* const zeros = ring + K * lanes * in_columns;
+  A *const shift = zeros + zero_count, *const sum = shift + lanes, *const sum_squares = sum + lanes;
   for (A* p = zeros; p < sum_squares + lanes; ++p) *p = 0;
 
   int64_t next_row = max_of(t.row_begin * stride - g.pad_top, 0);
   for (int64_t oy = t.row_begin; oy < t.row_end; ++oy) {
     const int64_t top = oy * stride - g.pad_top;
     next_row = max_of(next_row, top);
-    for (; next_row < min_of(top + 3, g.h); ++next_row) {
+    for (; next_row < min_of(top + K, g.h); ++next_row) {
       const auto load_row = [&](auto normalises, auto act) {
         load_input_row<T, normalises.value, act.value>(u + (next_row * g.w + in_begin) * channels, in_columns, input,
                                                        t.channels, stride * g.w * channels,
-                                                       ring + next_row % 3 * lanes * in_columns);
+                                                       ring + next_row % K * lanes * in_columns);
       };
       with_norm_act(input, load_row);
     }
     for (int c = 0; c < t.channels; c += L) {
-      ForwardRow<T> r{};
-      for (int ky = 0; ky < 3; ++ky) {
+      ForwardRow<T, K> r{};
+      for (int ky = 0; ky < K; ++ky) {
         const int64_t iy = top + ky;
         const bool inside = iy >= 0 && iy < g.h;
-        r.row[ky] = inside ? ring + (iy % 3 * lanes + c) * in_columns - in_begin * L : nullptr;
+        r.row[ky] = (inside ? ring + (iy % K * lanes + c) * in_columns : zeros) - in_begin * L;
+        r.weight[ky] = inside ? weight + c * (K * K) + ky * K * L : zeros;
       }
-      r.zeros = zeros - in_begin * L;
-      r.weight = weight + c;
       r.bias = bias ? bias + c : nullptr;
       r.y = y + oy * g.out_w * channels + c;
       r.x_begin = t.column_begin;
@@ -212,7 +216,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.sum_squares = sum_squares + c;
       const bool simple = output.act == Act::linear || output.act == Act::relu;
       const auto run = [&](auto partial, auto simple) {
-        depthwise_forward_row<T, stride, partial.value, simple.value>(r, g, output.from(c));
+        depthwise_forward_row<T, K, stride, partial.value, simple.value>(r, g, output.from(c));
       };
       const auto with_partial = [&](auto partial) {
         simple ? run(partial, Constant<true>{}) : run(partial, Constant<false>{});
@@ -236,29 +240,30 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   }
 }
 
-template <class T>
-inline void depthwise_forward(const ForwardArgs& args) {
+template <class T, int K, int stride>
+inline void depthwise_forward_of(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t channels = g.c_in;
-  const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), g.stride);
+  const int64_t channels = g.c_in, weight_size = arranged_size<A, K>(channels);
+  const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), stride, K);
   const bool stats = args.statistics.wanted();
-  A* const weight =
-      static_cast<A*>(scratch(0, sizeof(A) * channels * (kTaps + (stats ? kMoments * grid.places() : 0))));
-  A* const partials = stats ? weight + channels * kTaps : nullptr;
-  transpose_weight<T>(static_cast<const T*>(args.weight), channels, weight);
+  const int64_t partials_size = stats ? kMoments * grid.places() * channels : 0;
+  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * (weight_size + partials_size)));
+  A* const partials = stats ? weight + weight_size : nullptr;
+  arrange_weight<T, K>(static_cast<const T*>(args.weight), channels, weight);
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (g.stride == 1)
-        depthwise_forward_tile<T, 1>(args, grid.tile(i), weight, partials);
-      else
-        depthwise_forward_tile<T, 2>(args, grid.tile(i), weight, partials);
-    }
+    for (int64_t i = begin; i < end; ++i) depthwise_forward_tile<T, K, stride>(args, grid.tile(i), weight, partials);
   });
   if (stats)
     merge_statistics<A>(
         grid.places(), channels, partials, [&](int64_t place) { return grid.at_place(place).pixels(); },
         args.statistics);
+}
+
+template <class T>
+inline void depthwise_forward(const ForwardArgs& args) {
+  with_kernel_and_stride(args.g,
+                         [&](auto kernel, auto stride) { depthwise_forward_of<T, kernel.value, stride.value>(args); });
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

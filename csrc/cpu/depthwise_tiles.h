@@ -5,15 +5,22 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// A tile keeps three rows of its input in the accumulation type, [vectors of channels][pixels][lanes], in about the
-// size of an L1 cache. It takes this many bytes of channels where there are so many, for long runs of memory, more
+// Calls f(Constant<K>, Constant<stride>) for the convolution's kernel of K x K taps.
+template <class F>
+MX_INLINE void with_kernel_and_stride(const Geometry& g, const F& f) {
+  const auto with_stride = [&](auto kernel) { g.stride == 1 ? f(kernel, Constant<1>{}) : f(kernel, Constant<2>{}); };
+  g.kernel == 3 ? with_stride(Constant<3>{}) : with_stride(Constant<5>{});
+}
+
+// A tile keeps as many rows as the kernel has, in the accumulation type, [vectors of channels][pixels][lanes], in about
+// the size of an L1 cache. It takes this many bytes of channels where there are so many, for long runs of memory, more
 // where the image is small, and then as many columns as fit.
 constexpr int64_t kRingBytes = 48 * 1024;
 constexpr int64_t kChannelBytes = 512;
 constexpr int64_t kMaxChannelBytes = 4096;
 
-// Bands of rows are cut until there are this many tiles, but not lower than kMinBandRows: every band reads two rows
-// that its neighbour reads too.
+// Bands of rows are cut until there are this many tiles, but not lower than kMinBandRows: every band reads rows that
+// its neighbour reads too.
 constexpr int64_t kEnoughTiles = 256;
 constexpr int64_t kMinBandRows = 14;
 
@@ -29,17 +36,19 @@ struct Tile {
 struct TileGrid {
   int64_t images, rows, columns, channels, channel_block, bands, column_tiles, channel_blocks;
 
-  // Images of rows x columns pixels are tiled; a tile of n columns keeps n * columns_per_column + 2 in its ring.
+  // Images of rows x columns pixels are tiled; a tile of n columns keeps n * columns_per_column + kernel - 1 in its
+  // ring.
   TileGrid(int64_t images, int64_t rows, int64_t columns, int64_t channels, int64_t element_bytes,
-           int64_t columns_per_column)
+           int64_t columns_per_column, int64_t kernel)
       : images(images), rows(rows), columns(columns), channels(channels) {
-    const int64_t elements = kRingBytes / 3 / element_bytes;
-    const int64_t wanted = max_of(elements / (columns * columns_per_column + 2), kChannelBytes / element_bytes);
+    const int64_t elements = kRingBytes / kernel / element_bytes, more = kernel - 1;
+    const int64_t wanted = max_of(elements / (columns * columns_per_column + more), kChannelBytes / element_bytes);
     const int64_t block_bytes = min_of(wanted * element_bytes / 128 * 128, kMaxChannelBytes);
     channel_blocks = ceil_div(channels * element_bytes, block_bytes);
     channel_block = ceil_div(ceil_div(channels, channel_blocks) * element_bytes, 64) * 64 / element_bytes;
     channel_blocks = ceil_div(channels, channel_block);
-    column_tiles = ceil_div(columns, max_of((elements / min_of(channel_block, channels) - 2) / columns_per_column, 1));
+    column_tiles =
+        ceil_div(columns, max_of((elements / min_of(channel_block, channels) - more) / columns_per_column, 1));
     const int64_t tiles = max_of(images * column_tiles * channel_blocks, 1);
     bands = max_of(min_of(ceil_div(kEnoughTiles, tiles), rows / kMinBandRows), 1);
   }
@@ -67,14 +76,22 @@ struct TileGrid {
   }
 };
 
-// weight [channels][9] to [9][channels] in the accumulation type.
-template <class T>
-inline void transpose_weight(const T* weight, int64_t channels, Acc<T>* out) {
-  for (int64_t c = 0; c < channels; ++c)
+// The size of what arrange_weight makes.
+template <class A, int K>
+inline int64_t arranged_size(int64_t channels) {
+  return ceil_div(channels, kLanes<A>) * kLanes<A> * K * K;
+}
+
+// weight [channels][taps] to [vectors of channels][taps][lanes] in the accumulation type. The taps of a vector lie
+// together: one channel row apart, they could all fall on the same lines of a cache. Lanes without a channel are 0.
+template <class T, int K>
+inline void arrange_weight(const T* weight, int64_t channels, Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>, kTaps = K * K;
+  for (int64_t c = 0; c < ceil_div(channels, L) * L; ++c)
     for (int tap = 0; tap < kTaps; ++tap) {
-      Acc<T> value[kLanes<Acc<T>>];
-      store<Acc<T>>(value, load_partial<T>(weight + c * kTaps + tap, 1));
-      out[tap * channels + c] = value[0];
+      const Vec<A> value = load_partial<T>(weight + c * kTaps + tap, c < channels);
+      out[(c / L * kTaps + tap) * L + c % L] = value[0];
     }
 }
 

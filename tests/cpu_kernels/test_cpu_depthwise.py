@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    assert_statistics,
     cases,
     channels_last,
     check_conv_backward,
@@ -31,47 +33,86 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import Act, conv_output_size
 
-# (n, c, h, w, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a vector, 1, 3
-# and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above several bands.
+# (n, c, h, w, kernel, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a
+# vector, 1, 3 and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above
+# several bands.
 each_shape = cases(
     [
-        (2, 32, 12, 12, 1, 1),
-        (2, 32, 12, 12, 2, 1),
-        (1, 24, 7, 9, 2, 1),
-        (2, 33, 9, 9, 2, 0),
-        (1, 20, 57, 113, 1, 1),
+        (2, 32, 12, 12, 3, 1, 1),
+        (2, 32, 12, 12, 3, 2, 1),
+        (1, 24, 7, 9, 3, 2, 1),
+        (2, 33, 9, 9, 3, 2, 0),
+        (1, 20, 57, 113, 3, 1, 1),
     ],
-    (2, 16, 1, 1, 1, 1),
-    (1, 8, 9, 7, 1, 1),
-    (2, 3, 8, 8, 1, 0),
-    (1, 40, 8, 9, 2, 0),
-    (3, 1, 5, 6, 1, 1),
-    (2, 16, 1, 1, 2, 1),
-    (5, 16, 2, 2, 2, 1),
-    (1, 16, 2, 2, 1, 1),
-    (1, 16, 3, 3, 1, 0),
-    (1, 16, 4, 4, 2, 0),
-    (1, 5, 1, 200, 1, 1),
-    (1, 5, 200, 1, 2, 1),
-    (1, 20, 57, 114, 2, 1),
-    (1, 20, 58, 115, 2, 0),
-    (1, 1100, 4, 5, 1, 1),
-    (0, 16, 8, 8, 1, 1),
+    (2, 16, 1, 1, 3, 1, 1),
+    (1, 8, 9, 7, 3, 1, 1),
+    (2, 3, 8, 8, 3, 1, 0),
+    (1, 40, 8, 9, 3, 2, 0),
+    (3, 1, 5, 6, 3, 1, 1),
+    (2, 16, 1, 1, 3, 2, 1),
+    (5, 16, 2, 2, 3, 2, 1),
+    (1, 16, 2, 2, 3, 1, 1),
+    (1, 16, 3, 3, 3, 1, 0),
+    (1, 16, 4, 4, 3, 2, 0),
+    (1, 5, 1, 200, 3, 1, 1),
+    (1, 5, 200, 1, 3, 2, 1),
+    (1, 20, 57, 114, 3, 2, 1),
+    (1, 20, 58, 115, 3, 2, 0),
+    (1, 1100, 4, 5, 3, 1, 1),
+    (0, 16, 8, 8, 3, 1, 1),
+)
+# The same for 5x5, and for padding that differs from side to side or leaves rows and columns that no output reads. Each
+# side has each width; in some images no pixel is an inner one; 40 channels of 62 columns take two column tiles.
+each_other_shape = cases(
+    [
+        (2, 32, 12, 13, 5, 1, 2),
+        (2, 33, 11, 12, 5, 2, 2),
+        (1, 24, 9, 10, 5, 2, (1, 2, 1, 2)),
+        (2, 40, 8, 9, 3, 2, (0, 1, 0, 1)),
+        (2, 12, 7, 9, 3, 1, (2, 0, 1, 2)),
+        (1, 40, 6, 70, 5, 1, (2, 1, 0, 2)),
+    ],
+    (1, 16, 1, 1, 5, 1, 2),
+    (2, 5, 1, 1, 5, 2, 2),
+    (1, 16, 1, 1, 3, 1, 2),
+    (1, 5, 1, 9, 5, 1, 2),
+    (1, 5, 9, 1, 5, 2, 2),
+    (2, 16, 2, 2, 5, 1, (2, 2, 1, 2)),
+    (1, 8, 2, 3, 5, 2, 2),
+    (1, 8, 3, 2, 3, 2, 2),
+    (1, 16, 5, 5, 5, 1, 0),
+    (3, 1, 6, 5, 5, 2, 0),
+    (1, 8, 10, 10, 5, 2, 0),
+    (1, 17, 6, 7, 5, 1, (0, 2, 1, 0)),
+    (2, 3, 7, 6, 5, 2, (2, 0, 0, 1)),
+    (1, 8, 9, 11, 3, 2, (2, 1, 2, 0)),
+    (1, 40, 7, 62, 5, 2, (1, 2, 2, 1)),
+    (1, 8, 30, 7, 5, 1, (1, 1, 2, 1)),
+    (1, 8, 58, 6, 3, 2, (0, 2, 1, 2)),
+    (1, 40, 5, 104, 3, 1, (2, 1, 2, 0)),
+    (1, 1100, 4, 5, 5, 1, 2),
+    (0, 16, 8, 8, 5, 1, 2),
 )
 
 
+def settings(shape: tuple[Any, ...]) -> tuple[int, tuple[int, ...]]:
+    """The stride, and the padding on the left, right, top and bottom."""
+    stride, padding = shape[5:]
+    return stride, (padding,) * 4 if isinstance(padding, int) else padding
+
+
 def depthwise_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype
+    shape: tuple[Any, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u, bn_u, weight, and for the backward dz, y, grad_bn_y."""
-    n, c, h, w, stride, padding = shape
-    out = ((h + 2 * padding - 3) // stride + 1, (w + 2 * padding - 3) // stride + 1)
+    n, c, h, w, kernel = shape[:5]
+    out = conv_output_size(h, w, kernel, *settings(shape))
     return (
         activation(n, c, h, w, dtype=dtype),
         random_bn(c, dtype),
-        torch.randn(c, 1, 3, 3, dtype=torch.float64).to(dtype),
+        torch.randn(c, 1, kernel, kernel, dtype=torch.float64).to(dtype),
         activation(n, c, *out, dtype=dtype),
         activation(n, c, *out, dtype=dtype),
         random_grad_bn(c, dtype),
@@ -83,28 +124,50 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("act_u", INPUTS)
-def test_depthwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
+def check_forward(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, *_ = depthwise_inputs(shape, dtype)
     gamma, beta, bias = bn_u[1:4]
-    args = (u, *norm_act_of(bn_u, act_u), weight, *shape[4:], gamma, beta, 1e-5, True, bias)
+    args = (u, *norm_act_of(bn_u, act_u), weight, *settings(shape), gamma, beta, 1e-5, True, bias)
     y, bn_y = ops.depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     expected, _ = in_float64(reference.depthwise_forward, args)
     assert_close(y, expected, TOLERANCE[dtype], "y")
-    # The statistics are those of y as stored.
-    of_stored = reference._batch_bn(y.double(), gamma.double(), beta.double(), 1e-5)
-    assert bn_y.dtype == reference.acc_dtype(dtype)
-    for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
-        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+    assert_statistics(bn_y, y, gamma, beta, 1e-5)
+
+
+def check_inference(shape: tuple[Any, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
+    u, bn, weight, *_ = depthwise_inputs(shape, dtype)
+    args = (u, bn if with_bn else None, act, weight, *settings(shape))
+    y = ops.depthwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.depthwise_inference, args), TOLERANCE[dtype])
+
+
+def check_backward(
+    shape: tuple[Any, ...],
+    dtype: torch.dtype,
+    act_u: Act | None,
+    with_grad_bn: bool,
+    with_y: bool,
+    batch_stats: bool,
+) -> None:
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
+    output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
+    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, *settings(shape))
+    check_conv_backward("depthwise_backward", output, source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_shape
+@pytest.mark.parametrize("act_u", INPUTS)
+def test_depthwise_forward(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act | None) -> None:
+    check_forward(shape, dtype, act_u)
 
 
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> None:
-    u, bn_u, weight, *_ = depthwise_inputs((2, 24, 9, 9, 1, 1), dtype)
+    u, bn_u, weight, *_ = depthwise_inputs((2, 24, 9, 9, 3, 1, 1), dtype)
     y, bn_y = ops.depthwise_forward(u, bn_u, Act.RELU, weight, 1, 1, None, None, 1e-3, True)
     plain, empty = ops.depthwise_forward(u, bn_u, Act.RELU, weight, 1, 1, None, None, 1e-3, False)
     assert same_bits(y, plain)
@@ -126,41 +189,63 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
     ],
 )
 def test_depthwise_backward(
-    shape: tuple[int, ...],
+    shape: tuple[Any, ...],
     dtype: torch.dtype,
     act_u: Act | None,
     with_grad_bn: bool,
     with_y: bool,
     batch_stats: bool,
 ) -> None:
-    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
-    output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
-    source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, *shape[4:])
-    check_conv_backward("depthwise_backward", output, source)
+    check_backward(shape, dtype, act_u, with_grad_bn, with_y, batch_stats)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_shape
 @pytest.mark.parametrize("with_bn", [True, False])
 @pytest.mark.parametrize("act", Act)
-def test_depthwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
-    u, bn, weight, *_ = depthwise_inputs(shape, dtype)
-    args = (u, bn if with_bn else None, act, weight, *shape[4:])
-    y = ops.depthwise_inference(*args)
-    assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.depthwise_inference, args), TOLERANCE[dtype])
+def test_depthwise_inference(shape: tuple[Any, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
+    check_inference(shape, dtype, with_bn, act)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("act_u", [Act.RELU, Act.SILU])
-def test_outputs_too_large_for_the_cache(stride: int, act_u: Act) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_other_shape
+def test_kernel_sizes_and_paddings(shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+    # The activations take turns: each dtype, and each kernel with each stride, meets all of them in some shape.
+    turn = sum(shape[:3]) + DTYPES.index(dtype)
+    check_forward(shape, dtype, INPUTS[turn % len(INPUTS)])
+    check_backward(shape, dtype, INPUTS[(turn + 1) % len(INPUTS)], turn % 3 > 0, turn % 3 > 1, turn % 2 > 0)
+    check_inference(shape, dtype, turn % 2 > 0, list(Act)[turn % len(Act)])
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride"), [*product([3, 5], [1, 2])])
+def test_constant_images_stay_constant(dtype: torch.dtype, kernel: int, stride: int) -> None:
+    # Wherever no tap is outside of the image, however the pixel is made: sums are taken in one order.
+    u, bn_u, weight, dz, *_ = depthwise_inputs((1, 20, 13, 15, kernel, stride, 2), dtype)
+    u, dz = (t[:, :, :1, :1].expand(t.shape).contiguous(memory_format=torch.channels_last) for t in (u, dz))
+    y, _ = ops.depthwise_forward(u, bn_u, Act.SILU, weight, stride, 2, None, None, 1e-5, False)
+    inner = y[:, :, 2:-2, 2:-2]
+    assert same_bits(inner, inner[:, :, :1, :1].expand(inner.shape))
+    dz_u, *_ = ops.depthwise_backward(dz, None, None, u, bn_u, Act.SILU, True, weight, stride, 2, True, True)
+    for row, column in product(range(stride), range(stride)):
+        inner = dz_u[:, :, 2 + row : -2 : stride, 2 + column : -2 : stride]
+        assert same_bits(inner, inner[:, :, :1, :1].expand(inner.shape))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "act_u"),
+    [*product([3], [1, 2], [Act.RELU, Act.SILU]), (5, 1, Act.RELU)],
+)
+def test_outputs_too_large_for_the_cache(kernel: int, stride: int, act_u: Act) -> None:
     # 8 MiB and more are written past the cache, other code than for the small shapes above.
-    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 48, 224, 224, stride, 1), torch.float32)
-    args = (u, bn_u, act_u, weight, stride, 1, None, None, 1e-5, True)
+    shape = (2 if kernel == 3 else 1, 48, 224, 224, kernel, stride, 1)
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, torch.float32)
+    args = (u, bn_u, act_u, weight, *settings(shape), None, None, 1e-5, True)
     actual, bn_y = ops.depthwise_forward(*args)
     assert_close(actual, in_float64(reference.depthwise_forward, args)[0], 1e-6)
     assert_close(bn_y, reference._batch_bn(actual.double(), None, None, 1e-5), 1e-5)
-    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, 1, True, True)
+    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, *settings(shape), True, True)
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args)
     expected = in_float64(reference.depthwise_backward, args)
     assert_close(dz_u, expected[0], 1e-6)
@@ -184,56 +269,90 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
     assert relative_error(bn_y[4], exact) <= max(theirs, 1e-6)
 
 
-def special_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Inputs of a backward in which channel c > 0 holds one special value each; channel 0 is ordinary."""
-    inputs = depthwise_inputs((1, 16, 9, 9, 1, 1), dtype)
+def special_inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Inputs of a backward in which channel c > 0 of 16 holds one special value each; channel 0 is ordinary."""
+    inputs = depthwise_inputs(shape, dtype)
     u, bn_u, weight, dz, y, grad_bn_y = inputs
     for channel, value in enumerate([float("nan"), float("inf"), -float("inf")], start=1):
         u[0, channel, 4, 4] = value
         u[0, channel + 3, 0, 0] = value
-        dz[0, channel + 6, 4, 4] = value
-        dz[0, channel + 9, 0, 8] = value
+        dz[0, channel + 6, 2, 2] = value
+        dz[0, channel + 9, 0, -1] = value
         weight[channel + 12, 0, 0, 0] = value
     return inputs
+
+
+def grad_weight_by_taps(dy: Tensor, a: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...]) -> Tensor:
+    """The weight's gradient, for each tap of the pixels that are inside of the image."""
+    grad_weight = torch.zeros_like(weight, dtype=dy.dtype)
+    for ky, kx in product(range(weight.shape[2]), range(weight.shape[3])):
+        rows = torch.arange(dy.shape[2]) * stride + ky - padding[2]
+        columns = torch.arange(dy.shape[3]) * stride + kx - padding[0]
+        inside = [(0 <= at) & (at < size) for at, size in ((rows, a.shape[2]), (columns, a.shape[3]))]
+        read = a[:, :, rows[inside[0]]][:, :, :, columns[inside[1]]]
+        grad_weight[:, 0, ky, kx] = (dy[:, :, inside[0]][:, :, :, inside[1]] * read).sum((0, 2, 3))
+    return grad_weight
 
 
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("act_u", Act)
-def test_nan_and_inf_go_where_pytorch_sends_them(dtype: torch.dtype, stride: int, act_u: Act) -> None:
-    u, bn_u, weight, dz, y, grad_bn_y = special_inputs(dtype)
-    if stride == 2:
-        dz, y = (channels_last(t[:, :, ::2, ::2]) for t in (dz, y))
-    args = (u, bn_u, act_u, weight, stride, 1, None, None, 1e-5, True)
+@pytest.mark.parametrize(
+    ("kernel", "padding", "act_u"),
+    [
+        *((3, 1, act) for act in Act),
+        (3, (2, 0, 0, 1), Act.RELU6),
+        (5, 2, Act.RELU),
+        (5, (1, 2, 2, 0), Act.HARDSWISH),
+    ],
+)
+def test_nan_and_inf_go_where_pytorch_sends_them(
+    dtype: torch.dtype, stride: int, kernel: int, padding: Any, act_u: Act
+) -> None:
+    shape = (1, 16, 9, 9, kernel, stride, padding)
+    _, padding = settings(shape)
+    u, bn_u, weight, dz, y, grad_bn_y = special_inputs(shape, dtype)
+    args = (u, bn_u, act_u, weight, stride, padding, None, None, 1e-5, True)
     ours, bn_y = ops.depthwise_forward(*args)
-    # In float32: in float64 PyTorch multiplies the padding by infinite weights, in other dtypes it leaves it out.
-    theirs = F.conv2d(reference._norm_act(u, bn_u, act_u), weight.float(), stride=stride, padding=1, groups=16)
+    # In float32: in float64 PyTorch multiplies the padding by infinite weights, in other dtypes it leaves it out. Of
+    # all outputs with a padding of 2 on each side, ours are some.
+    a = reference._norm_act(u, bn_u, act_u)
+    every = F.conv2d(a, weight.float(), padding=2, groups=16)
+    theirs = every[:, :, 2 - padding[2] :: stride, 2 - padding[0] :: stride][:, :, : dz.shape[2], : dz.shape[3]]
     assert_same_specials(ours, theirs.to(dtype).double())
     finite = torch.isfinite(ours).all(3).all(2)[0]
     assert torch.equal(torch.isfinite(bn_y[4]), finite) and finite[0]
 
-    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, 1, True, True)
+    args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, padding, True, True)
     ours = ops.depthwise_backward(*args)
     theirs = reference.depthwise_backward(*args)
     assert_same_specials(ours[0], theirs[0].double())
     # Products of infinities may be summed in another order: NaN and Inf stand for each other within one tap's sum.
-    assert torch.equal(torch.isfinite(ours[1]), torch.isfinite(theirs[1]))
+    dy = reference._conv_output_grad(dz, y, grad_bn_y)
+    grad_weight = grad_weight_by_taps(dy, a, weight, stride, padding)
+    assert torch.equal(torch.isfinite(ours[1]), torch.isfinite(grad_weight))
     assert torch.equal(torch.isfinite(ours[2]), torch.isfinite(theirs[2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@cases([(1, 264, 7, 7, 1, 1)], (3, 40, 57, 60, 1, 1), (3, 40, 57, 60, 2, 1))
+@cases(
+    [(1, 264, 7, 7, 3, 1, 1), (1, 264, 7, 7, 5, 1, 2)],
+    (3, 40, 57, 60, 3, 1, 1),
+    (3, 40, 57, 60, 3, 2, 1),
+    (3, 40, 57, 60, 5, 2, (1, 2, 2, 1)),
+)
 @pytest.mark.parametrize("act_u", [Act.RELU, Act.SILU])
-def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act) -> None:
+def test_same_bits_on_any_number_of_threads(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, dtype)
-    forward = (u, bn_u, act_u, weight, *shape[4:], bn_u[1], bn_u[2], 1e-5, True)
+    forward = (u, bn_u, act_u, weight, *settings(shape), bn_u[1], bn_u[2], 1e-5, True)
     check_threads(ops.depthwise_forward, forward)
-    check_threads(ops.depthwise_backward, (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, *shape[4:], True, True))
+    check_threads(
+        ops.depthwise_backward, (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, *settings(shape), True, True)
+    )
 
 
 def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 16, 8, 8, 1, 1), torch.float32)
+    u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs((2, 16, 8, 8, 3, 1, 1), torch.float32)
     forward, backward = ops.depthwise_forward, ops.depthwise_backward
     tail, rest = (None, None, 1e-5, True), (u, bn_u, Act.RELU, True, weight, 1, 1, True, True)
     return {
@@ -247,7 +366,8 @@ def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "weight: expected a contiguous": (forward, (u, bn_u, Act.RELU, weight.transpose(2, 3), 1, 1, *tail)),
         "weight: expected 4": (forward, (u, bn_u, Act.RELU, weight.flatten(), 1, 1, *tail)),
         "stride: expected 1 or 2": (forward, (u, bn_u, Act.RELU, weight, 3, 1, *tail)),
-        "padding: expected 0 or 1": (forward, (u, bn_u, Act.RELU, weight, 1, 2, *tail)),
+        "padding: expected 0, 1 or 2": (forward, (u, bn_u, Act.RELU, weight, 1, [1, 1, 1, 3], *tail)),
+        "padding: expected 4 sides": (forward, (u, bn_u, Act.RELU, weight, 1, [1, 1], *tail)),
         "bn_u: expected shape": (forward, (u, bn_u[:4], Act.RELU, weight, 1, 1, *tail)),
         "bn_u: expected a contiguous": (forward, (u, bn_u.t().contiguous().t(), Act.RELU, weight, 1, 1, *tail)),
         "bn_u: expected scalar type": (forward, (u, bn_u.double(), Act.RELU, weight, 1, 1, *tail)),
