@@ -211,7 +211,8 @@ def test_a_handle_lost_while_the_plan_runs() -> None:
 def test_handles_may_outlive_everything() -> None:
     code = (
         "import torch; from mobilenet_ext.backends.cpu import kernels;"
-        "keep = kernels.make_plan(['dense_inference'], [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1, 1, 1, 1]);"
+        "tensors, settings = [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1, 1, 1, 1];"
+        "keep = kernels.make_plan(['dense_inference'], tensors, settings);"
         "import builtins; builtins.keep = keep"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

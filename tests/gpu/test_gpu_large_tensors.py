@@ -15,6 +15,7 @@ from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_RSTD, BN_SCALE, BN_VAR, 
 SHAPES = {"image": (1, 8, 16_400, 16_400), "batch": (170_000, 64, 14, 15)}
 TAIL = 6  # rows of the last image that are not zero; even, and the height too, so that stride 2 meets them alike
 NEEDED = 30 * 2**30
+PADDING = (1, 1, 1, 1)
 
 
 @pytest.fixture(params=SHAPES)
