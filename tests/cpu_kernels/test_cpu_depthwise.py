@@ -64,7 +64,7 @@ each_shape = cases(
     (0, 16, 8, 8, 3, 1, 1),
 )
 # The same for 5x5, and for padding that differs from side to side or leaves rows and columns that no output reads. Each
-# side has each width; in some images no pixel is an inner one; 40 channels of 62 columns take two column tiles.
+# side has each width; in some images no pixel is an inner one; 40 channels take two column tiles.
 each_other_shape = cases(
     [
         (2, 32, 12, 13, 5, 1, 2),
@@ -72,7 +72,7 @@ each_other_shape = cases(
         (1, 24, 9, 10, 5, 2, (1, 2, 1, 2)),
         (2, 40, 8, 9, 3, 2, (0, 1, 0, 1)),
         (2, 12, 7, 9, 3, 1, (2, 0, 1, 2)),
-        (1, 40, 6, 70, 5, 1, (2, 1, 0, 2)),
+        (1, 40, 4, 110, 5, 1, (2, 1, 0, 2)),
     ],
     (1, 16, 1, 1, 5, 1, 2),
     (2, 5, 1, 1, 5, 2, 2),
@@ -88,7 +88,7 @@ each_other_shape = cases(
     (1, 17, 6, 7, 5, 1, (0, 2, 1, 0)),
     (2, 3, 7, 6, 5, 2, (2, 0, 0, 1)),
     (1, 8, 9, 11, 3, 2, (2, 1, 2, 0)),
-    (1, 40, 7, 62, 5, 2, (1, 2, 2, 1)),
+    (1, 40, 5, 104, 5, 2, (1, 2, 2, 1)),
     (1, 8, 30, 7, 5, 1, (1, 1, 2, 1)),
     (1, 8, 58, 6, 3, 2, (0, 2, 1, 2)),
     (1, 40, 5, 104, 3, 1, (2, 1, 2, 0)),
