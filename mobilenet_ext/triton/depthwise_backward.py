@@ -14,7 +14,8 @@ At the image's border a lane also multiplies its inputs by the dy of outputs tha
 or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
 
 Rows and columns are counted in the padded image, where input row i' = i + pad_top is seen by output row
-(i' - k)/stride through tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps between them and dy:
+(i' - k)/stride through tap k = 0, 1, 2. Stride 1: a lane owns the inputs left and right, in columns j' and j' + 1. Taps
+between them and dy:
 
     column of dy    j' - 2        j' - 1        j'          j' + 1
                     dy[3]         dy[2]         dy[1]       dy[0]
@@ -340,7 +341,7 @@ def _stride_2(
 
         inside = (lane < images * column_pairs)[:, None] & channel_inside[None, :]
         left_inside = inside & (column >= 0)[:, None]
-        right_inside = inside & (column + 1 < width)[:, None]
+        right_inside = inside & ((column + 1 >= 0) & (column + 1 < width))[:, None]
         out_right_inside = inside & (out_column < out_width)[:, None]
         out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
         dy_inside = (out_right_inside, out_left_inside)
@@ -353,7 +354,8 @@ def _stride_2(
         in_row = first_row * 2 - pad_top
         even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, in_row >= 0)
         odd_offset = in_offset + width * channels
-        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, in_row + 1 < height)
+        odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
+        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
         # dy of the outputs in the row above.
         above_right = zero
         above_left = zero
@@ -370,7 +372,7 @@ def _stride_2(
             dy_right = _gradient(outputs[0], coefficients, out_right_inside, row_inside, BATCH_STATS)
             dy_left = _gradient(outputs[1], coefficients, out_left_inside, row_inside, BATCH_STATS)
             even_inside = in_row >= 0
-            odd_inside = in_row + 1 < height
+            odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
             even_left_inside = where_also(left_inside, even_inside)
             even_right_inside = where_also(right_inside, even_inside)
             odd_left_inside = where_also(left_inside, odd_inside)

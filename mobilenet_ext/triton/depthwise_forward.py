@@ -179,7 +179,7 @@ def _kernel(
         this0, this1 = _add_row(zero, zero, a, top, STRIDE)
         in_row += 1
         in_ptr += width * channels
-        row_inside = in_row <= last_row
+        row_inside = (in_row >= 0) & (in_row <= last_row)
         u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
         next0, next1 = zero, zero
         if STRIDE == 1:
