@@ -43,15 +43,17 @@ def fits(size: tuple[int, int, int], padding: Padding) -> bool:
     return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
 
 
-def check_backward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats") -> None:
+def check_backward(
+    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats", kernel=3
+) -> None:
     n, h, w = size
     u = activation(n, channels, h, w, dtype=dtype)
     bn_u = random_bn(channels, dtype) if normalise else None
-    out = conv_output_size(h, w, 3, stride, padding)
+    out = conv_output_size(h, w, kernel, stride, padding)
     dz = activation(n, channels, *out, dtype=dtype)
     y = activation(n, channels, *out, dtype=dtype) if output == "stats" else None
     grad_bn = None if output == "plain" else random_grad_bn(channels, dtype)
-    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
     args = (dz, y, grad_bn, u, bn_u, act if normalise else Act.LINEAR, True, weight, stride, padding)
 
     dz_u, grad_weight, grad_bn_u = depthwise_backward(*args, True, True)
@@ -151,6 +153,61 @@ def test_an_input_that_no_output_sees_reaches_no_gradient(special):
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("stride, padding", [(1, (2, 2, 2, 2)), (2, (2, 2, 2, 2)), (1, (0, 1, 2, 0))], ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_5x5_over_several_tiles(stride, padding):
+    check_backward(torch.float32, 8, (3, 7, 6), stride, padding, act=Act.LINEAR, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_5x5_of_a_small_image(stride):
+    check_backward(torch.bfloat16, 20, (2, 1, 2), stride, (2, 2, 2, 2), kernel=5)
+
+
+def test_5x5_of_tensorflow():
+    check_backward(torch.float16, 8, (1, 6, 8), 2, (1, 2, 1, 2), act=Act.SILU, kernel=5)
+
+
+@pytest.mark.parametrize("output", ["plain", "scaled"])
+def test_5x5_with_optional_arguments(output):
+    check_backward(torch.float32, 8, (1, 5, 6), 2, (2, 2, 2, 2), normalise=output == "scaled", output=output, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_5x5_specials_go_where_the_reference_sends_them(stride):
+    """Those of dz at the border too, which no padding multiplies; of inputs, see the kernel, away from it."""
+    u = activation(1, 8, 11, 11, dtype=torch.float32)
+    u[0, 1, 5, 5], u[0, 2, 6, 5] = float("nan"), float("inf")
+    out = conv_output_size(11, 11, 5, stride, (2, 2, 2, 2))
+    dz = activation(1, 8, *out, dtype=torch.float32)
+    dz[0, 3, 0, 0], dz[0, 4, -1, -1], dz[0, 5, 0, -1] = float("nan"), float("inf"), -float("inf")
+    weight = torch.rand(8, 1, 5, 5) + 0.5
+    args = (dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, weight, stride, (2, 2, 2, 2), True, True)
+    dz_u, grad_weight, grad_bn = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_same_specials(dz_u, expected[0])
+    assert torch.equal(grad_weight[:3].isfinite(), expected[1][:3].isfinite())
+    assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_5x5_an_input_that_no_output_sees_reaches_no_gradient(special):
+    u = activation(1, 8, 8, 8, dtype=torch.float32)
+    u[:, :, 7] = u[:, :, :, 7] = special
+    dz = activation(1, 8, 2, 2, dtype=torch.float32)
+    args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 5, 5), 2, NO_PADDING, True, True)
+    dz_u, grad_weight, _ = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
+    assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
+
+
+def test_5x5_candidates_agree(monkeypatch):
+    for candidate in heuristics.depthwise_backward(24, 2, 5)[1:]:
+        monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))
+        check_backward(torch.float16, 24, (1, 5, 5), 2, (2, 2, 2, 2), kernel=5)
+
+
 def test_nan_passes_the_gradient():
     u = torch.full((1, 8, 3, 3), float("nan")).contiguous(memory_format=torch.channels_last)
     dz = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -162,7 +219,7 @@ def test_nan_passes_the_gradient():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_backward(24, 2)
+    candidates = heuristics.depthwise_backward(24, 2, 3)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))

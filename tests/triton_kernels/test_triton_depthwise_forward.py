@@ -45,11 +45,13 @@ def fits(size: tuple[int, int, int], padding: Padding) -> bool:
     return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
 
 
-def check_forward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True) -> None:
+def check_forward(
+    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True, kernel=3
+) -> None:
     n, h, w = size
     u = activation(n, channels, h, w, dtype=dtype)
     bn = random_bn(channels, dtype) if normalise else None
-    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
     gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
     args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
@@ -152,10 +154,40 @@ def test_a_column_outside_the_image_may_overflow():
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
 def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
-    choice = heuristics.depthwise_forward(channels, 4, 1, stats)[0]
+    choice = heuristics.depthwise_forward(channels, 4, 3, 1, stats)[0]
     tile = (choice["kernel"]["BLOCK_P"], choice["kernel"]["BLOCK_C"])
     _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tile, choice["waves"])
     assert 0 < programs <= 65535
+
+
+FIVE = [(1, (2, 2, 2, 2)), (2, (1, 2, 1, 2)), (1, (0, 1, 2, 0))]  # the second is TensorFlow's "same"
+
+
+@pytest.mark.parametrize("stride, padding", FIVE, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_5x5_over_several_tiles(stride, padding):
+    check_forward(torch.float32, 8, (3, 7, 6), stride, padding, act=Act.LINEAR, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_5x5_of_a_small_image(stride):
+    check_forward(torch.bfloat16, 20, (2, 1, 2), stride, (2, 2, 2, 2), kernel=5)
+
+
+@pytest.mark.parametrize("stride, padding", FIVE[:2], ids=str)
+def test_5x5_inference(stride, padding):
+    """And that NaN and Inf at the border reach the outputs that see them, and no others."""
+    x = activation(1, 8, 6, 7, dtype=torch.float16)
+    args = (x, random_bn(8, x.dtype), Act.RELU, torch.rand(8, 1, 5, 5).half() + 0.5, stride, padding)
+    assert_close(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0], TOLERANCE[x.dtype])
+    x[0, 1, 0, 0], x[0, 2, 5, 6], x[0, 3, 0, 6] = float("nan"), float("inf"), -float("inf")
+    assert_same_specials(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0])
+
+
+def test_5x5_candidates_agree(monkeypatch):
+    for candidate in heuristics.depthwise_forward(24, 2, 5, 1, True)[1:]:
+        monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
+        check_forward(torch.float16, 24, (1, 5, 5), 1, (2, 2, 2, 2), kernel=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,7 +216,7 @@ def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_forward(24, 2, stride, True)
+    candidates = heuristics.depthwise_forward(24, 2, 3, stride, True)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
