@@ -5,10 +5,10 @@ neighbouring columns and walks down the image. Twenty-five taps and as many sums
 registers for two channels per thread.
 
 A lane's input rows count in groups, of which each row of dy begins one: with stride 1 it is a row, with stride 2 an
-even and an odd row of the padded image. A row of dy meets its own group and REACH more, row f of group i of them through
-the filter's row i*STRIDE + f. In columns it is the same, seen from a lane: column j of the DY columns of dy that it
-needs, the rightmost first, meets the left input (f = 0) and the right one (f = 1) through tap j*STRIDE + f + STRIDE - 2,
-if the filter has such a tap.
+even and an odd row of the padded image. A row of dy meets its own group and REACH more, row f of group i of them
+through the filter's row i*STRIDE + f. In columns it is the same, seen from a lane: column j of the DY columns of dy
+that it needs, the rightmost first, meets the left input (f = 0) and the right one (f = 1) through tap
+j*STRIDE + f + STRIDE - 2, if the filter has such a tap.
 """
 
 from __future__ import annotations

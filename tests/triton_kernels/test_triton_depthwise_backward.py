@@ -39,6 +39,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
+@pytest.fixture
+def one_program(monkeypatch):
+    """All rows at once: the interpreter takes a while for each program."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (100, 1))
+
+
 def fits(size: tuple[int, int, int], padding: Padding) -> bool:
     return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
 
@@ -153,10 +159,10 @@ def test_an_input_that_no_output_sees_reaches_no_gradient(special):
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("stride, padding", [(1, (2, 2, 2, 2)), (2, (2, 2, 2, 2)), (1, (0, 1, 2, 0))], ids=str)
+@pytest.mark.parametrize("stride, padding", [(1, (0, 1, 2, 0)), (2, (2, 2, 2, 2))], ids=str)
 @pytest.mark.usefixtures("small_tiles")
 def test_5x5_over_several_tiles(stride, padding):
-    check_backward(torch.float32, 8, (3, 7, 6), stride, padding, act=Act.LINEAR, kernel=5)
+    check_backward(torch.float32, 8, (2, 6, 5), stride, padding, act=Act.LINEAR, kernel=5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -164,16 +170,19 @@ def test_5x5_of_a_small_image(stride):
     check_backward(torch.bfloat16, 20, (2, 1, 2), stride, (2, 2, 2, 2), kernel=5)
 
 
+@pytest.mark.usefixtures("one_program")
 def test_5x5_of_tensorflow():
     check_backward(torch.float16, 8, (1, 6, 8), 2, (1, 2, 1, 2), act=Act.SILU, kernel=5)
 
 
 @pytest.mark.parametrize("output", ["plain", "scaled"])
+@pytest.mark.usefixtures("one_program")
 def test_5x5_with_optional_arguments(output):
     check_backward(torch.float32, 8, (1, 5, 6), 2, (2, 2, 2, 2), normalise=output == "scaled", output=output, kernel=5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.usefixtures("one_program")
 def test_5x5_specials_go_where_the_reference_sends_them(stride):
     """Those of dz at the border too, which no padding multiplies; of inputs, see the kernel, away from it."""
     u = activation(1, 8, 11, 11, dtype=torch.float32)
@@ -191,6 +200,7 @@ def test_5x5_specials_go_where_the_reference_sends_them(stride):
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("one_program")
 def test_5x5_an_input_that_no_output_sees_reaches_no_gradient(special):
     u = activation(1, 8, 8, 8, dtype=torch.float32)
     u[:, :, 7] = u[:, :, :, 7] = special
@@ -202,6 +212,7 @@ def test_5x5_an_input_that_no_output_sees_reaches_no_gradient(special):
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
 
+@pytest.mark.usefixtures("one_program")
 def test_5x5_candidates_agree(monkeypatch):
     for candidate in heuristics.depthwise_backward(24, 2, 5)[1:]:
         monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))

@@ -41,6 +41,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
+@pytest.fixture
+def one_program(monkeypatch):
+    """All rows at once: the interpreter takes a while for each program."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (100, 1))
+
+
 def fits(size: tuple[int, int, int], padding: Padding) -> bool:
     return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
 
@@ -175,6 +181,7 @@ def test_5x5_of_a_small_image(stride):
 
 
 @pytest.mark.parametrize("stride, padding", FIVE[:2], ids=str)
+@pytest.mark.usefixtures("one_program")
 def test_5x5_inference(stride, padding):
     """And that NaN and Inf at the border reach the outputs that see them, and no others."""
     x = activation(1, 8, 6, 7, dtype=torch.float16)
@@ -184,6 +191,7 @@ def test_5x5_inference(stride, padding):
     assert_same_specials(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0])
 
 
+@pytest.mark.usefixtures("one_program")
 def test_5x5_candidates_agree(monkeypatch):
     for candidate in heuristics.depthwise_forward(24, 2, 5, 1, True)[1:]:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
