@@ -109,7 +109,8 @@ def depthwise_backward(channels: int, itemsize: int, size: int) -> tuple[Config,
     """Tiles of four channels per thread: with eight the registers do not suffice, at 5x5 with more than two, and in
     float32 with two not on every GPU."""
     if size == 5:
-        two, one = _depthwise(channels, 2, 4, 2), _depthwise(channels, 1, 4, 3)
+        two, one = _depthwise(channels, 2, 4, 2), _depthwise(channels, 1, 4, 2)
+        one["kernel"]["maxnreg"] = 255  # else ptxas stops at 168, and spills
         return (one, two) if itemsize == 4 else (two, one)
     return _depthwise(channels, 4, 4, 2), _depthwise(channels, 4, 8, 1), _depthwise(channels, 2, 4, 3)
 
