@@ -1,4 +1,5 @@
-"""The machine code of every kernel launch of the network, and of depthwise 5x5 convolutions, for five architectures of GPUs; no GPU is needed.
+"""The machine code of every kernel launch of the network, and of depthwise 5x5 convolutions, for five architectures of
+GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
 and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
@@ -229,7 +230,7 @@ def test_kernels_use_all_that_they_are_given(kernels) -> None:
 def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
     """In 16 bits it is 64 where a thread has four channels, as in float32: backward, since with the eight of 128 bits
     it would need more than the 255 registers that there are, and spill 592 bytes; and where that was measured to be
-    faster."""
+    faster. At 5x5 a thread has fewer channels: 32 bits."""
     for part in ("depthwise_forward", "depthwise_backward"):
         wide = [(launch, code) for launch, code in named(kernels, part) if launch.names["UNIT"] == 8]
         check(wide, lambda launch, code: narrow(code, 8 * channels_of_a_thread(launch) * itemsize(launch)))
