@@ -114,8 +114,8 @@ def narrow(code: MachineCode, bits: int = 128) -> str | None:
     """Accesses of fewer ``bits``. Activations are what is loaded and stored in loops; vectors of channels are read and
     written around them."""
     accesses = [op for op in code.in_loops if re.match("LDG|STG", op)]
-    wide = r"\.(128|ENL2\.256)" if bits == 128 else r"\.(64|128|ENL2\.256)"
-    narrower = [op for op in accesses if not re.search(wide, op)]
+    wide = {128: r".*\.(128|ENL2\.256)", 64: r".*\.(64|128|ENL2\.256)", 32: r"(?!.*\.[US](8|16)\b)"}
+    narrower = [op for op in accesses if not re.match(wide[bits], op)]
     if narrower:
         return ", ".join(dict.fromkeys(narrower))
     kinds = {op[:3] for op in accesses}

@@ -43,11 +43,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mobilenet_ext.contract import Padding
-from mobilenet_ext.triton import autotune, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import activate_backward_by_output, centred, load_norm, norm_act, norm_act_inside
+from mobilenet_ext.triton import autotune, depthwise_backward_5x5, gpu, heuristics, merge
+from mobilenet_ext.triton.activation import load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
-from mobilenet_ext.triton.depthwise import load_filter
-from mobilenet_ext.triton.formulas import load_gradient_coefficients, output_gradient, rounded, where_also
+from mobilenet_ext.triton.depthwise import gradient, load_filter, load_outputs, store_dz, store_filter
+from mobilenet_ext.triton.formulas import load_gradient_coefficients, where_also
 from mobilenet_ext.triton.merge import store_sums
 
 
@@ -66,7 +66,11 @@ def depthwise_backward(
     else:
         lanes, rows = (width - 1 + pad_left) // 2 + 1, (height - 1 + pad_top) // 2 + 1
     multiprocessors, unit = gpu.of(u).multiprocessors, math.gcd(channels, 8)
-    kernel = _stride_1 if stride == 1 else _stride_2
+    size = weight.shape[2]
+    if size == 3:
+        kernel, constants = (_stride_1 if stride == 1 else _stride_2), {}
+    else:
+        kernel, constants = depthwise_backward_5x5.kernel, {"STRIDE": stride}
     want_sums = need_input and bn_u is not None
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,62 +78,20 @@ def depthwise_backward(
         tile = (sizes["BLOCK_P"], sizes["BLOCK_C"])
         rows_at_once, programs = heuristics.depthwise_grid(n, channels, rows, lanes, multiprocessors, tile, waves)
         sums = merge.empty_sums(u, programs, channels) if want_sums else None
-        partial = u.new_empty((programs, channels, 9), dtype=torch.float32) if need_weight else None
+        partial = u.new_empty((programs, channels, size * size), dtype=torch.float32) if need_weight else None
         if programs:
             kernel[(heuristics.cdiv(channels, sizes["BLOCK_C"]), programs)](
                 dz, y if grad_bn_y is not None else None, grad_bn_y, u, bn_u, weight, dz_u if need_input else None,
                 sums, partial, n, height, width, channels // unit, *dz.shape[2:], pad_left, pad_top, rows_at_once,
-                UNIT=unit, ACT_U=act_u, **sizes,
+                UNIT=unit, ACT_U=act_u, **constants, **sizes,
             )  # fmt: skip
         count = n * height * width
         return dz_u, grad_weight, merge.gradients(sums, bn_u, batch_stats_u, count, partial, grad_weight)
 
     flags = (y is not None, want_sums, need_weight)
-    problem = (n, channels, height, width, stride, *padding, str(u.dtype), int(act_u), *flags)
-    candidates = heuristics.depthwise_backward(channels, u.dtype.itemsize)
+    problem = (n, channels, height, width, size, stride, *padding, str(u.dtype), int(act_u), *flags)
+    candidates = heuristics.depthwise_backward(channels, u.dtype.itemsize, size)
     return autotune.run("depthwise_backward", problem, candidates, launch)
-
-
-@triton.jit
-def _load_output(dz_ptr, y_ptr, mask, BATCH_STATS: tl.constexpr):
-    dz = tl.load(dz_ptr, mask=mask, other=0.0)
-    y = dz
-    if BATCH_STATS:
-        y = tl.load(y_ptr, mask=mask, other=0.0)
-    return dz, y
-
-
-@triton.jit
-def _load_outputs(
-    dz_ptr, y_ptr, offset, channels, column_inside, row_inside, BATCH_STATS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """dz and y, as they are stored, of the outputs in a row that see a lane's inputs, the rightmost first.
-
-    Without statistics y is not needed.
-    """
-    dz_ptr += offset
-    if BATCH_STATS:
-        y_ptr += offset
-    else:
-        y_ptr = dz_ptr
-    output0 = _load_output(dz_ptr, y_ptr, where_also(column_inside[0], row_inside), BATCH_STATS)
-    output1 = _load_output(dz_ptr - channels, y_ptr - channels, where_also(column_inside[1], row_inside), BATCH_STATS)
-    if COLUMNS == 2:
-        return output0, output1
-    else:
-        dz_ptr -= 2 * channels
-        y_ptr -= 2 * channels
-        output2 = _load_output(dz_ptr, y_ptr, where_also(column_inside[2], row_inside), BATCH_STATS)
-        output3 = _load_output(
-            dz_ptr - channels, y_ptr - channels, where_also(column_inside[3], row_inside), BATCH_STATS
-        )
-        return output0, output1, output2, output3
-
-
-@triton.jit
-def _gradient(output, coefficients, column_inside, row_inside, BATCH_STATS: tl.constexpr):
-    """dy of an output per lane, from what ``_load_outputs`` gave."""
-    return output_gradient(output[0], output[1], coefficients, where_also(column_inside, row_inside), BATCH_STATS)
 
 
 @triton.jit
@@ -138,43 +100,6 @@ def _load_inputs(u_ptr, offset, channels, left_inside, right_inside, row_inside)
     left = tl.load(u_ptr + offset, mask=where_also(left_inside, row_inside), other=0.0)
     right = tl.load(u_ptr + offset + channels, mask=where_also(right_inside, row_inside), other=0.0)
     return left, right
-
-
-@triton.jit
-def _store_dz(ptr, u, da, a, norm, mask, NORM: tl.constexpr, ACT: tl.constexpr):
-    """Stores dz_u and returns what it adds to both sums of the BatchNorm before.
-
-    The activation's derivative comes from ``a``, which is in registers, where that tells it: z would cost a
-    multiply-add per value, up to 2 % of the loop's instructions.
-    """
-    if NORM:
-        stored = rounded(activate_backward_by_output(a, u, norm, da, ACT), ptr.dtype.element_ty)
-        tl.store(ptr, stored, mask=mask)
-        dz_u = tl.where(mask, stored.to(tl.float32), 0.0)
-        return dz_u, dz_u * centred(u, norm)
-    else:
-        tl.store(ptr, rounded(da, ptr.dtype.element_ty), mask=mask)
-        return 0.0, 0.0
-
-
-@triton.jit
-def _store_tap(partial_ptr, tap, c, mask, lanes):
-    tl.store(partial_ptr + c * 9 + tap, tl.sum(lanes, 0), mask=mask)
-
-
-@triton.jit
-def _store_partial(partial_ptr, channels, c, mask, top, middle, bottom):
-    """The program's part of the weight's gradient: its lanes added up."""
-    partial_ptr += tl.program_id(1) * 9 * channels
-    _store_tap(partial_ptr, 0, c, mask, top[0])
-    _store_tap(partial_ptr, 1, c, mask, top[1])
-    _store_tap(partial_ptr, 2, c, mask, top[2])
-    _store_tap(partial_ptr, 3, c, mask, middle[0])
-    _store_tap(partial_ptr, 4, c, mask, middle[1])
-    _store_tap(partial_ptr, 5, c, mask, middle[2])
-    _store_tap(partial_ptr, 6, c, mask, bottom[0])
-    _store_tap(partial_ptr, 7, c, mask, bottom[1])
-    _store_tap(partial_ptr, 8, c, mask, bottom[2])
 
 
 @triton.jit
@@ -209,7 +134,7 @@ def _stride_1(
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    top, middle, bottom = load_filter(weight_ptr, c, channel_inside)
+    top, middle, bottom = load_filter(weight_ptr, c, channel_inside, 3)
     coefficients = load_gradient_coefficients(grad_bn_ptr, channels, c, channel_inside, BATCH_STATS)
     norm_u = load_norm(bn_u_ptr, channels, c, channel_inside)
 
@@ -254,15 +179,15 @@ def _stride_1(
         da_left_middle, da_right_middle = zero, zero
         # The first row; in the loop it is the next one.
         row_inside = (out_row >= 0) & (out_row < out_height)
-        outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
+        outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
         left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, first_row < row_end)
         for row in range(first_row - 2, row_end):
             row_inside = (out_row >= 0) & (out_row < out_height)
             dy = (
-                _gradient(outputs[0], coefficients, dy_inside[0], row_inside, BATCH_STATS),
-                _gradient(outputs[1], coefficients, dy_inside[1], row_inside, BATCH_STATS),
-                _gradient(outputs[2], coefficients, dy_inside[2], row_inside, BATCH_STATS),
-                _gradient(outputs[3], coefficients, dy_inside[3], row_inside, BATCH_STATS),
+                gradient(outputs[0], coefficients, dy_inside[0], row_inside, BATCH_STATS),
+                gradient(outputs[1], coefficients, dy_inside[1], row_inside, BATCH_STATS),
+                gradient(outputs[2], coefficients, dy_inside[2], row_inside, BATCH_STATS),
+                gradient(outputs[3], coefficients, dy_inside[3], row_inside, BATCH_STATS),
             )
             left_bottom = norm_act_inside(left, norm_u, where_also(left_inside, row + 2 < row_end), NORM_U, ACT_U)
             right_bottom = norm_act_inside(right, norm_u, where_also(right_inside, row + 2 < row_end), NORM_U, ACT_U)
@@ -270,7 +195,7 @@ def _stride_1(
             out_offset += out_width * channels
             in_offset += width * channels
             row_inside = (out_row >= 0) & (out_row < out_height) & (row + 1 < row_end)
-            outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
+            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
             left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row + 3 < row_end)
             if partial_ptr is not None:
                 grad_top = _add_products(grad_top, left_top, right_top, dy)
@@ -283,10 +208,10 @@ def _stride_1(
                 # u again, from the cache: kept for two rows it would need more registers than there are, in float32.
                 offset = in_offset - 3 * width * channels
                 u_left = tl.load(u_ptr + offset, mask=left_mask, other=0.0)
-                left_sums = _store_dz(dz_u_ptr + offset, u_left, da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
+                left_sums = store_dz(dz_u_ptr + offset, u_left, da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
                 offset += channels
                 u_right = tl.load(u_ptr + offset, mask=right_mask, other=0.0)
-                right_sums = _store_dz(
+                right_sums = store_dz(
                     dz_u_ptr + offset, u_right, da_right, right_top, norm_u, right_mask, NORM_U, ACT_U
                 )
                 sum_dz += left_sums[0] + right_sums[0]
@@ -300,7 +225,7 @@ def _stride_1(
         program = tl.program_id(1)
         store_sums(sums_ptr, program, channels, c, channel_inside, tl.sum(sum_dz, 0), tl.sum(sum_dz_centred, 0))
     if partial_ptr is not None:
-        _store_partial(partial_ptr, channels, c, channel_inside, grad_top, grad_middle, grad_bottom)
+        store_filter(partial_ptr, channels, c, channel_inside, (grad_top, grad_middle, grad_bottom), 3)
 
 
 @triton.jit(
@@ -317,7 +242,7 @@ def _stride_2(
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
-    top, middle, bottom = load_filter(weight_ptr, c, channel_inside)
+    top, middle, bottom = load_filter(weight_ptr, c, channel_inside, 3)
     coefficients = load_gradient_coefficients(grad_bn_ptr, channels, c, channel_inside, BATCH_STATS)
     norm_u = load_norm(bn_u_ptr, channels, c, channel_inside)
 
@@ -341,7 +266,7 @@ def _stride_2(
 
         inside = (lane < images * column_pairs)[:, None] & channel_inside[None, :]
         left_inside = inside & (column >= 0)[:, None]
-        right_inside = inside & (column + 1 < width)[:, None]
+        right_inside = inside & ((column + 1 >= 0) & (column + 1 < width))[:, None]
         out_right_inside = inside & (out_column < out_width)[:, None]
         out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
         dy_inside = (out_right_inside, out_left_inside)
@@ -350,28 +275,29 @@ def _stride_2(
 
         # The first row; in the loop it is the next one.
         row_inside = first_row < out_height
-        outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
+        outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
         in_row = first_row * 2 - pad_top
         even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, in_row >= 0)
         odd_offset = in_offset + width * channels
-        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, in_row + 1 < height)
+        odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
+        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
         # dy of the outputs in the row above.
         above_right = zero
         above_left = zero
         if first_row > 0:
             above_inside = first_row - 1 < out_height
             above_offset = out_offset - out_width * channels
-            above = _load_outputs(dz_ptr, y_ptr, above_offset, channels, dy_inside, above_inside, BATCH_STATS, 2)
-            above_right = _gradient(above[0], coefficients, out_right_inside, above_inside, BATCH_STATS)
-            above_left = _gradient(above[1], coefficients, out_left_inside, above_inside, BATCH_STATS)
+            above = load_outputs(dz_ptr, y_ptr, above_offset, channels, dy_inside, above_inside, BATCH_STATS, 2)
+            above_right = gradient(above[0], coefficients, out_right_inside, above_inside, BATCH_STATS)
+            above_left = gradient(above[1], coefficients, out_left_inside, above_inside, BATCH_STATS)
 
         row_end = tl.minimum(first_row + rows, row_pairs)
         for row in range(first_row, row_end):
             row_inside = row < out_height
-            dy_right = _gradient(outputs[0], coefficients, out_right_inside, row_inside, BATCH_STATS)
-            dy_left = _gradient(outputs[1], coefficients, out_left_inside, row_inside, BATCH_STATS)
+            dy_right = gradient(outputs[0], coefficients, out_right_inside, row_inside, BATCH_STATS)
+            dy_left = gradient(outputs[1], coefficients, out_left_inside, row_inside, BATCH_STATS)
             even_inside = in_row >= 0
-            odd_inside = in_row + 1 < height
+            odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
             even_left_inside = where_also(left_inside, even_inside)
             even_right_inside = where_also(right_inside, even_inside)
             odd_left_inside = where_also(left_inside, odd_inside)
@@ -391,7 +317,7 @@ def _stride_2(
             in_row += 2
             row_inside = row + 1 < row_end
             out_inside = row_inside & (row + 1 < out_height)
-            outputs = _load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, out_inside, BATCH_STATS, 2)
+            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, out_inside, BATCH_STATS, 2)
             even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row_inside)
             odd_inside = row_inside & (in_row + 1 < height)
             odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
@@ -418,14 +344,14 @@ def _stride_2(
                 da_odd_right = dy_right * middle[1]
                 even_ptr = dz_u_ptr + in_offset - 2 * width * channels
                 odd_ptr = even_ptr + width * channels
-                sums0 = _store_dz(even_ptr, u_even[0], da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
+                sums0 = store_dz(even_ptr, u_even[0], da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
                 even_ptr += channels
-                sums1 = _store_dz(
+                sums1 = store_dz(
                     even_ptr, u_even[1], da_even_right, even_right, norm_u, even_right_inside, NORM_U, ACT_U
                 )
-                sums2 = _store_dz(odd_ptr, u_odd[0], da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
+                sums2 = store_dz(odd_ptr, u_odd[0], da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
                 odd_ptr += channels
-                sums3 = _store_dz(odd_ptr, u_odd[1], da_odd_right, odd_right, norm_u, odd_right_inside, NORM_U, ACT_U)
+                sums3 = store_dz(odd_ptr, u_odd[1], da_odd_right, odd_right, norm_u, odd_right_inside, NORM_U, ACT_U)
                 sum_dz += sums0[0] + sums1[0] + sums2[0] + sums3[0]
                 sum_dz_centred += sums0[1] + sums1[1] + sums2[1] + sums3[1]
             above_right = dy_right
@@ -435,4 +361,4 @@ def _stride_2(
         program = tl.program_id(1)
         store_sums(sums_ptr, program, channels, c, channel_inside, tl.sum(sum_dz, 0), tl.sum(sum_dz_centred, 0))
     if partial_ptr is not None:
-        _store_partial(partial_ptr, channels, c, channel_inside, grad_top, grad_middle, grad_bottom)
+        store_filter(partial_ptr, channels, c, channel_inside, (grad_top, grad_middle, grad_bottom), 3)

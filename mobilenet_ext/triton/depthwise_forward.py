@@ -1,10 +1,11 @@
-"""Depthwise 3x3 convolution, forward: for training (raw output and statistics) and for inference (normalised output).
+"""Depthwise convolution, 3x3 and 5x5, forward: for training (raw output and statistics) and for inference (normalised
+output).
 
 A tile is a row of lanes times a block of channels and walks down the image: each input row is loaded, normalised and
 activated once and added to all output rows that see it, whose partial sums stay in registers. A lane owns an output
-column, with stride 1 a pair of them, which see four input columns instead of six. (With stride 2 a pair saves one of
-six and needs more registers than there are.) Lanes count through the columns of all images, so that tiles are full
-whatever the width.
+column, with stride 1 a pair of them, which at 3x3 see four input columns instead of six. (With stride 2 a pair saves
+one of six and needs more registers than there are.) Lanes count through the columns of all images, so that tiles are
+full whatever the width.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _run(
     bias: Tensor | None, bn_y: Tensor | None, act_y: int, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
-    out_h, out_w = conv_output_size(height, width, weight.shape[2], stride, padding)
+    size = weight.shape[2]
+    out_h, out_w = conv_output_size(height, width, size, stride, padding)
     pad_left, _, pad_top, _ = padding
     y = torch.empty((n, channels, out_h, out_w), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
     if y.numel() == 0:
@@ -63,7 +65,7 @@ def _run(
     unit = math.gcd(channels, 8)
     lanes = (out_w + 1) // 2 if stride == 1 else out_w
     multiprocessors = gpu.of(u).multiprocessors
-    candidates = heuristics.depthwise_forward(channels, u.dtype.itemsize, stride, stats)
+    candidates = heuristics.depthwise_forward(channels, u.dtype.itemsize, size, stride, stats)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         kernel = config["kernel"]
@@ -73,43 +75,55 @@ def _run(
         _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
             u, bn_u, weight, bias, y, partial, bn_y,
             n, height, width, channels // unit, out_h, out_w, pad_left, pad_top, rows,
-            UNIT=unit, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
+            UNIT=unit, KERNEL=size, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
         )  # fmt: skip
         return y, partial
 
     flags = (int(act_u), int(act_y), bn_u is not None, bias is not None, stats)
-    problem = (n, channels, height, width, stride, *padding, str(u.dtype), *flags)
+    problem = (n, channels, height, width, size, stride, *padding, str(u.dtype), *flags)
     return autotune.run(op, problem, candidates, launch)
 
 
 @triton.jit
-def _load_row(ptr, channels, column_inside, row_inside, STRIDE: tl.constexpr):
-    """The columns of an input row that a lane's outputs see: four of them with stride 1, three with stride 2."""
-    u0 = tl.load(ptr, mask=where_also(column_inside[0], row_inside), other=0.0)
-    u1 = tl.load(ptr + channels, mask=where_also(column_inside[1], row_inside), other=0.0)
-    u2 = tl.load(ptr + 2 * channels, mask=where_also(column_inside[2], row_inside), other=0.0)
-    u3 = u2
-    if STRIDE == 1:
-        u3 = tl.load(ptr + 3 * channels, mask=where_also(column_inside[3], row_inside), other=0.0)
-    return u0, u1, u2, u3
+def _load_row(ptr, channels, column_inside, row_inside, COLUMNS: tl.constexpr):
+    """The ``COLUMNS`` columns of an input row that a lane's outputs see."""
+    u = ()
+    for j in tl.static_range(COLUMNS):
+        u = u + (tl.load(ptr + j * channels, mask=where_also(column_inside[j], row_inside), other=0.0),)
+    return u
 
 
 @triton.jit
-def _activate_row(u, column_inside, row_inside, norm, NORM: tl.constexpr, ACT: tl.constexpr):
-    a0 = norm_act_inside(u[0], norm, where_also(column_inside[0], row_inside), NORM, ACT)
-    a1 = norm_act_inside(u[1], norm, where_also(column_inside[1], row_inside), NORM, ACT)
-    a2 = norm_act_inside(u[2], norm, where_also(column_inside[2], row_inside), NORM, ACT)
-    a3 = norm_act_inside(u[3], norm, where_also(column_inside[3], row_inside), NORM, ACT)
-    return a0, a1, a2, a3
+def _activate_row(u, column_inside, row_inside, norm, NORM: tl.constexpr, ACT: tl.constexpr, COLUMNS: tl.constexpr):
+    a = ()
+    for j in tl.static_range(COLUMNS):
+        a = a + (norm_act_inside(u[j], norm, where_also(column_inside[j], row_inside), NORM, ACT),)
+    return a
 
 
 @triton.jit
-def _add_row(acc0, acc1, a, w, STRIDE: tl.constexpr):
-    """A row of the filter applied to a row of the input, added to a lane's outputs (with stride 2 only the first)."""
-    acc0 = acc0 + a[0] * w[0] + a[1] * w[1] + a[2] * w[2]
-    if STRIDE == 1:
-        acc1 = acc1 + a[1] * w[0] + a[2] * w[1] + a[3] * w[2]
-    return acc0, acc1
+def _add_taps(sums, a, w, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row of the filter applied to a row of the input, added to a lane's outputs in a row."""
+    added = ()
+    for column in tl.static_range(COLUMNS):
+        acc = sums[column]
+        for tap in tl.static_range(KERNEL):
+            acc = acc + a[column + tap] * w[tap]
+        added = added + (acc,)
+    return added
+
+
+@triton.jit
+def _add_row(sums, a, filter, ROW: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row of the input added to the output rows that see it: the first of them through row ``ROW`` of the filter,
+    each next one through the row ``STRIDE`` above."""
+    added = ()
+    for i in tl.static_range((KERNEL - 1) // STRIDE + 1):
+        row = sums[i]
+        if ROW - i * STRIDE >= 0:
+            row = _add_taps(row, a, filter[ROW - i * STRIDE], KERNEL, COLUMNS)
+        added = added + (row,)
+    return added
 
 
 @triton.jit(
@@ -118,7 +132,7 @@ def _add_row(acc0, acc1, a, w, STRIDE: tl.constexpr):
 def _kernel(
     u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
     images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
-    UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
+    UNIT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     NORM_U: tl.constexpr = bn_u_ptr is not None
@@ -128,7 +142,7 @@ def _kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
 
-    top, middle, bottom = load_filter(weight_ptr, c, channel_inside)
+    filter = load_filter(weight_ptr, c, channel_inside, KERNEL)
     norm_u = load_norm(bn_u_ptr, channels, c, channel_inside)
     norm_y = load_norm(bn_y_ptr, channels, c, channel_inside)
     bias = load_bias(bias_ptr, c, channel_inside)
@@ -142,6 +156,8 @@ def _kernel(
     count = tl.zeros([BLOCK_P, 1], tl.float32)
 
     COLUMNS: tl.constexpr = 2 if STRIDE == 1 else 1
+    IN_COLUMNS: tl.constexpr = KERNEL + COLUMNS - 1
+    zeros = (zero, zero) if COLUMNS == 2 else (zero,)
     lanes = (out_width + COLUMNS - 1) // COLUMNS
     chunks = tl.cdiv(out_height, rows)
     tasks = tl.cdiv(images * lanes, BLOCK_P) * chunks
@@ -157,61 +173,53 @@ def _kernel(
         second_counts = tl.where(second_inside, 1.0, 0.0)[:, None]
 
         first_row = row * STRIDE - pad_top
-        last_row = tl.minimum(row_end * STRIDE - pad_top + 2 - STRIDE, height - 1)  # the last to be loaded
+        last_row = row_end * STRIDE - pad_top + KERNEL - 1 - STRIDE
+        last_row = tl.minimum(last_row, height - 1)  # the last to be loaded
         in_column = column * STRIDE - pad_left
         inside = first_inside[:, None] & channel_inside[None, :]
-        column_inside = (
-            inside & ((in_column >= 0) & (in_column < width))[:, None],
-            inside & ((in_column + 1 >= 0) & (in_column + 1 < width))[:, None],
-            inside & (in_column + 2 < width)[:, None],
-            inside & (in_column + 3 < width)[:, None],
-        )
+        column_inside = ()
+        for j in tl.static_range(IN_COLUMNS):
+            image_column = in_column + j
+            image_inside = image_column < width
+            if j < 2:  # no more than two columns of padding
+                image_inside = (image_column >= 0) & image_inside
+            column_inside = column_inside + (inside & image_inside[:, None],)
         in_ptr = u_ptr + (((image * height + first_row) * width + in_column) * channels)[:, None] + c[None, :]
         out_ptr = y_ptr + (((image * out_height + row) * out_width + column) * channels)[:, None] + c[None, :]
         second_inside = second_inside[:, None] & channel_inside[None, :]
 
-        # Each row is loaded a step before its use. The rows before the loop are those that only the first output
-        # row (stride 2), or the first two (stride 1), and no row above them in this chunk see.
+        # Each row is loaded a step before its use. The rows before the loop are those that no output row above this
+        # chunk's first one, but for the chunk before, would complete.
         in_row = first_row
         row_inside = in_row >= 0
-        u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
-        a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U)
-        this0, this1 = _add_row(zero, zero, a, top, STRIDE)
-        in_row += 1
-        in_ptr += width * channels
-        row_inside = in_row <= last_row
-        u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
-        next0, next1 = zero, zero
-        if STRIDE == 1:
-            a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U)
-            this0, this1 = _add_row(this0, this1, a, middle, STRIDE)
-            next0, next1 = _add_row(zero, zero, a, top, STRIDE)
+        u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
+        sums = ()  # of the output rows that see a row of the input, from the first that is not complete
+        for _ in tl.static_range((KERNEL - 1) // STRIDE + 1):
+            sums = sums + (zeros,)
+        for i in tl.static_range(KERNEL - STRIDE):
+            a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS)
+            sums = _add_row(sums, a, filter, i, KERNEL, STRIDE, COLUMNS)
             in_row += 1
             in_ptr += width * channels
-            row_inside = in_row <= last_row
-            u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
+            row_inside = (in_row >= 0) & (in_row <= last_row)
+            u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
+        sums = sums[:-1]  # the last has had nothing yet
 
         for step in range(row, row_end):
-            a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U)
-            in_row += 1
-            in_ptr += width * channels
-            row_inside = in_row <= last_row
-            if STRIDE == 1:
-                y0, y1 = _add_row(this0, this1, a, bottom, STRIDE)
-                this0, this1 = _add_row(next0, next1, a, middle, STRIDE)
-                next0, next1 = _add_row(zero, zero, a, top, STRIDE)
-                # Loaded before the products, it would need more registers than there are.
-                u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
-            else:
-                u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
-                this0, this1 = _add_row(this0, this1, a, middle, STRIDE)
-                a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U)
+            sums = sums + (zeros,)
+            for i in tl.static_range(STRIDE):
+                a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS)
                 in_row += 1
                 in_ptr += width * channels
                 row_inside = in_row <= last_row
-                u = _load_row(in_ptr, channels, column_inside, row_inside, STRIDE)
-                y0, y1 = _add_row(this0, this1, a, bottom, STRIDE)
-                this0, this1 = _add_row(zero, zero, a, top, STRIDE)
+                if STRIDE == 1:
+                    sums = _add_row(sums, a, filter, KERNEL - 1, KERNEL, STRIDE, COLUMNS)
+                    # Loaded before the products, it would need more registers than there are.
+                    u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
+                else:
+                    u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
+                    sums = _add_row(sums, a, filter, KERNEL - 2 + i, KERNEL, STRIDE, COLUMNS)
+            y0 = sums[0][0]
             y0 = add_bias(y0, bias, bias_ptr is not None)
             y0 = rounded(norm_act(y0, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
             tl.store(out_ptr, y0, mask=inside)
@@ -227,7 +235,7 @@ def _kernel(
                 squares += difference * difference
                 count += first_counts
             if COLUMNS == 2:
-                y1 = add_bias(y1, bias, bias_ptr is not None)
+                y1 = add_bias(sums[0][1], bias, bias_ptr is not None)
                 y1 = rounded(norm_act(y1, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
                 tl.store(out_ptr + channels, y1, mask=second_inside)
                 if STATS:
@@ -235,6 +243,7 @@ def _kernel(
                     total += difference
                     squares += difference * difference
                     count += second_counts
+            sums = sums[1:]
             out_ptr += out_width * channels
 
     if STATS:

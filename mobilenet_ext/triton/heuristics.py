@@ -86,10 +86,15 @@ def norm_act_pool(
 
 
 @cache
-def depthwise_forward(channels: int, itemsize: int, stride: int, stats: bool) -> tuple[Config, ...]:
+def depthwise_forward(channels: int, itemsize: int, size: int, stride: int, stats: bool) -> tuple[Config, ...]:
     """Tiles in which every thread has one 128-bit access per column, or half of that, which needs half as many
-    registers. ``waves``: the programs per multiprocessor, where the number matters because each leaves statistics."""
+    registers. ``waves``: the programs per multiprocessor, where the number matters because each leaves statistics.
+
+    A 5x5 convolution has two channels per thread: with four, 25 taps each are 100 registers.
+    """
     whole, half = 16 // itemsize, 8 // itemsize
+    if size == 5:
+        return _depthwise(channels, 2, 4, 3 * stats), _depthwise(channels, 2, 8, stats)
     if itemsize == 4:
         return _depthwise(channels, whole, 4, 2 * stats), _depthwise(channels, half, 4, 3 * stats)
     if not stats:
@@ -100,8 +105,13 @@ def depthwise_forward(channels: int, itemsize: int, stride: int, stats: bool) ->
 
 
 @cache
-def depthwise_backward(channels: int, itemsize: int) -> tuple[Config, ...]:
-    """Tiles of four channels per thread: with eight the registers do not suffice."""
+def depthwise_backward(channels: int, itemsize: int, size: int) -> tuple[Config, ...]:
+    """Tiles of four channels per thread: with eight the registers do not suffice, at 5x5 with more than two, and in
+    float32 with two not on every GPU."""
+    if size == 5:
+        two, one = _depthwise(channels, 2, 4, 2), _depthwise(channels, 1, 4, 2)
+        one["kernel"]["maxnreg"] = 255  # else ptxas stops at 168, and spills
+        return (one, two) if itemsize == 4 else (two, one)
     return _depthwise(channels, 4, 4, 2), _depthwise(channels, 4, 8, 1), _depthwise(channels, 2, 4, 3)
 
 

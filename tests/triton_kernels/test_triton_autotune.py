@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mobilenet_ext import triton
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 from mobilenet_ext.triton import autotune, heuristics
 
 CANDIDATES = (
@@ -48,24 +48,25 @@ def run(problem: tuple = (1, "torch.float32"), candidates: tuple = CANDIDATES) -
     return autotune.run("op", problem, candidates, lambda config: config)
 
 
+ONE = (1, 1, 1, 1)  # on each side
 U, BN, GRAD_BN = torch.empty(2, 8, 6, 6, device="meta"), torch.empty(5, 8), torch.empty(6, 8)
 DEPTHWISE, POINTWISE, DENSE = torch.empty(8, 1, 3, 3), torch.empty(8, 8, 1, 1), torch.empty(8, 8, 3, 3)
 STATISTICS = (None, None, 1e-5, True)
 # The arguments of each op that takes an activation.
 WITH_ACTIVATION = {
-    "depthwise_forward": lambda act: (U, BN, act, DEPTHWISE, 1, 1, *STATISTICS),
-    "depthwise_backward": lambda act: (U, U, GRAD_BN, U, BN, act, True, DEPTHWISE, 1, 1, True, True),
-    "depthwise_inference": lambda act: (U, BN, act, DEPTHWISE, 1, 1),
-    "pointwise_forward": lambda act: (U, BN, act, POINTWISE, 1, 0, *STATISTICS),
-    "pointwise_backward": lambda act: (U, U, GRAD_BN, U, BN, act, True, POINTWISE, 1, 0, True, True),
-    "pointwise_inference": lambda act: (U, BN, act, POINTWISE, 1, 0),
-    "dense_inference": lambda act: (U, BN, act, DENSE, 1, 1),
+    "depthwise_forward": lambda act: (U, BN, act, DEPTHWISE, 1, ONE, *STATISTICS),
+    "depthwise_backward": lambda act: (U, U, GRAD_BN, U, BN, act, True, DEPTHWISE, 1, ONE, True, True),
+    "depthwise_inference": lambda act: (U, BN, act, DEPTHWISE, 1, ONE),
+    "pointwise_forward": lambda act: (U, BN, act, POINTWISE, 1, NO_PADDING, *STATISTICS),
+    "pointwise_backward": lambda act: (U, U, GRAD_BN, U, BN, act, True, POINTWISE, 1, NO_PADDING, True, True),
+    "pointwise_inference": lambda act: (U, BN, act, POINTWISE, 1, NO_PADDING),
+    "dense_inference": lambda act: (U, BN, act, DENSE, 1, ONE),
     "norm_act_forward": lambda act: (U, BN, act, False),
     "norm_act_backward": lambda act: (U, U, BN, act, True, False),
     "norm_act_forward, pooled": lambda act: (U, BN, act, True),
     "norm_act_backward, pooled": lambda act: (U[..., :1, :1], U, BN, act, True, True),
-    "block_inference": lambda act: (U, BN, act, DEPTHWISE, 1, BN, Act.RELU, POINTWISE),
-    "block_inference, second": lambda act: (U, BN, Act.RELU, DEPTHWISE, 1, BN, act, POINTWISE),
+    "block_inference": lambda act: (U, BN, act, DEPTHWISE, 1, ONE, BN, Act.RELU, POINTWISE),
+    "block_inference, second": lambda act: (U, BN, Act.RELU, DEPTHWISE, 1, ONE, BN, act, POINTWISE),
 }
 
 

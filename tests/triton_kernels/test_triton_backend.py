@@ -14,7 +14,7 @@ from test_network import backward, check_gradients, check_running_statistics, fo
 import mobilenet_ext as mx
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 from mobilenet_ext.triton import gpu
 
 
@@ -57,7 +57,7 @@ def test_eval_and_frozen_network() -> None:
 def test_float64_is_refused() -> None:
     x = torch.randn(1, 8, 4, 4).double().contiguous(memory_format=torch.channels_last)
     with pytest.raises(TypeError, match="float64"):
-        ops.depthwise_inference(x, None, Act.LINEAR, torch.randn(8, 1, 3, 3).double(), 1, 1)
+        ops.depthwise_inference(x, None, Act.LINEAR, torch.randn(8, 1, 3, 3).double(), 1, (1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -75,7 +75,7 @@ def test_empty_tensors_launch_nothing(conv: str) -> None:
     """Outputs and statistics of the raw ops are those of the reference."""
     u = torch.randn(0, 6, 5, 7).contiguous(memory_format=torch.channels_last)
     weight = torch.randn({"depthwise": (6, 1, 3, 3), "pointwise": (4, 6, 1, 1), "dense": (4, 6, 3, 3)}[conv])
-    geometry = (1, 0) if conv == "pointwise" else (2, 1)
+    geometry = (1, NO_PADDING) if conv == "pointwise" else (2, (1, 1, 1, 1))
     source = (u, None, Act.LINEAR) if conv == "dense" else (u, torch.rand(5, 6), Act.RELU)
     args = (*source, weight, *geometry, None, None, 1e-5, True)
     actual, expected = ops.FORWARD[conv](*args), getattr(reference, f"{conv}_forward")(*args)

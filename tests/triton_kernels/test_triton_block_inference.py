@@ -15,11 +15,12 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import Act, Padding
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.block_inference import block_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ONE = (1, 1, 1, 1)  # on each side
 # The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # (n, channels, filters, h, w, stride)
@@ -37,8 +38,8 @@ TILED = (2, 40, 40, 3, 11, 1)
 
 
 def inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU)
-) -> tuple[Tensor | int, ...]:
+    shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU), padding: Padding = ONE
+) -> tuple[Tensor | int | Padding, ...]:
     n, c, filters, h, w, stride = shape
     return (
         activation(n, c, h, w, dtype=dtype),
@@ -46,6 +47,7 @@ def inputs(
         acts[0],
         torch.randn(c, 1, 3, 3, dtype=torch.float64).div(3).to(dtype),
         stride,
+        padding,
         random_bn(filters, dtype),
         acts[1],
         (torch.randn(filters, c, 1, 1, dtype=torch.float64) / c**0.5).to(dtype),
@@ -56,8 +58,10 @@ def choose(monkeypatch: pytest.MonkeyPatch, *candidates: heuristics.Config) -> N
     monkeypatch.setattr(heuristics, "block_inference", lambda *_: candidates)
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU)) -> None:
-    args = inputs(shape, dtype, acts)
+def check(
+    shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act] = (Act.RELU, Act.RELU), padding: Padding = ONE
+) -> None:
+    args = inputs(shape, dtype, acts, padding)
     y = block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
@@ -74,6 +78,13 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_several_tiles(dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16))
     check((*TILED[:5], stride), dtype)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [(0, 1, 0, 1), (1, 0, 1, 1)], ids=str)
+def test_sides_of_the_padding(padding: Padding, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16))
+    check((*TILED[:5], stride), torch.float32, padding=padding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

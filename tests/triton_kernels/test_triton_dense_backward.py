@@ -18,32 +18,37 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act, conv_output_size
+from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_backward import dense_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Shape = tuple[int | Padding, ...]
+ONE = (1, 1, 1, 1)  # on each side
 # (n, channels, filters, h, w, stride, padding)
 SHAPES = [
-    (2, 3, 32, 9, 11, 2, 1),
-    (1, 3, 8, 9, 7, 1, 0),
-    (2, 1, 24, 6, 8, 1, 1),
-    (1, 4, 3, 10, 8, 2, 0),
-    (1, 16, 40, 4, 5, 1, 1),
-    (3, 3, 16, 1, 1, 2, 1),
-    (1, 2, 1, 3, 3, 1, 0),
+    (2, 3, 32, 9, 11, 2, ONE),
+    (1, 3, 8, 9, 7, 1, NO_PADDING),
+    (2, 1, 24, 6, 8, 1, ONE),
+    (1, 4, 3, 10, 8, 2, NO_PADDING),
+    (1, 16, 40, 4, 5, 1, ONE),
+    (3, 3, 16, 1, 1, 2, ONE),
+    (1, 2, 1, 3, 3, 1, NO_PADDING),
+    (1, 3, 8, 6, 8, 2, (0, 1, 0, 1)),  # TensorFlow's "same"
+    (1, 3, 4, 2, 5, 1, (2, 0, 1, 2)),
+    (1, 3, 4, 5, 2, 2, (1, 2, 2, 0)),
 ]
-TILED = (2, 3, 24, 13, 11, 2, 1)
+TILED = (2, 3, 24, 13, 11, 2, ONE)
 # Every shape in float32 and in one of the 16-bit dtypes, which differ in no more than the conversions.
 CASES = [(shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (DTYPES[0], DTYPES[1 + i % 2])]
 
 
-def out_sizes(shape: tuple[int, ...]) -> tuple[int, int]:
+def out_sizes(shape: Shape) -> tuple[int, int]:
     *_, h, w, stride, padding = shape
-    return conv_output_size(h, 3, stride, padding), conv_output_size(w, 3, stride, padding)
+    return conv_output_size(h, w, 3, stride, padding)
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """dz, y, grad_bn_y, u and weight."""
     n, c, filters, h, w, _, _ = shape
     weight = (torch.randn(filters, c, 3, 3, dtype=torch.float64) / (9 * c) ** 0.5).to(dtype)
@@ -60,7 +65,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "dense_input_gradient", lambda *_: kernel_input)
 
 
-def check_backward(shape: tuple[int, ...], dtype: torch.dtype, with_y: bool = True, with_bn: bool = True) -> None:
+def check_backward(shape: Shape, dtype: torch.dtype, with_y: bool = True, with_bn: bool = True) -> None:
     dz, y, grad_bn_y, u, weight = inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_bn else None)
     source = (u, None, Act.LINEAR, False, weight, *shape[5:])
@@ -83,14 +88,14 @@ def check_backward(shape: tuple[int, ...], dtype: torch.dtype, with_y: bool = Tr
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_backward(shape: Shape, dtype: torch.dtype) -> None:
     check_backward(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("with_y", "with_bn"), [(False, True), (True, False), (False, False)])
 def test_backward_without_batch_statistics(dtype: torch.dtype, with_y: bool, with_bn: bool) -> None:
-    check_backward((1, 3, 8, 9, 8, 2, 1), dtype, with_y, with_bn)
+    check_backward((1, 3, 8, 9, 8, 2, ONE), dtype, with_y, with_bn)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +106,7 @@ def test_several_tiles(dtype: torch.dtype, small_blocks: None) -> None:
 def test_a_normalisation_on_load_is_refused() -> None:
     dz, _, _, u, weight = inputs(TILED, torch.float32)
     with pytest.raises(ValueError, match="bn_u: expected None for a dense convolution, got a tensor of shape .5, 3."):
-        dense_backward(dz, None, None, u, random_bn(3, u.dtype), Act.RELU, True, weight, 2, 1, True, True)
+        dense_backward(dz, None, None, u, random_bn(3, u.dtype), Act.RELU, True, weight, 2, ONE, True, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,8 +119,8 @@ def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
-def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: int, small_blocks: None) -> None:
+@pytest.mark.parametrize(("stride", "padding"), [(1, ONE), (2, ONE), (2, NO_PADDING)])
+def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: Padding, small_blocks: None) -> None:
     dz, y, grad_bn_y, u, weight = inputs((1, 3, 8, 10, 8, stride, padding), dtype)
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
     dz[0, 1, 0, 0], dz[0, 2, 2, 2] = float("nan"), float("inf")
@@ -126,12 +131,12 @@ def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: int, small_blocks
 
 def test_same_bits_again() -> None:
     dz, y, grad_bn_y, u, weight = inputs(TILED, torch.bfloat16)
-    args = (dz, y, grad_bn_y, u, None, Act.LINEAR, False, weight, 2, 1, True, True)
+    args = (dz, y, grad_bn_y, u, None, Act.LINEAR, False, weight, 2, ONE, True, True)
     assert all(same_bits(a, b) for a, b in zip(dense_backward(*args), dense_backward(*args), strict=True))
 
 
 def test_empty_batch() -> None:
-    dz, y, grad_bn_y, u, weight = inputs((0, 3, 8, 9, 9, 2, 1), torch.float32)
-    args = (dz, y, grad_bn_y, u, None, Act.LINEAR, False, weight, 2, 1, True, True)
+    dz, y, grad_bn_y, u, weight = inputs((0, 3, 8, 9, 9, 2, ONE), torch.float32)
+    args = (dz, y, grad_bn_y, u, None, Act.LINEAR, False, weight, 2, ONE, True, True)
     dz_u, grad_weight, _ = dense_backward(*args)
     assert dz_u.shape == u.shape and grad_weight.shape == weight.shape and not grad_weight.any()

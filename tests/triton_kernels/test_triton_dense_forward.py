@@ -22,27 +22,32 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, BN_SCALE, BN_SHIFT, BN_VAR, Act, conv_output_size
+from mobilenet_ext.contract import BN_MEAN, BN_SCALE, BN_SHIFT, BN_VAR, NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_forward import dense_forward, dense_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Shape = tuple[int | Padding, ...]
+ONE = (1, 1, 1, 1)  # on each side
 # (n, channels, filters, h, w, stride, padding)
 SHAPES = [
-    (2, 3, 32, 9, 11, 2, 1),
-    (1, 3, 8, 9, 7, 1, 0),
-    (2, 1, 24, 6, 8, 1, 1),
-    (1, 4, 3, 10, 8, 2, 0),
-    (1, 16, 40, 4, 5, 1, 1),
-    (3, 3, 16, 1, 1, 2, 1),
-    (1, 2, 1, 3, 3, 1, 0),
+    (2, 3, 32, 9, 11, 2, ONE),
+    (1, 3, 8, 9, 7, 1, NO_PADDING),
+    (2, 1, 24, 6, 8, 1, ONE),
+    (1, 4, 3, 10, 8, 2, NO_PADDING),
+    (1, 16, 40, 4, 5, 1, ONE),
+    (3, 3, 16, 1, 1, 2, ONE),
+    (1, 2, 1, 3, 3, 1, NO_PADDING),
+    (1, 3, 8, 6, 8, 2, (0, 1, 0, 1)),  # TensorFlow's "same"
+    (1, 3, 4, 2, 5, 1, (2, 0, 1, 2)),
+    (1, 3, 4, 5, 2, 2, (1, 2, 2, 0)),
 ]
-TILED = (2, 3, 24, 13, 11, 2, 1)
+TILED = (2, 3, 24, 13, 11, 2, ONE)
 # Every shape in float32 and in one of the 16-bit dtypes, which differ in no more than the conversions.
 CASES = [(shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (DTYPES[0], DTYPES[1 + i % 2])]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """u, weight and bn."""
     n, c, filters, h, w, _, _ = shape
     weight = (torch.randn(filters, c, 3, 3, dtype=torch.float64) / (9 * c) ** 0.5).to(dtype)
@@ -56,7 +61,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "dense_forward", lambda *_: ({"PROGRAMS": 4, "kernel": kernel},))
 
 
-def check_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_forward(shape: Shape, dtype: torch.dtype) -> None:
     u, weight, bn = inputs(shape, dtype)
     gamma, beta = bn[BN_SCALE], bn[BN_SHIFT]
     bias = beta.flip(0) if shape[1] != 3 else None
@@ -70,7 +75,7 @@ def check_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_forward(shape: Shape, dtype: torch.dtype) -> None:
     check_forward(shape, dtype)
 
 
@@ -84,7 +89,7 @@ def test_several_tiles(dtype: torch.dtype, small_blocks: None) -> None:
 @pytest.mark.parametrize("act", Act)
 def test_inference(dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, weight, bn = inputs(TILED, dtype)
-    args = (x, bn if with_bn else None, act, weight, 2, 1)
+    args = (x, bn if with_bn else None, act, weight, 2, ONE)
     y = dense_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, *in_float64(reference.dense_inference, args), TOLERANCE[dtype])
@@ -93,15 +98,15 @@ def test_inference(dtype: torch.dtype, with_bn: bool, act: Act) -> None:
 def test_a_normalisation_on_load_is_refused() -> None:
     u, weight, _ = inputs(TILED, torch.float32)
     with pytest.raises(ValueError, match="bn_u: expected None for a dense convolution, got a tensor of shape .5, 3."):
-        dense_forward(u, random_bn(3, u.dtype), Act.RELU, weight, 2, 1, None, None, 1e-5, True)
+        dense_forward(u, random_bn(3, u.dtype), Act.RELU, weight, 2, ONE, None, None, 1e-5, True)
     with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
-        dense_forward(u, None, Act.RELU, weight, 2, 1, None, None, 1e-5, True)
+        dense_forward(u, None, Act.RELU, weight, 2, ONE, None, None, 1e-5, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, filters, h, w, *geometry = TILED
-    out = [conv_output_size(side, 3, *geometry) for side in (h, w)]
+    out = conv_output_size(h, w, 3, *geometry)
     for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, gpu.H100)[1:]:
         monkeypatch.setattr(heuristics, "dense_forward", lambda *_, config=config: (config,))
         check_forward(TILED, dtype)
@@ -109,8 +114,8 @@ def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_statistics_and_no_affine() -> None:
     u, weight, _ = inputs(TILED, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 2, 1, None, None, 1e-3, True)
-    plain, empty = dense_forward(u, None, Act.LINEAR, weight, 2, 1, None, None, 1e-3, False)
+    y, bn = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, True)
+    plain, empty = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, False)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == torch.float32
     assert_close(bn, reference._batch_bn(y.double(), None, None, 1e-3), 1e-5)
 
@@ -118,15 +123,15 @@ def test_no_statistics_and_no_affine() -> None:
 def test_statistics_survive_a_large_mean(small_blocks: None) -> None:
     u = activation(2, 8, 13, 11, dtype=torch.float32, mean=1e4)
     weight = copying_weight("dense", 8, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     assert torch.equal(y, u)
     assert relative_error(bn[BN_MEAN], u.double().mean((0, 2, 3))) < 1e-7
     assert relative_error(bn[BN_VAR], u.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
-def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: int, small_blocks: None) -> None:
+@pytest.mark.parametrize(("stride", "padding"), [(1, ONE), (2, ONE), (2, NO_PADDING)])
+def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: Padding, small_blocks: None) -> None:
     u, weight, bn = inputs((1, 3, 8, 10, 8, stride, padding), dtype)
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
     args = (u, None, Act.LINEAR, weight, stride, padding, None, None, 1e-5, False)
@@ -137,18 +142,18 @@ def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: int, small_blocks
 
 def test_same_bits_again() -> None:
     u, weight, bn = inputs(TILED, torch.bfloat16)
-    args = (u, None, Act.LINEAR, weight, 2, 1, bn[BN_SCALE], bn[BN_SHIFT], 1e-5, True)
+    args = (u, None, Act.LINEAR, weight, 2, ONE, bn[BN_SCALE], bn[BN_SHIFT], 1e-5, True)
     assert all(same_bits(a, b) for a, b in zip(dense_forward(*args), dense_forward(*args), strict=True))
 
 
 def test_empty_batch() -> None:
-    u, weight, bn = inputs((0, 3, 8, 9, 9, 2, 1), torch.float32)
-    y, bn_y = dense_forward(u, None, Act.LINEAR, weight, 2, 1, None, None, 1e-5, True)
+    u, weight, bn = inputs((0, 3, 8, 9, 9, 2, ONE), torch.float32)
+    y, bn_y = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-5, True)
     assert y.shape == (0, 8, 5, 5) and not bn_y[[BN_MEAN, BN_SHIFT, BN_VAR]].any()
-    assert dense_inference(u, bn, Act.RELU, weight, 2, 1).shape == y.shape
+    assert dense_inference(u, bn, Act.RELU, weight, 2, ONE).shape == y.shape
 
 
 def test_squares_that_overflow(small_blocks: None) -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("dense", 8, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     check_overflowed(bn, y)

@@ -19,13 +19,15 @@ from cpu_ops import (
 )
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act, conv_output_size
+from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_backward import depthwise_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
-GEOMETRIES = list(product([1, 2], [0, 1]))
+ONE = (1, 1, 1, 1)  # on each side
+GEOMETRIES = list(product([1, 2], [NO_PADDING, ONE]))
+UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first is TensorFlow's "same"
 GRAD_BN_ROWS = ["DZ_COEFFICIENT", "Y_COEFFICIENT", "MEAN", "CONSTANT", "GAMMA", "BETA"]
 
 
@@ -37,19 +39,27 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
-def fits(size: tuple[int, int, int], padding: int) -> bool:
-    return min(size[1:]) + 2 * padding >= 3
+@pytest.fixture
+def one_program(monkeypatch):
+    """All rows at once: the interpreter takes a while for each program."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (100, 1))
 
 
-def check_backward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats") -> None:
+def fits(size: tuple[int, int, int], padding: Padding) -> bool:
+    return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
+
+
+def check_backward(
+    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats", kernel=3
+) -> None:
     n, h, w = size
     u = activation(n, channels, h, w, dtype=dtype)
     bn_u = random_bn(channels, dtype) if normalise else None
-    out = [conv_output_size(side, 3, stride, padding) for side in (h, w)]
+    out = conv_output_size(h, w, kernel, stride, padding)
     dz = activation(n, channels, *out, dtype=dtype)
     y = activation(n, channels, *out, dtype=dtype) if output == "stats" else None
     grad_bn = None if output == "plain" else random_grad_bn(channels, dtype)
-    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
     args = (dz, y, grad_bn, u, bn_u, act if normalise else Act.LINEAR, True, weight, stride, padding)
 
     dz_u, grad_weight, grad_bn_u = depthwise_backward(*args, True, True)
@@ -87,11 +97,22 @@ def test_backward_over_several_tiles(dtype, stride, padding):
     check_backward(dtype, 24, (5, 6, 5), stride, padding)
 
 
+@pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_sides_of_the_padding(stride, padding):
+    check_backward(torch.float32, 8, (3, 6, 5), stride, padding, act=Act.LINEAR)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_image_smaller_than_its_padding(stride):
+    check_backward(torch.bfloat16, 8, (2, 1, 1), stride, (1, 2, 2, 0))
+
+
 @pytest.mark.parametrize("output", ["plain", "scaled", "stats"])
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_backward_with_optional_arguments(stride, normalise, output):
-    check_backward(torch.float32, 8, (2, 5, 6), stride, 1, normalise=normalise, output=output)
+    check_backward(torch.float32, 8, (2, 5, 6), stride, ONE, normalise=normalise, output=output)
 
 
 @pytest.mark.parametrize("stride, padding", GEOMETRIES)
@@ -101,7 +122,7 @@ def test_linear_on_load(dtype, stride, padding):
     check_backward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
 
 
-@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 0)])
+@pytest.mark.parametrize("stride, padding", [(1, ONE), (2, NO_PADDING)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("act", Act)
 def test_every_activation_on_load(act, dtype, stride, padding):
@@ -115,10 +136,10 @@ def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
-    out = conv_output_size(9, 3, stride, 1)
-    dz = activation(2, 8, out, out, dtype=dtype)
-    dz[1, 5, out // 2, out // 2] = float("nan")
-    args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), act, False, weight, stride, 1, True, True)
+    out = conv_output_size(9, 9, 3, stride, ONE)
+    dz = activation(2, 8, *out, dtype=dtype)
+    dz[1, 5, out[0] // 2, out[1] // 2] = float("nan")
+    args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), act, False, weight, stride, ONE, True, True)
     dz_u, grad_weight, grad_bn = depthwise_backward(*args)
     expected = in_float64(reference.depthwise_backward, args)
     assert_same_specials(dz_u, expected[0])
@@ -131,33 +152,93 @@ def test_an_input_that_no_output_sees_reaches_no_gradient(special):
     u = activation(1, 8, 6, 6, dtype=torch.float32)
     u[:, :, 5] = u[:, :, :, 5] = special
     dz = activation(1, 8, 2, 2, dtype=torch.float32)
-    args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 3, 3), 2, 0, True, True)
+    args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 3, 3), 2, NO_PADDING, True, True)
     dz_u, grad_weight, _ = depthwise_backward(*args)
     expected = in_float64(reference.depthwise_backward, args)
     assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("stride, padding", [(1, (0, 1, 2, 0)), (2, (2, 2, 2, 2))], ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_5x5_over_several_tiles(stride, padding):
+    check_backward(torch.float32, 8, (2, 6, 5), stride, padding, act=Act.LINEAR, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_5x5_of_a_small_image(stride):
+    check_backward(torch.bfloat16, 20, (2, 1, 2), stride, (2, 2, 2, 2), kernel=5)
+
+
+@pytest.mark.usefixtures("one_program")
+def test_5x5_of_tensorflow():
+    check_backward(torch.float16, 8, (1, 4, 6), 2, (1, 2, 1, 2), act=Act.SILU, kernel=5)
+
+
+@pytest.mark.parametrize("output", ["plain", "scaled"])
+@pytest.mark.usefixtures("one_program")
+def test_5x5_with_optional_arguments(output):
+    check_backward(torch.float32, 8, (1, 5, 6), 2, (2, 2, 2, 2), normalise=output == "scaled", output=output, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.usefixtures("one_program")
+def test_5x5_specials_go_where_the_reference_sends_them(stride):
+    """Those of dz at the border too, which no padding multiplies; of inputs, see the kernel, away from it."""
+    u = activation(1, 8, 11, 11, dtype=torch.float32)
+    u[0, 1, 5, 5], u[0, 2, 6, 5] = float("nan"), float("inf")
+    out = conv_output_size(11, 11, 5, stride, (2, 2, 2, 2))
+    dz = activation(1, 8, *out, dtype=torch.float32)
+    dz[0, 3, 0, 0], dz[0, 4, -1, -1], dz[0, 5, 0, -1] = float("nan"), float("inf"), -float("inf")
+    weight = torch.rand(8, 1, 5, 5) + 0.5
+    args = (dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, weight, stride, (2, 2, 2, 2), True, True)
+    dz_u, grad_weight, grad_bn = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_same_specials(dz_u, expected[0])
+    assert torch.equal(grad_weight[:3].isfinite(), expected[1][:3].isfinite())
+    assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("one_program")
+def test_5x5_an_input_that_no_output_sees_reaches_no_gradient(special):
+    u = activation(1, 8, 8, 8, dtype=torch.float32)
+    u[:, :, 7] = u[:, :, :, 7] = special
+    dz = activation(1, 8, 2, 2, dtype=torch.float32)
+    args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 5, 5), 2, NO_PADDING, True, True)
+    dz_u, grad_weight, _ = depthwise_backward(*args)
+    expected = in_float64(reference.depthwise_backward, args)
+    assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
+    assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("one_program")
+def test_5x5_candidates_agree(monkeypatch):
+    for candidate in heuristics.depthwise_backward(24, 2, 5)[1:]:
+        monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))
+        check_backward(torch.float16, 8, (1, 3, 4), 2, (2, 2, 2, 2), kernel=5)
+
+
 def test_nan_passes_the_gradient():
     u = torch.full((1, 8, 3, 3), float("nan")).contiguous(memory_format=torch.channels_last)
     dz = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     dz_u, _, _ = depthwise_backward(
-        dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, torch.ones(8, 1, 3, 3), 1, 1, True, False
+        dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, torch.ones(8, 1, 3, 3), 1, ONE, True, False
     )
     assert torch.equal(dz_u[0, 0], torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_backward(24, 2)
+    candidates = heuristics.depthwise_backward(24, 2, 3)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_, candidate=candidate: (candidate,))
-        check_backward(torch.bfloat16, 24, (2, 7, 5), stride, 1)
+        check_backward(torch.bfloat16, 24, (2, 7, 5), stride, ONE)
 
 
 def test_an_empty_batch():
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
     weight = torch.ones(8, 1, 3, 3)
-    dz_u, grad_weight, _ = depthwise_backward(u, None, None, u, None, Act.LINEAR, False, weight, 1, 1, True, True)
+    dz_u, grad_weight, _ = depthwise_backward(u, None, None, u, None, Act.LINEAR, False, weight, 1, ONE, True, True)
     assert dz_u.shape == u.shape and torch.equal(grad_weight, torch.zeros_like(weight))

@@ -22,13 +22,15 @@ from cpu_ops import (
 
 from mobilenet_ext import contract
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_forward import depthwise_forward, depthwise_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
-GEOMETRIES = list(product([1, 2], [0, 1]))
+ONE = (1, 1, 1, 1)  # on each side
+GEOMETRIES = list(product([1, 2], [NO_PADDING, ONE]))
+UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first is TensorFlow's "same"
 
 
 @pytest.fixture
@@ -39,15 +41,23 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
-def fits(size: tuple[int, int, int], padding: int) -> bool:
-    return min(size[1:]) + 2 * padding >= 3
+@pytest.fixture
+def one_program(monkeypatch):
+    """All rows at once: the interpreter takes a while for each program."""
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (100, 1))
 
 
-def check_forward(dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True) -> None:
+def fits(size: tuple[int, int, int], padding: Padding) -> bool:
+    return min(conv_output_size(*size[1:], 3, 1, padding)) >= 1
+
+
+def check_forward(
+    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True, kernel=3
+) -> None:
     n, h, w = size
     u = activation(n, channels, h, w, dtype=dtype)
     bn = random_bn(channels, dtype) if normalise else None
-    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
     gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
     args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
@@ -77,6 +87,18 @@ def test_forward_over_several_tiles(dtype, stride, padding):
     check_forward(dtype, 24, (5, 6, 5), stride, padding)
 
 
+@pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_sides_of_the_padding(stride, padding):
+    """Rows and columns of nothing but padding, on any side: it is 0 where a normalised 0 is not."""
+    check_forward(torch.float32, 8, (3, 6, 5), stride, padding, act=Act.LINEAR)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_image_smaller_than_its_padding(stride):
+    check_forward(torch.bfloat16, 8, (2, 1, 1), stride, (1, 2, 2, 0))
+
+
 @pytest.mark.parametrize("stride, padding", GEOMETRIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("small_tiles")
@@ -85,7 +107,7 @@ def test_linear_on_load(dtype, stride, padding):
     check_forward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
 
 
-@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 0)])
+@pytest.mark.parametrize("stride, padding", [(1, ONE), (2, NO_PADDING)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("act", Act)
 def test_every_activation_on_load(act, dtype, stride, padding):
@@ -95,11 +117,11 @@ def test_every_activation_on_load(act, dtype, stride, padding):
 def test_an_activation_without_a_normalisation_is_refused():
     u = activation(1, 8, 3, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
-        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
 
 
 def test_forward_without_optional_arguments():
-    check_forward(torch.float32, 8, (2, 5, 5), 1, 1, normalise=False, affine=False)
+    check_forward(torch.float32, 8, (2, 5, 5), 1, ONE, normalise=False, affine=False)
 
 
 def test_statistics_survive_a_large_mean(monkeypatch):
@@ -107,7 +129,7 @@ def test_statistics_survive_a_large_mean(monkeypatch):
     u = activation(1, 8, 300, 2, dtype=torch.float32) + 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     assert torch.equal(y, u)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
 
@@ -119,7 +141,7 @@ def test_statistics_survive_an_outlier_before_them(monkeypatch):
     u[:, :, 0] = 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-6)
 
 
@@ -128,7 +150,7 @@ def test_a_column_outside_the_image_may_overflow():
     u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(8, 1, 3, 3).half()
     weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
-    args = (u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     expected_y, expected_bn = in_float64(reference.depthwise_forward, args)
     assert torch.equal(y.double(), expected_y)
@@ -138,10 +160,42 @@ def test_a_column_outside_the_image_may_overflow():
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
 def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
-    choice = heuristics.depthwise_forward(channels, 4, 1, stats)[0]
+    choice = heuristics.depthwise_forward(channels, 4, 3, 1, stats)[0]
     tile = (choice["kernel"]["BLOCK_P"], choice["kernel"]["BLOCK_C"])
     _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tile, choice["waves"])
     assert 0 < programs <= 65535
+
+
+FIVE = [(1, (2, 2, 2, 2)), (2, (1, 2, 1, 2)), (1, (0, 1, 2, 0))]  # the second is TensorFlow's "same"
+
+
+@pytest.mark.parametrize("stride, padding", FIVE, ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_5x5_over_several_tiles(stride, padding):
+    check_forward(torch.float32, 8, (3, 7, 6), stride, padding, act=Act.LINEAR, kernel=5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_5x5_of_a_small_image(stride):
+    check_forward(torch.bfloat16, 20, (2, 1, 2), stride, (2, 2, 2, 2), kernel=5)
+
+
+@pytest.mark.parametrize("stride, padding", FIVE[:2], ids=str)
+@pytest.mark.usefixtures("one_program")
+def test_5x5_inference(stride, padding):
+    """And that NaN and Inf at the border reach the outputs that see them, and no others."""
+    x = activation(1, 8, 6, 7, dtype=torch.float16)
+    args = (x, random_bn(8, x.dtype), Act.RELU, torch.rand(8, 1, 5, 5).half() + 0.5, stride, padding)
+    assert_close(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0], TOLERANCE[x.dtype])
+    x[0, 1, 0, 0], x[0, 2, 5, 6], x[0, 3, 0, 6] = float("nan"), float("inf"), -float("inf")
+    assert_same_specials(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0])
+
+
+@pytest.mark.usefixtures("one_program")
+def test_5x5_candidates_agree(monkeypatch):
+    for candidate in heuristics.depthwise_forward(24, 2, 5, 1, True)[1:]:
+        monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
+        check_forward(torch.float16, 8, (1, 4, 3), 1, (2, 2, 2, 2), kernel=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,7 +216,7 @@ def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
-    args = (u, random_bn(8, dtype), act, weight, stride, 1, None, None, 1e-5, True)
+    args = (u, random_bn(8, dtype), act, weight, stride, ONE, None, None, 1e-5, True)
     y, _ = depthwise_forward(*args)
     assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
     assert y.isnan().any() and (act == Act.RELU6 or y.isinf().any())
@@ -170,16 +224,16 @@ def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_forward(24, 2, stride, True)
+    candidates = heuristics.depthwise_forward(24, 2, 3, stride, True)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
-        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, 1)
+        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ONE)
 
 
 def test_an_empty_batch():
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
-    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
     torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
@@ -187,5 +241,5 @@ def test_an_empty_batch():
 
 def test_squares_that_overflow():
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     check_overflowed(bn, y)

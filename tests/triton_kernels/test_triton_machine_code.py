@@ -1,4 +1,5 @@
-"""The machine code of every kernel launch of the network, for five architectures of GPUs; no GPU is needed.
+"""The machine code of every kernel launch of the network, and of depthwise 5x5 convolutions, for five architectures of
+GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
 and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
@@ -69,11 +70,24 @@ def record(
                 if (dtype, setting) in NUMBERS and width == 1:
                     mx.MobileNetV1(1000).to(dtype)(images)
                     network.feature[:3](images).sum().backward()  # a chain that ends without pooling
+                    for stride in (1, 2) if all_kinds else (1,):
+                        record_5x5(dtype, batch, stride)
                     if all_kinds:
                         network.eval()(images).sum().backward()  # the same kernels without statistics
     finally:
         torch.backends.cudnn.conv.fp32_precision = precision
     return launches
+
+
+def record_5x5(dtype: torch.dtype, batch: int, stride: int) -> None:
+    """The depthwise convolutions that the network has not."""
+    ops, padding = torch.ops.mobilenet_ext, [2, 2, 2, 2]
+    u, y = (torch.empty(batch, 240, 28 // s, 28 // s, dtype=dtype) for s in (1, stride))
+    bn, grad_bn, weight = torch.empty(5, 240), torch.empty(6, 240), torch.empty(240, 1, 5, 5, dtype=dtype)
+    u, y = (x.to(memory_format=torch.channels_last) for x in (u, y))
+    ops.depthwise_forward(u, bn, Act.RELU, weight, stride, padding, bn[0], bn[1], 1e-5, True)
+    ops.depthwise_inference(u, bn, Act.RELU, weight, stride, padding)
+    ops.depthwise_backward(y, y, grad_bn, u, bn, Act.RELU, True, weight, stride, padding, True, True)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +230,7 @@ def test_kernels_use_all_that_they_are_given(kernels) -> None:
 def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
     """In 16 bits it is 64 where a thread has four channels, as in float32: backward, since with the eight of 128 bits
     it would need more than the 255 registers that there are, and spill 592 bytes; and where that was measured to be
-    faster."""
+    faster. At 5x5 a thread has fewer channels: 32 bits."""
     for part in ("depthwise_forward", "depthwise_backward"):
         wide = [(launch, code) for launch, code in named(kernels, part) if launch.names["UNIT"] == 8]
         check(wide, lambda launch, code: narrow(code, 8 * channels_of_a_thread(launch) * itemsize(launch)))

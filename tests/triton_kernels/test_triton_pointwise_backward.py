@@ -21,7 +21,7 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import GRAD_ROWS, Act
+from mobilenet_ext.contract import GRAD_ROWS, NO_PADDING, Act
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_backward import pointwise_backward
 
@@ -94,7 +94,7 @@ def check_backward(
     bn_u = None if plain else random_bn(channels, dtype)
     weight = weight_of(channels, outputs, dtype)
     act_u = Act.LINEAR if plain else act
-    args = (dz, y if case == "both" else None, grad_bn, u, bn_u, act_u, batch_stats, weight, 1, 0)
+    args = (dz, y if case == "both" else None, grad_bn, u, bn_u, act_u, batch_stats, weight, 1, NO_PADDING)
     dz_u, grad_weight, grad_bn_u = pointwise_backward(*args, True, True)
     assert dz_u.dtype == dtype and is_channels_last_dense(dz_u) and grad_weight.dtype == torch.float32
     assert_rounded(dz_u, (*args, True, True), 0, dtype, "dz_u")
@@ -152,7 +152,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     weight = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1, 1)
     bn_u = reference._batch_bn(u.double(), None, None, 1e-5).float()
     dz = activation(2, 3, 12, 13, dtype=torch.float32)
-    args = (dz, None, None, u, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    args = (dz, None, None, u, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
     dz_u, _, grad_bn = pointwise_backward(*args)
     of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True)
     assert_close(grad_bn, of_stored, 1e-5)
@@ -168,7 +168,7 @@ def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.Fix
     dz, y = activation(1, 3, 9, 9, dtype=torch.float32), activation(1, 3, 9, 9, dtype=torch.float32)
     dz[0, 1, 5, 6] = special
     bn_u, weight = random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
-    args = (dz, y, random_grad_bn(3, torch.float32), u, bn_u, act, True, weight, 1, 0, True, True)
+    args = (dz, y, random_grad_bn(3, torch.float32), u, bn_u, act, True, weight, 1, NO_PADDING, True, True)
     outputs = pointwise_backward(*args)
     for actual, expected in zip(outputs[:2], in_float64(reference.pointwise_backward, args)[:2], strict=True):
         assert_same_specials(actual, expected)
@@ -179,7 +179,7 @@ def test_nan_passes_the_gradient() -> None:
     u, bn_u = activation(1, 8, 3, 3, dtype=torch.float32), random_bn(8, torch.float32)
     u[0, 1] = float("nan")
     dz = activation(1, 8, 3, 3, dtype=torch.float32)
-    args = (dz, None, None, u, bn_u, Act.RELU, True, weight_of(8, 8, torch.float32), 1, 0, True, False)
+    args = (dz, None, None, u, bn_u, Act.RELU, True, weight_of(8, 8, torch.float32), 1, NO_PADDING, True, False)
     dz_u = pointwise_backward(*args)[0]
     assert_close(dz_u, in_float64(reference.pointwise_backward, args)[0], 1e-6)
     assert (dz_u[0, 1] != 0).all()
@@ -189,7 +189,7 @@ def test_nan_passes_the_gradient() -> None:
 def test_empty_batch(batch_stats: bool) -> None:
     u, bn_u, weight = torch.empty(0, 8, 4, 4), random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
     dz = torch.empty(0, 3, 4, 4)
-    args = (dz, dz, random_grad_bn(3, torch.float32), u, bn_u, Act.RELU, batch_stats, weight, 1, 0, True, True)
+    args = (dz, dz, random_grad_bn(3, torch.float32), u, bn_u, Act.RELU, batch_stats, weight, 1, NO_PADDING, True, True)
     outputs, expected = pointwise_backward(*args), reference.pointwise_backward(*args)
     assert [o.shape for o in outputs] == [e.shape for e in expected]
     assert not outputs[1].any() and torch.equal(outputs[2][1::2], expected[2][1::2])
@@ -203,7 +203,7 @@ def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(heuristics, "pointwise_backward", lambda *_, choice=choice: (choice,))
         u, bn_u, weight = activation(1, 24, 9, 10, dtype=dtype), random_bn(24, dtype), weight_of(24, 32, dtype)
         dz, y = (activation(1, 32, 9, 10, dtype=dtype) for _ in range(2))
-        args = (dz, y, random_grad_bn(32, dtype), u, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+        args = (dz, y, random_grad_bn(32, dtype), u, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
         dz_u, grad_weight, _ = pointwise_backward(*args)
         assert_rounded(dz_u, args, 0, dtype, "dz_u")
         assert_rounded(grad_weight, args, 1, dtype, "grad_weight")
@@ -217,7 +217,7 @@ def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.Fi
     u, bn_u, weight = activation(2, 40, 12, 12, dtype=dtype), random_bn(40, dtype), weight_of(40, 24, dtype)
     dz, y = (activation(2, 24, 12, 12, dtype=dtype) for _ in range(2))
     grad_bn = random_grad_bn(24, dtype)
-    args = (dz, y, grad_bn, u, bn_u, Act.RELU, True, weight, 1, 0, True, True)
+    args = (dz, y, grad_bn, u, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
     dy = reference._conv_output_grad(dz, y, grad_bn).to(dtype)
     a = reference._norm_act(u, bn_u, Act.RELU).to(dtype)
     own = torch.ops.aten.convolution_backward(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from cpu_ops import (
@@ -21,7 +24,7 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, Act
+from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, NO_PADDING, Act
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
 
@@ -71,7 +74,7 @@ def check_forward(
     bn_u, weight = None if plain else random_bn(channels, dtype), weight_of(channels, outputs, dtype)
     gamma, beta = (torch.rand(outputs) + 0.5, torch.randn(outputs)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
-    args = (u, bn_u, Act.LINEAR if plain else act, weight, 1, 0, gamma, beta, 1e-5)
+    args = (u, bn_u, Act.LINEAR if plain else act, weight, 1, NO_PADDING, gamma, beta, 1e-5)
     y, bn = pointwise_forward(*args, True, bias)
     assert y.dtype == dtype and is_channels_last_dense(y)
     # In 16 bits it comes from two roundings: of an operand, and of itself.
@@ -121,20 +124,21 @@ def test_optional_arguments(plain: bool, affine: bool) -> None:
 def test_inference(bn: bool, act: Act, dtype: torch.dtype) -> None:
     for channels, outputs in ((24, 40), (136, 3)):
         x = activation(2, channels, 5, 7, dtype=dtype)
-        args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, 0)
+        args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, NO_PADDING)
         y = pointwise_inference(*args)
         assert y.dtype == dtype and is_channels_last_dense(y)
         assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": 1}])
-def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, int]) -> None:
-    geometry = {"stride": 1, "padding": 0, **setting}
+@pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": (0, 0, 1, 0)}])
+def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, Any]) -> None:
+    geometry = {"stride": 1, "padding": NO_PADDING, **setting}
     ((name, value),) = setting.items()
+    message = f"{name}: expected .* for a pointwise convolution, got {re.escape(str(value))}"
     x, weight = activation(1, 8, 3, 3, dtype=torch.float32), weight_of(8, 3, torch.float32)
-    with pytest.raises(ValueError, match=f"{name}: expected .* for a pointwise convolution, got {value}"):
+    with pytest.raises(ValueError, match=message):
         pointwise_inference(x, None, Act.LINEAR, weight, **geometry)
-    with pytest.raises(ValueError, match=f"{name}: expected .* for a pointwise convolution, got {value}"):
+    with pytest.raises(ValueError, match=message):
         pointwise_forward(x, None, Act.LINEAR, weight, **geometry, gamma=None, beta=None, eps=1e-5, stats=True)
 
 
@@ -144,7 +148,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
     u = activation(2, 1, 12, 13, dtype=torch.float32, mean=1e4)
     weight = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1, 1)
-    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, True)
+    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, True)
     expected = reference._batch_bn(y.double(), None, None, 1e-5)
     assert_close(bn[BN_VAR], expected[BN_VAR], 1e-5, "variance")
     assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
@@ -158,7 +162,7 @@ def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.Fix
     u = activation(1, 8, 9, 9, dtype=torch.float32)
     u[0, 2, 3, 4] = special
     weight = weight_of(8, 3, torch.float32)
-    args = (u, random_bn(8, torch.float32), act, weight, 1, 0, None, None, 1e-5, True)
+    args = (u, random_bn(8, torch.float32), act, weight, 1, NO_PADDING, None, None, 1e-5, True)
     y, bn = pointwise_forward(*args)
     assert_same_specials(y, in_float64(reference.pointwise_forward, args)[0])
     if not y.isfinite().all():
@@ -167,7 +171,7 @@ def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.Fix
 
 def test_empty_batch() -> None:
     u, bn_u, weight = torch.empty(0, 8, 4, 4), random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
-    args = (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, True)
+    args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, True)
     for actual, expected in zip(pointwise_forward(*args), reference.pointwise_forward(*args), strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -185,7 +189,7 @@ def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.Fi
     """At most 1.5 times the error of PyTorch's own path, which rounds a and y to 16 bits."""
     request.getfixturevalue(blocks_of)
     u, bn_u, weight = activation(2, 40, 12, 12, dtype=dtype), random_bn(40, dtype), weight_of(40, 24, dtype)
-    args = (u, bn_u, Act.RELU, weight, 1, 0, None, None, 1e-5, False)
+    args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
     expected = in_float64(reference.pointwise_forward, args)[0]
     own = torch.nn.functional.conv2d(reference._norm_act(u, bn_u, Act.RELU).to(dtype), weight)
     assert relative_error(pointwise_forward(*args)[0], expected) <= 1.5 * relative_error(own, expected)
@@ -193,5 +197,5 @@ def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.Fi
 
 def test_squares_that_overflow(small_blocks: None) -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("pointwise", 8, torch.float32)
-    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, None, None, 1e-5, True)
+    y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, True)
     check_overflowed(bn, y)
