@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
     const int column = 2 * s - p.pad_left;
     const int first = int(task % chunks) * grid.rows;
     const int end = min_of(first + grid.rows, quad_rows);
-    const bool left = column >= 0, right = column + 1 < p.width;
+    const bool left = column >= 0, right = column + 1 >= 0 && column + 1 < p.width;
     const bool seen[2] = {s < p.out_width, s >= 1 && s - 1 < p.out_width};  // by the output columns s and s - 1
 
     const int64_t out = (image * p.out_height * p.out_width + s) * p.channels + channels.c;
