@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from cpu_ops import (
@@ -27,11 +29,17 @@ EPS = 1e-5
 ALL_SIDES = (1, 1, 1, 1)
 # Left, right, top and bottom. The third is TensorFlow's "same" of an even size at stride 2.
 PADDINGS = [NO_PADDING, ALL_SIDES, (0, 1, 0, 1), (2, 0, 1, 2)]
+# Of depthwise convolutions: kernel, stride and padding.
+GEOMETRIES = [
+    *product([3], [1, 2], PADDINGS),
+    *product([5], [1, 2], [NO_PADDING, (2, 2, 2, 2), (1, 2, 1, 2), (2, 0, 1, 2)]),
+]
 ACTS = [act.name.lower() for act in Act]
 INPUTS = [*ACTS, "plain"]  # a convolution's input on load: act(norm(u)), or u
 # How the weight's gradient may differ: operands next to the middle of two values that can be stored go to either.
 PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
+for_each_kernel = pytest.mark.parametrize("kernel", [3, 5])
 for_each_act = pytest.mark.parametrize("act", Act, ids=ACTS)
 
 
