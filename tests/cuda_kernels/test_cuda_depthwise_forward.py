@@ -82,7 +82,7 @@ def test_misaligned(kernel: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference(dtype: torch.dtype) -> None:
     for channels, (kernel, stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
-        x = activation(2, channels, 5, 6, dtype=dtype)
+        x = activation(2, channels, 7, 8, dtype=dtype)
         bn = random_bn(channels, dtype) if with_bn else None
         weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
         check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
