@@ -21,7 +21,7 @@ struct Arguments {
   const T* pointwise_weight;
   typename NormActOutput<S, S::kAligned>::Arguments output;  // tiling.rows: output pixels, fewer than 2^31
   int channels;
-  int height, width, out_height, out_width, stride;
+  int height, width, out_height, out_width, stride, pad_left, pad_top;
 };
 
 // A row of taps in shared memory: [kTaps][padded channels] as float32.
@@ -59,9 +59,9 @@ struct Depthwise {
   __device__ __forceinline__ void convert(const Raw& raw, int k, const Vectors&, float (&a)[S::kWidth]) const {
     if (raw.pixel < 0) return;
     const unsigned pixel = unsigned(raw.pixel), line = pixel / unsigned(args.out_width);
-    const int column = int(pixel - line * unsigned(args.out_width)) * args.stride - 1;
+    const int column = int(pixel - line * unsigned(args.out_width)) * args.stride - args.pad_left;
     const unsigned image = line / unsigned(args.out_height);
-    const int row = int(line - image * unsigned(args.out_height)) * args.stride - 1;
+    const int row = int(line - image * unsigned(args.out_height)) * args.stride - args.pad_top;
     const int padded = padded_channels(args.channels);
     const T* const base = args.x + int64_t(image) * args.height * args.width * args.channels;
 #pragma unroll kUnroll
@@ -126,6 +126,8 @@ struct Start {
         int(g.out_h),
         int(g.out_w),
         g.stride,
+        g.pad_left,
+        g.pad_top,
     };
     const size_t taps = size_t(padded_channels(arguments.channels)) * kTaps * sizeof(float);
     return launch_product<S>(kernel<S>, arguments.output.tiling, int(S::kSharedBytes + taps), launch, arguments);
@@ -147,7 +149,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   if (error != cudaSuccess) return error;
   ForwardArgs second = {};
   second.dtype = args.dtype;
-  second.g = {g.n, g.out_h, g.out_w, g.c_in, g.c_out, g.out_h, g.out_w, 1, 0};
+  second.g = {g.n, g.out_h, g.out_w, g.c_in, g.c_out, g.out_h, g.out_w, 1, 1, 0, 0};
   second.u = first.y;
   second.weight = args.pointwise_weight;
   second.y = args.y;

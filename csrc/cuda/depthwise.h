@@ -19,7 +19,8 @@ struct DepthwiseGrid {
 constexpr int kDepthwiseThreads = 128;
 
 // For `packs` packs of channels in all. Chunks of rows give the programs work of even size, at the price of two more
-// rows to load in each. `bounded`: as few programs as fill the GPU, because each leaves a row of partial results.
+// rows (of 5x5 four) to load in each. `bounded`: as few programs as fill the GPU, because each leaves a row of partial
+// results.
 inline DepthwiseGrid depthwise_grid(int packs, int64_t images, int rows, int lanes_per_image, bool bounded,
                                     const Launch& on) {
   DepthwiseGrid grid{};

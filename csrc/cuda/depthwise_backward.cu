@@ -1,16 +1,16 @@
-// Depthwise 3x3 convolution, backward: the gradients of input and weight in one pass over the data.
+// Depthwise 3x3 and 5x5 convolution, backward: the gradients of input and weight in one pass over the data.
 //
 // A thread owns input pixels and walks down the image. It rebuilds dy, the gradient of the outputs that see them, and
 // each dy is multiplied with each of its inputs once, in a product for either gradient. Per channel, nine taps, nine
 // sums of the weight's gradient and seven vectors are in registers, so a thread has four channels: 64-bit accesses in
-// 16 bits.
+// 16 bits. Of 5x5 it has two, with 25 sums each, and the taps are in shared memory.
 //
 // Everything is loaded a row before its use, all of a row together, and stays in flight while the row before is
-// computed.
+// computed. (Of 5x5, which has no registers for it, a row's loads are together only.)
 //
 // Rows and columns are counted in the padded image where marked ': input row i' = i + pad_top is seen by the output
-// rows (i' - k)/stride, k = 0, 1, 2. What is outside an image, or belongs to another chunk of rows, is multiplied with
-// nothing: there a product with 0 would make a NaN of another's infinity.
+// rows (i' - k)/stride, k = 0, 1, 2 (3, 4). What is outside an image, or belongs to another chunk of rows, is
+// multiplied with nothing: there a product with 0 would make a NaN of another's infinity.
 #include "activation.h"
 #include "depthwise.h"
 #include "gradient.h"
@@ -29,9 +29,29 @@ struct Problem {
   float *sums, *partial;       // null: not wanted
 };
 
+// The taps of a thread's channels.
+template <int P, int kKernel>
+struct Taps {
+  float v[kKernel * kKernel][P];
+
+  __device__ void set(int tap, int i, float value) { v[tap][i] = value; }
+  __device__ float operator()(int tap, int i) const { return v[tap][i]; }
+};
+
+// Those of 5x5 are in shared memory, [packs][taps][P], after what sum_lanes needs; there to be read after a barrier.
+template <int P>
+struct Taps<P, 5> {
+  static __device__ float* mine() { return shared_memory<float>() + (blockDim.x * blockDim.y + threadIdx.x * 25) * P; }
+  __device__ void set(int tap, int i, float value) {
+    if (threadIdx.y == 0) mine()[tap * P + i] = value;
+  }
+  __device__ float operator()(int tap, int i) const { return Pack<float, P>::load(mine() + tap * P).v[i]; }
+};
+
 // What a thread keeps of its channels, and what it adds up for them.
-template <class T, int P>
+template <class T, int P, int kKernel>
 struct Channels {
+  static constexpr int kTaps = kKernel * kKernel;
   using Packed = Pack<T, P>;
   using Words = PackedWords<T, P>;
   struct RawGradient {
@@ -40,23 +60,26 @@ struct Channels {
   const Problem& p;
   int c;
   bool inside;
-  float taps[9][P];
+  Taps<P, kKernel> taps;
   ChannelNorm<P> norm;
   ChannelGradient<P> gradient;
-  float grad_taps[9][P], sum_dz[P], sum_dz_centred[P];
+  float grad_taps[kTaps][P], sum_dz[P], sum_dz_centred[P];
 
   __device__ explicit Channels(const Problem& problem) : p(problem) {
     c = (blockIdx.x * p.grid.packs + threadIdx.x) * P;
     inside = c < p.channels;
     norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, p.channels, p.norm_act.bn != nullptr && inside);
     gradient = ChannelGradient<P>::load_each(p.grad_bn_y, p.y != nullptr, c, p.channels, inside);
+#pragma unroll
     for (int i = 0; i < P; ++i) {
-      for (int tap = 0; tap < 9; ++tap) {
-        taps[tap][i] = inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        taps.set(tap, i, inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * kTaps + tap]) : 0.0f);
         grad_taps[tap][i] = 0.0f;
       }
       sum_dz[i] = sum_dz_centred[i] = 0.0f;
     }
+    if (kKernel == 5) __syncthreads();
   }
 
   // What dy is made of, at an offset of dz and y.
@@ -87,7 +110,7 @@ struct Channels {
   __device__ void accumulate_tap(int tap, const float (&a)[P], float (&da)[P], const float (&dy)[P]) {
     for (int i = 0; i < P; ++i) {
       grad_taps[tap][i] += a[i] * dy[i];
-      da[i] += taps[tap][i] * dy[i];
+      da[i] += taps(tap, i) * dy[i];
     }
   }
 
@@ -118,11 +141,11 @@ struct Channels {
     if (p.sums != nullptr)
       store_sums(p.sums + int64_t(blockIdx.y) * SUM_ROWS * p.channels + c, p.channels, inside, sum_dz, sum_dz_centred);
     if (p.partial != nullptr) {
-      float* partial = p.partial + (int64_t(blockIdx.y) * p.channels + c) * 9;
+      float* partial = p.partial + (int64_t(blockIdx.y) * p.channels + c) * kTaps;
 #pragma unroll
-      for (int tap = 0; tap < 9; ++tap) {
+      for (int tap = 0; tap < kTaps; ++tap) {
         sum_lanes(grad_taps[tap]);
-        for (int i = 0; i < P && inside && threadIdx.y == 0; ++i) partial[9 * i + tap] = grad_taps[tap][i];
+        for (int i = 0; i < P && inside && threadIdx.y == 0; ++i) partial[kTaps * i + tap] = grad_taps[tap][i];
       }
     }
   }
@@ -140,7 +163,7 @@ __device__ void copy(float (&to)[P], const float (&from)[P]) {
 // A thread owns two neighbouring input columns, which are seen by four output columns.
 template <class T, int P>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p) {
-  Channels<T, P> channels(p);
+  Channels<T, P, 3> channels(p);
   const DepthwiseGrid& grid = p.grid;
   const int chunks = (p.height + grid.rows - 1) / grid.rows;
   const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
@@ -165,11 +188,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
     // [r]: the input rows row + r, which were multiplied with dy's rows up to row' - 1, where dy's row is row'.
     float a[3][2][P], da[3][2][P];
     // u of the same rows, to finish with; in float32 it is loaded again, for want of registers.
-    constexpr bool kAgain = sizeof(typename Channels<T, P>::Words) > 8;
-    typename Channels<T, P>::Words u[3][2];
+    constexpr bool kAgain = sizeof(typename Channels<T, P, 3>::Words) > 8;
+    typename Channels<T, P, 3>::Words u[3][2];
     for (int r = 0; r < 3; ++r)
       for (int o = 0; o < 2; ++o) clear(a[r][o]), clear(da[r][o]);
-    typename Channels<T, P>::RawGradient raw[4];
+    typename Channels<T, P, 3>::RawGradient raw[4];
     int row = first_row - 2;
     // What is new in this row.
     const auto load = [&] {
@@ -185,7 +208,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
       float dy[4][P];
 #pragma unroll
       for (int q = 0; q < 4; ++q) channels.make_gradient(dy[q], raw[q]);
-      typename Channels<T, P>::Words stored_u[2];
+      typename Channels<T, P, 3>::Words stored_u[2];
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
         channels.make_activation(a[2][o], u[2][o]);
@@ -232,7 +255,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_1(const Problem p
 // A thread owns the four inputs i' = 2r, 2r + 1, j' = 2s, 2s + 1, which the outputs r - 1, r and s - 1, s see.
 template <class T, int P>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p) {
-  Channels<T, P> channels(p);
+  Channels<T, P, 3> channels(p);
   const DepthwiseGrid& grid = p.grid;
   const int quad_rows = (p.height - 1 + p.pad_top) / 2 + 1;
   const int chunks = (quad_rows + grid.rows - 1) / grid.rows;
@@ -245,15 +268,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
     const int column = 2 * s - p.pad_left;
     const int first = int(task % chunks) * grid.rows;
     const int end = min_of(first + grid.rows, quad_rows);
-    const bool left = column >= 0, right = column + 1 < p.width;
+    const bool left = column >= 0, right = column + 1 >= 0 && column + 1 < p.width;
     const bool seen[2] = {s < p.out_width, s >= 1 && s - 1 < p.out_width};  // by the output columns s and s - 1
 
     const int64_t out = (image * p.out_height * p.out_width + s) * p.channels + channels.c;
     const int64_t in = (image * p.height * p.width + column) * p.channels + channels.c;
     const int64_t in_stride = int64_t(p.width) * p.channels, out_stride = int64_t(p.out_width) * p.channels;
     float above[2][P], dy[2][P];
-    typename Channels<T, P>::RawGradient raw[2];
-    typename Channels<T, P>::Words u[2][2];
+    typename Channels<T, P, 3>::RawGradient raw[2];
+    typename Channels<T, P, 3>::Words u[2][2];
     // Of the outputs in row r.
     const auto load_gradients = [&](int r) {
 #pragma unroll
@@ -276,7 +299,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
 #pragma unroll
       for (int q = 0; q < 2; ++q) channels.make_gradient(dy[q], raw[q]);
       load_gradients(r + 1 < end ? r + 1 : -1);
-      typename Channels<T, P>::Words now[2][2];
+      typename Channels<T, P, 3>::Words now[2][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         now[i / 2][i % 2] = u[i / 2][i % 2];
@@ -309,14 +332,96 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) stride_2(const Problem p
   channels.store_partial();
 }
 
-template <class T, int P>
+// Of 5x5: a thread owns the four inputs i' = 2r, 2r + 1, j' = 2s, 2s + 1. The outputs that see them come from the
+// cache, a row at a time.
+template <class T, int P, int kStride>
+__global__ void __launch_bounds__(kDepthwiseThreads, 2) five_by_five(const Problem p) {
+  // They are the rows 2r/kStride + kFirst ... + kLast, and columns alike.
+  constexpr int kFirst = -4 / kStride, kLast = 1 / kStride, kOutputs = kLast - kFirst + 1;
+  using Mine = Channels<T, P, 5>;
+  Mine channels(p);
+  const DepthwiseGrid& grid = p.grid;
+  const int quad_rows = (p.height - 1 + p.pad_top) / 2 + 1;
+  const int chunks = (quad_rows + grid.rows - 1) / grid.rows;
+  const int64_t strips = (grid.total_lanes + grid.lanes - 1) / grid.lanes;
+  for (int64_t task = blockIdx.y; task < strips * chunks; task += gridDim.y) {
+    const int64_t lane = task / chunks * grid.lanes + threadIdx.y;
+    if (lane >= grid.total_lanes || !channels.inside) continue;
+    const int64_t image = lane / grid.lanes_per_image;
+    const int s = int(lane % grid.lanes_per_image);
+    const int column = 2 * s - p.pad_left, out_column = 2 * s / kStride + kFirst;
+    const int first = int(task % chunks) * grid.rows;
+    const int end = min_of(first + grid.rows, quad_rows);
+    for (int r = first; r < end; ++r) {
+      const int row = 2 * r - p.pad_top, out_row = 2 * r / kStride + kFirst;
+      bool inside[2][2];
+      typename Mine::Words u[2][2];
+      float a[2][2][P], da[2][2][P];
+      const auto offset = [&](int odd, int o) {
+        return ((image * p.height + row + odd) * p.width + column + o) * p.channels + channels.c;
+      };
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          inside[odd][o] = row + odd >= 0 && row + odd < p.height && column + o >= 0 && column + o < p.width;
+          channels.load_input(u[odd][o], offset(odd, o), inside[odd][o]);
+        }
+      }
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          channels.make_activation(a[odd][o], u[odd][o]);
+          clear(da[odd][o]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kOutputs; ++e) {
+        if (out_row + e < 0 || out_row + e >= p.out_height) continue;
+        const int64_t out = ((image * p.out_height + out_row + e) * p.out_width + out_column) * p.channels + channels.c;
+        typename Mine::RawGradient raw[kOutputs];
+        bool seen[kOutputs];
+#pragma unroll
+        for (int f = 0; f < kOutputs; ++f) {
+          seen[f] = out_column + f >= 0 && out_column + f < p.out_width;
+          channels.load_gradient(raw[f], out + f * p.channels, seen[f]);
+        }
+#pragma unroll
+        for (int f = 0; f < kOutputs; ++f) {
+          if (!seen[f]) continue;
+          float dy[P];
+          channels.make_gradient(dy, raw[f]);
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+            for (int o = 0; o < 2; ++o) {
+              const int i = odd - kStride * (e + kFirst), j = o - kStride * (f + kFirst);
+              if (i < 0 || i > 4 || j < 0 || j > 4 || !inside[odd][o]) continue;
+              channels.accumulate_tap(5 * i + j, a[odd][o], da[odd][o], dy);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+          if (inside[odd][o]) channels.store(offset(odd, o), da[odd][o], u[odd][o]);
+      }
+    }
+  }
+  channels.store_partial();
+}
+
+template <class T, int P, int kKernel>
 cudaError_t start(const BackwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
-  const bool first = g.stride == 1;
-  const int64_t lanes = first ? (g.w + 1) / 2 : (g.w - 1 + g.pad_left) / 2 + 1;
-  const int64_t rows = first ? g.h : (g.h - 1 + g.pad_top) / 2 + 1;
+  const bool first = g.stride == 1, quads = kKernel == 5 || !first;
+  const int64_t lanes = quads ? (g.w - 1 + g.pad_left) / 2 + 1 : (g.w + 1) / 2;
+  const int64_t rows = quads ? (g.h - 1 + g.pad_top) / 2 + 1 : g.h;
   Problem p{};
-  p.grid = depthwise_grid(int(g.c_in / P), g.n, int(rows), int(lanes), true, on);
+  if (g.n * g.h * g.w > 0) p.grid = depthwise_grid(int(g.c_in / P), g.n, int(rows), int(lanes), true, on);
   p.height = int(g.h);
   p.width = int(g.w);
   p.channels = int(g.c_in);
@@ -331,13 +436,21 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
   p.grad_bn_y = static_cast<const float*>(args.grad_bn_y);
   p.norm_act = parameters_of(args.input);
   p.dz_u = args.dz_u;
-  const int programs = g.n == 0 ? 0 : p.grid.programs;
-  const int64_t elements = 9 * g.c_in;
+  const int programs = p.grid.programs;
+  const int64_t elements = kKernel * kKernel * g.c_in;
   if (args.grad_bn_u) p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * g.c_in);
   if (args.grad_weight) p.partial = on.temporary<float>(size_t(programs) * elements);
   if (programs > 0) {
-    const cudaError_t error = launch(first ? stride_1<T, P> : stride_2<T, P>, dim3(p.grid.channel_blocks, programs),
-                                     dim3(p.grid.packs, p.grid.lanes), lanes_bytes(kDepthwiseThreads, P), on.stream, p);
+    size_t shared = lanes_bytes(kDepthwiseThreads, P);
+    void (*kernel)(Problem);
+    if constexpr (kKernel == 5) {
+      kernel = first ? five_by_five<T, P, 1> : five_by_five<T, P, 2>;
+      shared += sizeof(float) * p.grid.packs * kKernel * kKernel * P;
+    } else {
+      kernel = first ? stride_1<T, P> : stride_2<T, P>;
+    }
+    const dim3 blocks(p.grid.channel_blocks, programs), threads(p.grid.packs, p.grid.lanes);
+    const cudaError_t error = launch(kernel, blocks, threads, shared, on.stream, p);
     if (error != cudaSuccess) return error;
   }
   return merge_gradients(
@@ -350,9 +463,10 @@ cudaError_t start(const BackwardArgs& args, const Launch& on) {
 cudaError_t depthwise_backward(const BackwardArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool wide =
-        args.g.c_in % 4 == 0 && aligned(args.dz) && aligned(args.y) && aligned(args.u) && aligned(args.dz_u);
-    return wide ? start<T, 4>(args, on) : start<T, 1>(args, on);
+    const bool may_be_wide = aligned(args.dz) && aligned(args.y) && aligned(args.u) && aligned(args.dz_u);
+    if (args.g.kernel == 5)
+      return may_be_wide && args.g.c_in % 2 == 0 ? start<T, 2, 5>(args, on) : start<T, 1, 5>(args, on);
+    return may_be_wide && args.g.c_in % 4 == 0 ? start<T, 4, 3>(args, on) : start<T, 1, 3>(args, on);
   });
 }
 

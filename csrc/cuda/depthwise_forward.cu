@@ -1,9 +1,10 @@
-// Depthwise 3x3 convolution, forward (raw output and statistics) and inference (normalised and activated output).
+// Depthwise 3x3 and 5x5 convolution, forward (raw output and statistics) and inference (normalised and activated
+// output).
 //
 // Each thread loads and normalises an input row once and adds it to all output rows that see it, whose sums stay in
 // registers. Rows are loaded ahead and stay in flight while those before are computed. With stride 1 a thread owns two
 // neighbouring output columns, which see four input columns instead of six; with stride 2 one, because a pair would
-// save one load of six and need more registers.
+// save one load of six and need more registers. All taps are in registers: of 5x5, those of four channels.
 #include "activation.h"
 #include "depthwise.h"
 #include "lanes.h"
@@ -24,20 +25,22 @@ struct Problem {
 
 // T: dtype; P: channels per thread. kOnLoad: the normalisation and activation are those of u, and statistics of y may
 // be wanted; else they are those of y.
-template <class T, int P, int kStride, bool kOnLoad>
+template <class T, int P, int kKernel, int kStride, bool kOnLoad>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p) {
-  constexpr int kColumns = kStride == 1 ? 2 : 1;  // of the output
-  constexpr int kInputs = kStride == 1 ? 4 : 3;   // columns that they see
+  constexpr int kTaps = kKernel * kKernel;
+  constexpr int kColumns = kStride == 1 ? 2 : 1;               // of the output
+  constexpr int kInputs = (kColumns - 1) * kStride + kKernel;  // columns that they see
+  constexpr int kSums = (kKernel - 1) / kStride + 1;           // output rows that see an input row, at most
   using Packed = Pack<T, P>;
   const DepthwiseGrid& grid = p.grid;
   const int channels = p.channels;
   const int c = (blockIdx.x * grid.packs + threadIdx.x) * P;
   const bool channel_inside = c < channels;
 
-  float taps[9][P];
+  float taps[kTaps][P];
   for (int i = 0; i < P; ++i)
-    for (int tap = 0; tap < 9; ++tap)
-      taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * 9 + tap]) : 0.0f;
+    for (int tap = 0; tap < kTaps; ++tap)
+      taps[tap][i] = channel_inside ? to_float(static_cast<const T*>(p.weight)[(c + i) * kTaps + tap]) : 0.0f;
   const auto norm = ChannelNorm<P>::load_each(p.norm_act.bn, c, channels, p.norm_act.bn != nullptr && channel_inside);
   const auto norm_act = [&](float (&x)[P]) {
 #pragma unroll
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
     const int64_t in_stride = int64_t(p.width) * channels, out_stride = int64_t(p.out_width) * channels;
     bool inside[kInputs];
     for (int j = 0; j < kInputs; ++j) inside[j] = in_column + j >= 0 && in_column + j < p.width;
-    const int last_row = min_of((row_end - 1) * kStride - p.pad_top + 2, p.height - 1);
+    const int last_row = min_of((row_end - 1) * kStride - p.pad_top + kKernel - 1, p.height - 1);
 
     // Packs are loaded kStride rows, a step of the loop below, before their use, each as soon as its place is free.
     PackedWords<T, P> next[kStride][kInputs];
@@ -74,8 +77,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
         to[j] = PackedWords<T, P>::of(Packed::load(in + ahead * in_stride + j * channels));
     };
     // What is outside the image adds nothing: the branches part threads only at its border.
-    float sums[3][kColumns][P];  // of three output rows, the first of which is complete next
-    auto add_row = [&](int first_tap_row, int rows) {
+    float sums[kSums][kColumns][P];  // of output rows, the first of which is complete next
+    auto add_row = [&](int first_tap_row) {
       PackedWords<T, P>(&mine)[kInputs] = next[kStride == 1 ? 0 : first_tap_row % 2];
       const bool row_inside = in_row >= 0 && in_row < p.height;
 #pragma unroll
@@ -91,11 +94,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
             const int k = j - o;
-            if (k < 0 || k > 2) continue;
+            if (k < 0 || k >= kKernel) continue;
 #pragma unroll
-            for (int r = 0; r < 3; ++r) {
+            for (int r = 0; r < kSums; ++r) {
               const int tap_row = first_tap_row - kStride * r;
-              if (r < rows && tap_row >= 0) sums[r][o][i] += a[i] * taps[3 * tap_row + k][i];
+              if (tap_row >= 0) sums[r][o][i] += a[i] * taps[kKernel * tap_row + k][i];
             }
           }
         }
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
       in += in_stride;
     };
 
-    for (int r = 0; r < 3; ++r)
+    for (int r = 0; r < kSums; ++r)
       for (int o = 0; o < kColumns; ++o)
         for (int i = 0; i < P; ++i) sums[r][o][i] = 0.0f;
 #pragma unroll
@@ -112,12 +115,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
 #pragma unroll
       for (int j = 0; j < kInputs; ++j) load(next[ahead], j, ahead);
     // The rows before, which only the chunk's first output rows see.
-    add_row(0, 1);
-    if (kStride == 1) add_row(1, 2);
+    add_row(0);
+    if (kKernel - kStride > 1) add_row(1);
+    if (kKernel - kStride > 2) add_row(2);
+    if (kKernel - kStride > 3) add_row(3);
 
     for (int row = first_row; row < row_end; ++row) {
-      if (kStride == 2) add_row(1, 1);
-      add_row(2, kStride == 1 ? 3 : 2);
+      if (kStride == 2) add_row(kKernel - 2);
+      add_row(kKernel - 1);
 #pragma unroll
       for (int o = 0; o < kColumns; ++o) {
         const bool column_inside = column + o < p.out_width;
@@ -144,9 +149,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
           }
         }
         for (int i = 0; i < P; ++i) {
-          sums[0][o][i] = sums[1][o][i];
-          sums[1][o][i] = sums[2][o][i];
-          sums[2][o][i] = 0.0f;
+          for (int r = 0; r + 1 < kSums; ++r) sums[r][o][i] = sums[r + 1][o][i];
+          sums[kSums - 1][o][i] = 0.0f;
         }
       }
       out += out_stride;
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
     statistics.store(p.partial + int64_t(blockIdx.y) * STATISTICS_ROWS * channels + c, channels, channel_inside);
 }
 
-template <class T, int P>
+template <class T, int P, int kKernel>
 cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
   const int packs = int(g.c_in / P);
@@ -182,24 +186,29 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
     const dim3 blocks(p.grid.channel_blocks, programs), threads(p.grid.packs, p.grid.lanes);
     const size_t shared = args.statistics.wanted() ? lanes_bytes(kDepthwiseThreads, P) : 0;
     auto run = [&](auto kernel) { return launch(kernel, blocks, threads, shared, on.stream, p); };
-    const cudaError_t error = on_load ? run(g.stride == 1 ? forward<T, P, 1, true> : forward<T, P, 2, true>)
-                                      : run(g.stride == 1 ? forward<T, P, 1, false> : forward<T, P, 2, false>);
+    const cudaError_t error =
+        on_load ? run(g.stride == 1 ? forward<T, P, kKernel, 1, true> : forward<T, P, kKernel, 2, true>)
+                : run(g.stride == 1 ? forward<T, P, kKernel, 1, false> : forward<T, P, kKernel, 2, false>);
     if (error != cudaSuccess) return error;
   }
   if (!args.statistics.wanted()) return cudaSuccess;
   return merge_statistics(p.partial, programs, p.channels, args.statistics, on);
 }
 
-template <class T>
+template <class T, int kKernel>
 cudaError_t start_typed(const ForwardArgs& args, const Launch& on) {
-  const bool wide = args.g.c_in % kPack<T> == 0 && aligned(args.u) && aligned(args.y) && aligned(args.bias);
-  return wide ? start<T, kPack<T>>(args, on) : start<T, 1>(args, on);
+  constexpr int kWide = kKernel == 3 ? kPack<T> : 4;
+  const bool wide = args.g.c_in % kWide == 0 && aligned(args.u) && aligned(args.y) && aligned(args.bias);
+  return wide ? start<T, kWide, kKernel>(args, on) : start<T, 1, kKernel>(args, on);
 }
 
 }  // namespace
 
 cudaError_t depthwise_forward(const ForwardArgs& args, const Launch& on) {
-  return with_dtype(args.dtype, [&](auto zero) { return start_typed<decltype(zero)>(args, on); });
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return args.g.kernel == 3 ? start_typed<T, 3>(args, on) : start_typed<T, 5>(args, on);
+  });
 }
 
 }  // namespace mx::cuda

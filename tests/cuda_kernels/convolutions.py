@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from cpu_ops import (
@@ -20,15 +22,24 @@ from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act, conv_output_size
+from mobilenet_ext.contract import NO_PADDING, Act
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+ALL_SIDES = (1, 1, 1, 1)
+# Left, right, top and bottom. The third is TensorFlow's "same" of an even size at stride 2.
+PADDINGS = [NO_PADDING, ALL_SIDES, (0, 1, 0, 1), (2, 0, 1, 2)]
+# Of depthwise convolutions: kernel, stride and padding.
+GEOMETRIES = [
+    *product([3], [1, 2], PADDINGS),
+    *product([5], [1, 2], [NO_PADDING, (2, 2, 2, 2), (1, 2, 1, 2), (2, 0, 1, 2)]),
+]
 ACTS = [act.name.lower() for act in Act]
 INPUTS = [*ACTS, "plain"]  # a convolution's input on load: act(norm(u)), or u
 # How the weight's gradient may differ: operands next to the middle of two values that can be stored go to either.
 PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
+for_each_kernel = pytest.mark.parametrize("kernel", [3, 5])
 for_each_act = pytest.mark.parametrize("act", Act, ids=ACTS)
 
 
@@ -50,11 +61,6 @@ def output_inputs(
     return {"statistics": (dz, y, grad_bn_y), "running": (dz, None, grad_bn_y), "plain": (dz, None, None)}[kind]
 
 
-def output_size(height: int, width: int, stride: int, padding: int) -> tuple[int, int]:
-    """Of a 3x3 convolution."""
-    return conv_output_size(height, 3, stride, padding), conv_output_size(width, 3, stride, padding)
-
-
 def check_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
     """bn_y is the normalisation by the statistics of y as stored."""
     of_stored = reference._batch_bn(y.double(), as_double(gamma), as_double(beta), EPS)
@@ -62,7 +68,9 @@ def check_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[y.dtype], name)
 
 
-def check_forward(op: str, u, bn_u, act_u, weight, stride=1, padding=0, *, with_affine=True, allowed=0.0) -> None:
+def check_forward(
+    op: str, u, bn_u, act_u, weight, stride=1, padding=NO_PADDING, *, with_affine=True, allowed=0.0
+) -> None:
     """y, its statistics, and y alone, of a convolution's forward; ``with_affine`` with a bias too."""
     args = (u, bn_u, act_u, weight, stride, padding)
     gamma, beta = affine(weight.shape[0]) if with_affine else (None, None)

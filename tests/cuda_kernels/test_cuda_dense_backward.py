@@ -6,22 +6,29 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import DTYPES, check_backward, output_inputs, output_size
+from convolutions import ALL_SIDES, DTYPES, check_backward, output_inputs
 from cpu_ops import random_bn, same_bits
 from test_cuda_dense_forward import SHAPES, TILED
 from test_cuda_dense_forward import inputs as forward_inputs
 
 from mobilenet_ext import ops
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import Act, conv_output_size
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, output: str = "statistics") -> tuple:
     """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
-    n, _, filters, *geometry = shape
+    n, _, filters, h, w, *geometry = shape
     u, bn_u, act_u, *rest = forward_inputs(shape, dtype)
-    return (*output_inputs(n, filters, *output_size(*geometry), dtype, output), u, bn_u, act_u, False, *rest)
+    return (
+        *output_inputs(n, filters, *conv_output_size(h, w, 3, *geometry), dtype, output),
+        u,
+        bn_u,
+        act_u,
+        False,
+        *rest,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,7 +40,7 @@ def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("output", ["running", "plain"])
 def test_without_batch_statistics(dtype: torch.dtype, output: str) -> None:
-    check_backward("dense_backward", *inputs((1, 3, 8, 9, 8, 2, 1), dtype, output))
+    check_backward("dense_backward", *inputs((1, 3, 8, 9, 8, 2, ALL_SIDES), dtype, output))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,7 +58,7 @@ def test_an_input_that_is_not_plain_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(dtype: torch.dtype) -> None:
-    args = inputs((0, 3, 8, 9, 9, 2, 1), dtype)
+    args = inputs((0, 3, 8, 9, 9, 2, ALL_SIDES), dtype)
     dz_u, grad_weight, _ = ops.dense_backward(*args, True, True)
     assert dz_u.shape == (0, 3, 9, 9) and grad_weight.shape == (8, 3, 3, 3) and not grad_weight.any()
 

@@ -6,27 +6,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import DTYPES, EPS, affine, check_forward, check_inference, for_each_act
+from convolutions import ALL_SIDES, DTYPES, EPS, PADDINGS, affine, check_forward, check_inference, for_each_act
 from cpu_ops import activation, assert_close, check_overflowed, copying_weight, overflowing, random_bn, same_bits
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
 # (n, channels, filters, h, w, stride, padding)
 SHAPES = [
-    (2, 3, 32, 9, 11, 2, 1),
-    (1, 3, 8, 9, 7, 1, 0),
-    (2, 1, 24, 6, 8, 1, 1),
-    (1, 4, 3, 10, 8, 2, 0),
-    (1, 16, 40, 4, 5, 1, 1),
-    (3, 3, 16, 1, 1, 2, 1),
-    (1, 2, 1, 3, 3, 1, 0),
-    (1, 9, 72, 5, 5, 2, 1),
+    (2, 3, 32, 9, 11, 2, ALL_SIDES),
+    (1, 3, 8, 9, 7, 1, NO_PADDING),
+    (2, 1, 24, 6, 8, 1, ALL_SIDES),
+    (1, 4, 3, 10, 8, 2, NO_PADDING),
+    (1, 16, 40, 4, 5, 1, ALL_SIDES),
+    (3, 3, 16, 1, 1, 2, ALL_SIDES),
+    (1, 2, 1, 3, 3, 1, NO_PADDING),
+    (1, 9, 72, 5, 5, 2, ALL_SIDES),
+    *((1, 3, 8, 6, 8, stride, padding) for stride in (1, 2) for padding in PADDINGS[2:]),
 ]
-TILED = (2, 3, 32, 45, 41, 2, 1)  # several tiles per program, which end in the middle of a line
+TILED = (2, 3, 32, 45, 41, 2, ALL_SIDES)  # several tiles per program, which end in the middle of a line
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
@@ -70,7 +71,7 @@ def test_an_input_that_is_not_plain_is_refused() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_nan_reaches_the_pixels_that_see_it(stride: int) -> None:
-    args = inputs((1, 3, 8, 9, 10, stride, 1), torch.float32)
+    args = inputs((1, 3, 8, 9, 10, stride, ALL_SIDES), torch.float32)
     x, weight = args[0], args[3]
     x[0, 1, 4, 5] = float("nan")
     y, _ = ops.dense_forward(*args, *NO_STATISTICS)
@@ -79,7 +80,7 @@ def test_nan_reaches_the_pixels_that_see_it(stride: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(dtype: torch.dtype) -> None:
-    args = (*inputs((0, 3, 8, 9, 9, 2, 1), dtype), *STATISTICS)
+    args = (*inputs((0, 3, 8, 9, 9, 2, ALL_SIDES), dtype), *STATISTICS)
     y, bn = ops.dense_forward(*args)
     assert y.shape == (0, 8, 5, 5)
     assert_close(bn, reference.dense_forward(*args)[1].double(), 1e-6)
@@ -96,5 +97,5 @@ def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> 
 
 def test_squares_that_overflow() -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("dense", 8, torch.float32)
-    y, bn = ops.dense_forward(u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
+    y, bn = ops.dense_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     check_overflowed(bn, y)

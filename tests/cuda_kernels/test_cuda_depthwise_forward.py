@@ -7,7 +7,18 @@ from itertools import product
 
 import pytest
 import torch
-from convolutions import DTYPES, EPS, INPUTS, check_forward, check_inference, for_each_act, norm_act
+from convolutions import (
+    ALL_SIDES,
+    DTYPES,
+    EPS,
+    GEOMETRIES,
+    INPUTS,
+    check_forward,
+    check_inference,
+    for_each_act,
+    for_each_kernel,
+    norm_act,
+)
 from cpu_ops import (
     activation,
     assert_close,
@@ -23,55 +34,58 @@ from cpu_ops import (
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act
+from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act, Padding, conv_output_size
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
 CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (2, 13, 26))]  # channels, N, H and W
-GEOMETRIES = list(product([1, 2], [0, 1]))
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def check(dtype, channels, size, stride, padding, *, kind="relu", with_affine=True, place=lambda x: x) -> None:
+def check(dtype, channels, size, kernel, stride, padding, *, kind="relu", with_affine=True, place=lambda x: x) -> None:
     n, h, w = size
     u = place(activation(n, channels, h, w, dtype=dtype))
-    weight = torch.randn(channels, 1, 3, 3).to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
     args = (u, *norm_act(kind, channels, dtype), weight, stride, padding)
     check_forward("depthwise_forward", *args, with_affine=with_affine)
 
 
-@pytest.mark.parametrize(("stride", "padding"), GEOMETRIES)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype: torch.dtype, stride: int, padding: int) -> None:
+def test_forward(dtype: torch.dtype, kernel: int, stride: int, padding: Padding) -> None:
     for channels, size in CASES:
-        if min(size[1:]) + 2 * padding >= 3:
-            check(dtype, channels, size, stride, padding)
+        if min(conv_output_size(*size[1:], kernel, stride, padding)) > 0:
+            check(dtype, channels, size, kernel, stride, padding)
 
 
+@for_each_kernel
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_per_program(dtype: torch.dtype, stride: int) -> None:
-    check(dtype, 72, (9, 34, 31), stride, 1)
+def test_several_tiles_per_program(dtype: torch.dtype, stride: int, kernel: int) -> None:
+    check(dtype, 72, (9, 34, 31), kernel, stride, ALL_SIDES)
 
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [8, 3])
-def test_inputs(channels: int, stride: int, kind: str) -> None:
-    check(torch.float32, channels, (2, 6, 5), stride, 1, kind=kind, with_affine=kind == "linear")
+@for_each_kernel
+def test_inputs(kernel: int, channels: int, stride: int, kind: str) -> None:
+    check(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, kind=kind, with_affine=kind == "linear")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_misaligned(dtype: torch.dtype) -> None:
-    check(dtype, 16, (2, 7, 6), 1, 1, place=misaligned)
+@for_each_kernel
+def test_misaligned(kernel: int, dtype: torch.dtype) -> None:
+    check(dtype, 16, (2, 7, 6), kernel, 1, ALL_SIDES, place=misaligned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference(dtype: torch.dtype) -> None:
-    for channels, (stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
-        x = activation(2, channels, 5, 6, dtype=dtype)
+    for channels, (kernel, stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
+        x = activation(2, channels, 7, 8, dtype=dtype)
         bn = random_bn(channels, dtype) if with_bn else None
-        check_inference("depthwise_inference", x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), stride, padding)
+        weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+        check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -83,7 +97,7 @@ def test_statistics_survive(outlier: bool) -> None:
     else:
         u += 1e4
     weight = copying_weight("depthwise", 8, torch.float32)
-    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
+    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     assert torch.equal(y, u)
     assert_close(bn[BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5 if not outlier else 1e-6)
 
@@ -92,7 +106,7 @@ def test_a_column_outside_the_image_may_overflow() -> None:
     u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
     weight = copying_weight("depthwise", 8, torch.float16)
     weight[:, :, 1, 0] = 300.0
-    args = (u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
+    args = (u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert torch.equal(y.double(), in_float64(reference.depthwise_forward, args)[0])
     assert not bn[BN_VAR].any() and torch.equal(bn[BN_MEAN], torch.full((8,), 300.0))
@@ -101,11 +115,12 @@ def test_a_column_outside_the_image_may_overflow() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @for_each_act
-def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: int, act: Act) -> None:
+@for_each_kernel
+def test_specials_go_where_the_reference_sends_them(kernel: int, dtype: torch.dtype, stride: int, act: Act) -> None:
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 0, 0] = float("nan"), float("inf"), -float("inf")
-    weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
-    args = (u, random_bn(8, dtype), act, weight, stride, 1, *NO_STATISTICS)
+    weight = torch.rand(8, 1, kernel, kernel).to(dtype) + 0.5
+    args = (u, random_bn(8, dtype), act, weight, stride, (2, 0, 1, 2), *NO_STATISTICS)
     y, _ = ops.depthwise_forward(*args)
     assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
     assert y.isnan().any() and (y.isinf().any() or act == Act.RELU6)
@@ -113,16 +128,17 @@ def test_specials_go_where_the_reference_sends_them(dtype: torch.dtype, stride: 
 
 def test_an_empty_batch() -> None:
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
-    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, 1, *STATISTICS)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
     torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
 
 
-def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., None]) -> None:
+@for_each_kernel
+def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., None], kernel: int) -> None:
     u = activation(3, 24, 17, 19, dtype=torch.bfloat16)
-    weight = torch.randn(24, 1, 3, 3).bfloat16()
-    args = (u, random_bn(24, u.dtype), Act.RELU, weight, 1, 1, *STATISTICS)
+    weight = torch.randn(24, 1, kernel, kernel).bfloat16()
+    args = (u, random_bn(24, u.dtype), Act.RELU, weight, 1, ALL_SIDES, *STATISTICS)
     first = ops.depthwise_forward(*args)
     device(order=-1)
     assert all(map(same_bits, first, ops.depthwise_forward(*args)))
@@ -130,5 +146,12 @@ def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., N
 
 def test_squares_that_overflow() -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
-    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, 1, *STATISTICS)
+    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     check_overflowed(bn, y)
+
+
+def test_an_image_of_padding_alone() -> None:
+    u = torch.empty(2, 8, 0, 5).to(memory_format=torch.channels_last)
+    bias = torch.randn(8)
+    y, bn = ops.depthwise_forward(u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, (1, 1, 2, 2), *STATISTICS, bias)
+    assert torch.equal(y, bias.view(8, 1, 1).expand(2, 8, 2, 5)) and torch.equal(bn[BN_MEAN], bias)

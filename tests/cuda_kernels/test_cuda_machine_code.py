@@ -73,8 +73,10 @@ def test_no_maximum_loses_a_nan(kernels: Kernels) -> None:
     [
         ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, .*", 128),
         ("depthwise_forward", r"forward<float, 4, .*", 128),
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 4, 5, .*", 64),  # or 25 taps are too many registers
         ("depthwise_backward", r"stride_[12]<float, 4>", 128),
         ("depthwise_backward", r"stride_[12]<(__half|__nv_bfloat16), 4>", 64),  # eight channels are too many registers
+        ("depthwise_backward", r"five_by_five<float, 2, .*", 64),
         ("norm_act", r"(forward|backward)<.*, [48](, \w+)?>", 128),
     ],
 )
@@ -86,10 +88,12 @@ def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int)
 @pytest.mark.parametrize(
     ("file", "pattern", "loads", "far"),
     [
-        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 1, \w+>", 4, 250),
-        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 2, \w+>", 6, 150),
-        ("depthwise_forward", r"forward<float, 4, 1, \w+>", 4, 75),
-        ("depthwise_forward", r"forward<float, 4, 2, \w+>", 6, 85),
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 3, 1, \w+>", 4, 250),
+        ("depthwise_forward", r"forward<(__half|__nv_bfloat16), 8, 3, 2, \w+>", 6, 150),
+        ("depthwise_forward", r"forward<float, 4, 3, 1, \w+>", 4, 75),
+        ("depthwise_forward", r"forward<float, 4, 3, 2, \w+>", 6, 85),
+        ("depthwise_forward", r"forward<.*, 4, 5, 1, \w+>", 6, 150),
+        ("depthwise_forward", r"forward<.*, 4, 5, 2, \w+>", 10, 40),
         ("depthwise_backward", r"stride_1<(__half|__nv_bfloat16), 4>", 10, 300),
         ("depthwise_backward", r"stride_1<float, 4>", 12, 200),  # of u a second time
         ("depthwise_backward", r"stride_2<.*, 4>", 8, 300),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import NO_PADDING
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -34,7 +35,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, kind="relu", output="s
     of_y = output_inputs(n, outputs, h, w, dtype, output)
     u = activation(n, channels, h, w, dtype=dtype)
     weight = (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / outputs**0.5).to(dtype)
-    return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, 1, 0)
+    return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, 1, NO_PADDING)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

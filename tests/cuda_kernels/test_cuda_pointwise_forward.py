@@ -23,7 +23,7 @@ from cpu_ops import (
 
 from mobilenet_ext import ops
 from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -48,7 +48,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "relu") -> tu
     n, channels, outputs, h, w = shape
     u = activation(n, channels, h, w, dtype=dtype)
     weight = (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
-    return (u, *norm_act(kind, channels, dtype), weight, 1, 0)
+    return (u, *norm_act(kind, channels, dtype), weight, 1, NO_PADDING)
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -94,7 +94,7 @@ def test_no_affine() -> None:
 def test_inference(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool, act: Act) -> None:
     x, _, _, weight, *_ = inputs(shape, dtype, "plain")
     bn = random_bn(shape[2], dtype) if normalised else None
-    check_inference("pointwise_inference", x, bn, act, weight, 1, 0)
+    check_inference("pointwise_inference", x, bn, act, weight, 1, NO_PADDING)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +115,7 @@ def test_large_mean(shape: tuple[int, ...]) -> None:
     u[:, 0] = 1e4
     weight = torch.eye(outputs, channels)[..., None, None].contiguous()
     weight[:, 0] = 1
-    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, *STATISTICS)
+    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, *STATISTICS)
     var, mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
     assert_close(bn[0], mean, 1e-7, "mean")
     assert_close(bn[4], var, 1e-5, "var")
@@ -127,7 +127,7 @@ def test_first_value_is_an_outlier(device: Callable[..., None]) -> None:
     u = activation(1, 8, 90, 100, dtype=torch.float32)
     u[0, :, 0, 0] = 1e4
     weight = torch.eye(16, 8)[..., None, None].contiguous()
-    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, *STATISTICS)
+    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, *STATISTICS)
     var, mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
     assert_close(bn[0], mean, 1e-5, "mean")
     assert_close(bn[4], var, 1e-5, "var")
@@ -198,5 +198,5 @@ def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> 
 
 def test_squares_that_overflow() -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("pointwise", 8, torch.float32)
-    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, 0, *STATISTICS)
+    y, bn = ops.pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, *STATISTICS)
     check_overflowed(bn, y)
