@@ -200,12 +200,12 @@ def _compare(
             break
     complaints += beyond_rounding
     if complaints and sixteen_bits and not all_fused:
-        unwritten = _unwritten(problem)
-        complaints = [c for c in complaints if not unwritten & {"output", c.partition(":")[0]}]
+        garbage = unwritten(problem)
+        complaints = [c for c in complaints if not garbage & {"output", c.partition(":")[0]}]
     return complaints
 
 
-def _unwritten(problem: Problem) -> set[str]:
+def unwritten(problem: Problem) -> set[str]:
     """The results of plain modules that depend on what memory was before: of PyTorch's convolutions for 16 bits some
     read what nobody wrote (10x2 images at stride 2, gradients of depthwise weights), also as a part of ours."""
     found = set()

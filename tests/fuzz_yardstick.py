@@ -182,8 +182,8 @@ class Rounding:
         the same, values close to each other become equal, which may leave a channel without variance, and what is too
         large becomes Inf."""
         info = torch.finfo(dtype)
-        exponent = x.frexp().exponent
-        spacing = torch.ldexp(torch.full_like(x, info.eps / 2), exponent).clamp(min=info.smallest_normal * info.eps)
+        power = (x / x.frexp().mantissa).nan_to_num(1)  # of two: exact
+        spacing = (power * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps)
         # float64 has no bits for places between its own numbers: there it is a wider grid's, and no two become equal.
         width, amplitude = (2.0**27, 2) if dtype == torch.float64 else (1, 1)
         place = x.abs() / spacing / width + torch.rand((), dtype=x.dtype, generator=self.generator)
@@ -194,8 +194,8 @@ class Rounding:
     def added(self, x: Tensor) -> Tensor:
         """The terms of sums, each off by its own part of the accumulation dtype's roundoff, however equal they are:
         a sum rounds at each of its steps, and terms that cancel exactly leave the roundoff of the partial sums."""
-        noise = torch.rand(x.shape, dtype=x.dtype, generator=self.generator) * 2 - 1
-        return x * (1 + noise * (torch.finfo(self.acc).eps / 2))
+        half = torch.finfo(self.acc).eps / 2
+        return torch.empty_like(x).uniform_(-half, half, generator=self.generator).add_(1).mul_(x)
 
     def computed(self, x: Tensor) -> Tensor:
         """One use of a value that is kept in the accumulation dtype."""
