@@ -9,7 +9,10 @@ roundoff, forward and backward.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -143,8 +146,19 @@ class Signs(TorchDispatchMode):
         self.masks.append(~(rectified <= 0))  # PyTorch's ReLU passes the gradient of a NaN
 
 
+@contextlib.contextmanager
+def memory_of(byte: int) -> Iterator[None]:
+    """Every byte of new memory is this one (not 255), where the C library can do that."""
+    mallopt, perturb = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0), -6  # M_PERTURB of malloc.h
+    mallopt(perturb, 255 - byte)
+    try:
+        yield
+    finally:
+        mallopt(perturb, 0)
+
+
 class _Perturbed(torch.autograd.Function):
-    """``x`` with each element off by a random part of the unit roundoff of one dtype, its gradient of another."""
+    """``x`` with each element rounded to one dtype, its gradient to another: terms of the sums that backward is."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rounding: Rounding, forward: torch.dtype, backward: torch.dtype) -> Tensor:
@@ -153,7 +167,7 @@ class _Perturbed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.rounding.off(grad, ctx.dtype), None, None, None
+        return ctx.rounding.added(ctx.rounding.off(grad, ctx.dtype)), None, None, None
 
 
 class Rounding:
@@ -164,13 +178,24 @@ class Rounding:
         self.generator = torch.Generator().manual_seed(seed)
 
     def off(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x``, off by a random part of the unit roundoff: equal values by the same, and values far closer to each
-        other than that by nearly the same, as rounding does it. A sum over many of them has their error many times."""
+        """``x`` on a grid of the spacing of ``dtype``, which lies at random. As with rounding, equal values are off by
+        the same, values close to each other become equal, which may leave a channel without variance, and what is too
+        large becomes Inf."""
         info = torch.finfo(dtype)
-        amplitude = x.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
-        # A sawtooth over the mantissas, like that of rounding, of another period; float64 has no bits for its own.
-        factor = min(2 / info.eps, 2.0**25) * (1 + torch.rand((), dtype=x.dtype, generator=self.generator))
-        return x + amplitude * ((x.frexp().mantissa * factor).frac() * 2 - torch.sign(x))
+        power = (x / x.frexp().mantissa).nan_to_num(1)  # of two: exact
+        spacing = (power * (info.eps / 2)).clamp(min=info.smallest_normal * info.eps)
+        # float64 has no bits for places between its own numbers: there it is a wider grid's, and no two become equal.
+        width, amplitude = (2.0**27, 2) if dtype == torch.float64 else (1, 1)
+        place = x.abs() / spacing / width + torch.rand((), dtype=x.dtype, generator=self.generator)
+        error = (amplitude * spacing * (place.floor() + 0.5 - place)).nan_to_num(0)  # Inf stays Inf
+        rounded = x + error * x.sign()
+        return torch.where(rounded.abs() > info.max, rounded.sign() * torch.inf, rounded)
+
+    def added(self, x: Tensor) -> Tensor:
+        """The terms of sums, each off by its own part of the accumulation dtype's roundoff, however equal they are:
+        a sum rounds at each of its steps, and terms that cancel exactly leave the roundoff of the partial sums."""
+        half = torch.finfo(self.acc).eps / 2
+        return torch.empty_like(x).uniform_(-half, half, generator=self.generator).add_(1).mul_(x)
 
     def computed(self, x: Tensor) -> Tensor:
         """One use of a value that is kept in the accumulation dtype."""
