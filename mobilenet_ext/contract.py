@@ -33,7 +33,7 @@ GRAD_ROWS = 6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of activations; float64 not on a GPU
 
 # What the kernels support beside dilation 1 and padding with zeros; a pointwise convolution has stride 1, padding 0.
-KERNEL_SIZES = {"depthwise": (3,), "dense": (3,), "pointwise": (1,)}
+KERNEL_SIZES = {"depthwise": (3, 5), "dense": (3,), "pointwise": (1,)}
 STRIDES = (1, 2)
 PADDINGS = (0, 1, 2)  # on each side
 
