@@ -6,7 +6,7 @@
 // 16 bits. Of 5x5 it has two, with 25 sums each, and the taps are in shared memory.
 //
 // Everything is loaded a row before its use, all of a row together, and stays in flight while the row before is
-// computed. (Of 5x5, which has no registers for it, a row's loads are together only.)
+// computed. (Of 5x5, all of a row together when its turn comes.)
 //
 // Rows and columns are counted in the padded image where marked ': input row i' = i + pad_top is seen by the output
 // rows (i' - k)/stride, k = 0, 1, 2 (3, 4). What is outside an image, or belongs to another chunk of rows, is
