@@ -103,11 +103,11 @@ def test_no_pixels(function, shape):
 
 @pytest.mark.parametrize("function", DEPTHWISE)
 @pytest.mark.parametrize(
-    "shape", [(7, 1, 3, 3), (8, 2, 3, 3), (8, 1, 5, 5), (8, 1, 3), (8, 3, 3), (0, 1, 3, 3), (8, 8, 3, 3)]
+    "shape", [(7, 1, 3, 3), (8, 2, 3, 3), (8, 1, 7, 7), (8, 1, 5, 3), (8, 1, 3), (8, 3, 3), (0, 1, 3, 3), (8, 8, 3, 3)]
 )
 def test_depthwise_weight(function, shape):
     message = refused(function, "weight", torch.randn(shape))
-    assert str(tuple(shape)) in message and "[8, 1, 3, 3]" in message
+    assert str(tuple(shape)) in message and "[8, 1, 3, 3] and [8, 1, 5, 5]" in message
 
 
 @pytest.mark.parametrize("function", POINTWISE)

@@ -163,15 +163,16 @@ def _backward(
     """
     dy = _conv_output_grad(dz, y, grad_bn_y)
     a = _norm_act(u, bn_u, act_u)
+    symmetric, rest = _split_padding(padding)
     da, grad_weight, _ = torch.ops.aten.convolution_backward(
-        dy, F.pad(a, padding), _acc(weight), None, [stride] * 2, [0, 0], [1, 1], False, [0, 0],
+        dy, F.pad(a, rest), _acc(weight), None, [stride] * 2, symmetric, [1, 1], False, [0, 0],
         u.shape[1] if depthwise else 1, [need_input, need_weight, False],
     )  # fmt: skip
     grad_weight = grad_weight.contiguous() if need_weight else a.new_empty(0)
     no_bn = a.new_empty(0)  # a tensor of its own: the outputs of an op must not share memory
     if not need_input:
         return u.new_empty(0), grad_weight, no_bn
-    da = F.pad(da, [-side for side in padding])
+    da = F.pad(da, [-side for side in rest])
     if bn_u is None:
         return _store(da, u), grad_weight, no_bn
     dz_u = _store(_ACTIVATE_BACKWARD[act_u](_normalise(u, bn_u), da), u)
@@ -194,7 +195,18 @@ def _inference(
 
 def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     groups = a.shape[1] if depthwise else 1
-    return F.conv2d(F.pad(a, padding), _acc(weight), stride=stride, groups=groups)
+    symmetric, rest = _split_padding(padding)
+    return F.conv2d(F.pad(a, rest), _acc(weight), stride=stride, padding=symmetric, groups=groups)
+
+
+def _split_padding(padding: Padding) -> tuple[list[int], list[int]]:
+    """(rows, columns) that the convolution itself pads with, and what is left of the four sides.
+
+    They are not the same where a weight or gradient is not finite: a convolution leaves out the taps outside its image.
+    """
+    left, right, top, bottom = padding
+    rows, columns = min(top, bottom), min(left, right)
+    return [rows, columns], [left - columns, right - columns, top - rows, bottom - rows]
 
 
 depthwise_forward = partial(_forward, True)

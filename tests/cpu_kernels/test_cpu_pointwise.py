@@ -208,8 +208,8 @@ def bad_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     u, bn_u, weight, *_ = pointwise_inputs((2, 16, 8, 8, 24), torch.float32)
     tail = (None, None, 1e-5, True)
     return {
-        "stride: expected 1 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 2, 0, *tail)),
-        "padding: expected 0 of a pointwise": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 1, *tail)),
+        "stride: expected 1, got": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 2, 0, *tail)),
+        "padding: expected 0, got": (ops.pointwise_forward, (u, bn_u, Act.RELU, weight, 1, 1, *tail)),
         "packed: expected": (ops.pointwise_inference, (u, None, Act.RELU, weight, 1, NO_PADDING, u)),
     }
 
