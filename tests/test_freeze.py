@@ -311,7 +311,7 @@ def test_packed_weights_give_the_same_bits(dtype: torch.dtype, shape: tuple[int,
     x = torch.randn(2, k, 9, 7).to(dtype=dtype, memory_format=torch.channels_last)
     bns = [(torch.rand(5, channels) + 0.5).to(acc_dtype(dtype)) for channels in (k, n)]
     weights = torch.randn(k, 1, 3, 3).to(dtype), torch.randn(n, k, 1, 1).to(dtype)
-    args = (x, bns[0], Act.RELU, weights[0], 1, bns[1], Act.RELU, weights[1])
+    args = (x, bns[0], Act.RELU, weights[0], 1, (1, 1, 1, 1), bns[1], Act.RELU, weights[1])
     kernel = backends.cpu.kernels.block_inference
     packed = backends.cpu.pack(bns[0], *weights)
     assert torch.equal(kernel(*args, packed), kernel(*args, None))
