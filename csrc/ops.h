@@ -48,12 +48,13 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
 // The three convolutions have the same signatures.
 #define MX_CONV_OPS(X, conv)                                                                                           \
   X(conv##_forward, #conv "_forward(Tensor u, Tensor? bn_u, int act_u, Tensor weight, int stride, "                    \
-    "int[4] padding, Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) -> (Tensor y, Tensor bn_y)")               \
+    "int[4] padding, Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) "                          \
+    "-> (Tensor y, Tensor bn_y)")                                                                                      \
   X(conv##_backward, #conv "_backward(Tensor dz, Tensor? y, Tensor? grad_bn_y, Tensor u, Tensor? bn_u, int act_u, "    \
     "bool batch_stats_u, Tensor weight, int stride, int[4] padding, bool need_input, bool need_weight) "               \
     "-> (Tensor dz_u, Tensor grad_weight, Tensor grad_bn_u)")                                                          \
-  X(conv##_inference, #conv "_inference(Tensor x, Tensor? bn_y, int act_y, Tensor weight, int stride, int[4] padding, "  \
-    "Tensor? packed=None) -> Tensor")
+  X(conv##_inference, #conv "_inference(Tensor x, Tensor? bn_y, int act_y, Tensor weight, int stride, "                \
+    "int[4] padding, Tensor? packed=None) -> Tensor")
 
 #define MX_KERNEL_OPS(X)                                                                                               \
   MX_CONV_OPS(X, depthwise)                                                                                            \
@@ -65,7 +66,8 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
   X(bn_from_running, "bn_from_running(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, "          \
     "Tensor? conv_bias, float eps) -> Tensor")                                                                         \
   X(block_inference, "block_inference(Tensor x, Tensor depthwise_bn, int depthwise_act, Tensor depthwise_weight, "     \
-    "int stride, int[4] padding, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, Tensor? packed=None) -> Tensor")
+    "int stride, int[4] padding, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, "                    \
+    "Tensor? packed=None) -> Tensor")
 
 // Ops that are written once, in Python: the differentiable layers over the kernel ops (mobilenet_ext/layers.py), whose
 // autograd edges all carry the true derivative, and the one op that mutates (mobilenet_ext/running_stats.py).
@@ -75,7 +77,7 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
   X("pointwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight) "                                  \
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \
   X("norm_act(Tensor y, Tensor mean, Tensor scale, Tensor shift, int act) -> Tensor")                                  \
-  X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int[4] padding) -> Tensor")                  \
+  X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int[4] padding) -> Tensor")               \
   X("pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor")                                           \
   X("update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] mean, Tensor[] var, "         \
     "SymInt[] count, float[] momentum) -> ()")
