@@ -117,7 +117,8 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         (image(d), bn(d, C_OUT), RELU, dense(d), 2, 1),
     ],
     "block_inference": lambda d: [
-        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, bn(d, C_OUT), RELU, pointwise(d)) for stride in (1, 2)
+        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, [1, 0, 0, 1], bn(d, C_OUT), RELU, pointwise(d))
+        for stride in (1, 2)
     ],
 }
 
