@@ -32,10 +32,17 @@ def channels_last(*shape, dtype=torch.float32):
 def all_of(outputs):
     return outputs if isinstance(outputs, (tuple, list)) else [outputs]
 
+# PyTorch writes a backtrace into the message of its exception and does not check that malloc gave it room: a heap that
+# is full to the last byte ends the process there. These pieces, freed at once, are that room.
+def keep_for_the_message():
+    pieces = [bytearray(8 << 10) for _ in range(12)]
+    del pieces
+
 def attempt(name, f, more):
     def body():
         torch.set_num_threads(2)
         small()
+        keep_for_the_message()
         resource.setrlimit(resource.RLIMIT_AS, (used() + more, resource.RLIM_INFINITY))
         try:
             result = f()
