@@ -216,6 +216,7 @@ class Rounded(nn.Module):
     """
 
     rounding: Rounding | None = None
+    by_taps = False  # convolutions leave out the taps outside the image
 
     def __init__(self, module: nn.Module, twin: nn.Module) -> None:
         super().__init__()
@@ -223,6 +224,8 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         module, r = self.module, self.rounding
+        if self.by_taps and isinstance(module, nn.Conv2d):
+            return conv_by_taps(module, x)
         if r is None:
             return module(x)
         if isinstance(module, nn.Conv2d):
@@ -277,6 +280,39 @@ class Rounded(nn.Module):
             setattr(bn, name, r.off(updated, self.dtypes[name]))
 
 
+def conv_by_taps(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution gives, without products of the padding: 0*Inf is a NaN.
+
+    Which of its algorithms leave those out PyTorch decides by dtype, size, padding and layout.
+    """
+    weight, (stride, _) = conv.weight, conv.stride
+    kernel = weight.shape[-1]
+    if kernel == 1:
+        return conv(x)
+    rows, columns = conv.padding if isinstance(conv.padding, tuple) else [(kernel - 1) // 2] * 2
+    size = [(x.shape[2] + 2 * rows - kernel) // stride + 1, (x.shape[3] + 2 * columns - kernel) // stride + 1]
+    out = x.new_zeros(x.shape[0], weight.shape[0], *size)
+    for i in range(kernel):
+        for j in range(kernel):
+            (to_y, from_y), (to_x, from_x) = (
+                _inside(tap - padding, stride, *lengths)
+                for tap, padding, *lengths in ((i, rows, size[0], x.shape[2]), (j, columns, size[1], x.shape[3]))
+            )
+            seen = x[:, :, from_y, from_x]
+            if seen.numel():
+                product = F.conv2d(seen, weight[:, :, i : i + 1, j : j + 1], groups=conv.groups)
+                out[:, :, to_y, to_x] += product
+    return out if conv.bias is None else out + _channel(conv.bias)
+
+
+def _inside(offset: int, stride: int, outputs: int, inputs: int) -> tuple[slice, slice]:
+    """The outputs that a tap takes from inside the image, along one side, and what it takes."""
+    first = max(-(offset // stride), 0)
+    last = min((inputs - 1 - offset) // stride + 1, outputs)
+    count = max(last - first, 0)
+    return slice(first, first + count), slice(first * stride + offset, first * stride + offset + count * stride, stride)
+
+
 def _channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
@@ -296,13 +332,13 @@ class Reference:
             if not list(module.children()) and not isinstance(module, (Relu, nn.Flatten, nn.Identity, nn.Dropout)):
                 self.model.set_submodule(name, Rounded(module, twins[name]))
 
-    def start(self, masks: list[Tensor | None] | None, rounding: Rounding | None) -> None:
+    def start(self, masks: list[Tensor | None] | None, rounding: Rounding | None, by_taps: bool = False) -> None:
         """Be as at first, with the masks of another run for the ReLUs."""
         for corner, mask in zip(self.corners, masks or [None] * len(self.corners), strict=True):
             corner.mask = mask
         for module in self.model.modules():
             if isinstance(module, Rounded):
-                module.rounding = rounding
+                module.rounding, module.by_taps = rounding, by_taps
         for (_, owner, key), tensor in zip(self.slots, self.state, strict=True):
             if isinstance(value := getattr(owner, key), nn.Parameter):
                 value.grad = None
