@@ -24,6 +24,7 @@ struct Geometry {
 struct NormAct {
   const void* bn;  // null: z = y
   Act act;
+  double slope;  // of leaky_relu
 };
 
 // The batch statistics of an output as stored, and the normalisation made of them.
@@ -36,19 +37,21 @@ struct Statistics {
   bool wanted() const { return bn != nullptr; }
 };
 
-// y = conv(a, weight) + bias, with a = act(norm(u)). In training the statistics of y may be wanted, in inference what
-// is stored is act(norm(y)).
+// y = conv(a*gate, weight) + bias, with a = act(norm(u)). In training the statistics of y may be wanted, in inference
+// what is stored is act(norm(y)) + residual.
 struct ForwardArgs {
   Dtype dtype;
   Geometry g;
   const void* u;
   NormAct input;
+  const void* gate;  // [n][c_in]; null: 1; with a pointwise convolution only
   const void* weight;
   const void* packed;  // the weight, packed by the backend; null: not given
   const void* bias;    // null: 0
   void* y;
   Statistics statistics;  // of y, with an output that is linear and not normalised
   NormAct output;
+  const void* residual;  // like y; null: 0
 };
 
 struct BackwardArgs {
@@ -60,26 +63,31 @@ struct BackwardArgs {
   const void* u;
   NormAct input;       // without a bn, u is a plain input and dz_u its gradient
   bool batch_stats_u;  // false: input.bn holds running statistics, so Y_COEFFICIENT = CONSTANT = 0
+  const void* gate;    // [n][c_in]; null: 1; with a pointwise convolution only
   const void* weight;
-  void* dz_u;         // null: not wanted
+  void* dz_u;         // null: not wanted. With a gate: da, the gradient at a
   void* grad_weight;  // null: not wanted
   void* grad_bn_u;    // null: not wanted
+  void* grad_gate;    // [n][c_in], of the accumulation type; where there are a gate and a dz_u
 };
 
-// out = act(norm(y)), or its mean over each image when pooled.
+// out = act(norm(y)) + residual, or the mean of act(norm(y)) over each image when pooled. Backward: da = grad and the
+// gradient of each image's mean, spread over its pixels; when pooled, grad is the latter.
 struct NormActArgs {
   Dtype dtype;
   int64_t n, hw, c;
   const void* y;
   NormAct norm_act;  // with a bn
   bool pool, batch_stats;
-  void* out;         // forward
-  const void* grad;  // backward
-  void* dz;
+  const void* residual;  // forward; null: 0, also when pooled
+  void* out;
+  const void* grad;         // backward
+  const void* grad_pooled;  // [n][c]; null: 0, also when pooled
+  void* dz;                 // null: not wanted
   void* grad_bn_y;
 };
 
-// act(norm(pointwise(act(norm(depthwise(x)))))); the depthwise result is never stored.
+// act(norm(pointwise(act(norm(depthwise(x)))))) + residual; the depthwise result is never stored.
 struct BlockArgs {
   Dtype dtype;
   Geometry g;  // of the depthwise convolution, with c_out the block's output channels
@@ -87,7 +95,8 @@ struct BlockArgs {
   NormAct depthwise, pointwise;  // each with a bn
   const void* depthwise_weight;
   const void* pointwise_weight;
-  const void* packed;  // what depends on the block alone, packed by the backend; null: not given
+  const void* packed;    // what depends on the block alone, packed by the backend; null: not given
+  const void* residual;  // like y; null: 0
   void* y;
 };
 

@@ -82,7 +82,8 @@ inline void check_block(int64_t kernel, const std::vector<int64_t>& padding) {
 }
 
 inline Act act_of(int64_t act, const char* name) {
-  STD_TORCH_CHECK(act >= int(Act::linear) && act <= int(Act::silu), name, ": expected an Act of csrc/ops.h, got ", act);
+  STD_TORCH_CHECK(act >= int(Act::linear) && act <= int(Act::leaky_relu), name, ": expected an Act of csrc/ops.h, got ",
+                  act);
   return Act(act);
 }
 
@@ -189,16 +190,17 @@ struct Call {
   }
 
   // A normalisation of c channels and the activation after it, for activations of this type.
-  NormAct check_norm_act(const OptionalTensor& bn, const char* bn_name, int64_t act, const char* act_name,
+  NormAct check_norm_act(const OptionalTensor& bn, const char* bn_name, int64_t act, const char* act_name, double slope,
                          ScalarType type, int64_t c) const {
     if (bn) check_dense(*bn, bn_name, acc_type(type), {BN_ROWS, c});
-    return {data(bn), act_of(act, act_name)};
+    return {data(bn), act_of(act, act_name), slope};
   }
 
   // What a convolution makes of its input on load: an activation there comes after a normalisation only.
-  NormAct check_input(Conv conv, const OptionalTensor& bn_u, int64_t act_u, ScalarType type, int64_t c) const {
+  NormAct check_input(Conv conv, const OptionalTensor& bn_u, int64_t act_u, double slope, ScalarType type,
+                      int64_t c) const {
     STD_TORCH_CHECK(!bn_u || conv != Conv::dense, "bn_u: expected none of a dense convolution, whose input is plain");
-    const NormAct input = check_norm_act(bn_u, "bn_u", act_u, "act_u", type, c);
+    const NormAct input = check_norm_act(bn_u, "bn_u", act_u, "act_u", slope, type, c);
     STD_TORCH_CHECK(bn_u || input.act == Act::linear, "act_u: expected linear without bn_u, got ", act_u);
     return input;
   }

@@ -29,6 +29,9 @@
 //   gamma, beta   BatchNorm's weight and bias, [C], acc
 //   bn            a normalisation, acc [5,C], contiguous: rows BnRow below
 //   act           an Act below; of an input without bn_u: linear
+//   slope         of a leaky_relu: what it multiplies a z below 0 with; not used by the others
+//   residual      added to an output after its activation; dtype and shape of the output
+//   gate          a factor of a for each image and channel (squeeze-excite), [N,C,1,1], the activations' dtype
 //   grad_bn       what a BatchNorm's backward needs, acc [6,C], contiguous: rows GradBnRow below
 //   grad_weight   acc, the weight's shape
 //   packed        what the backend made of the weights beforehand, uint8; only the CPU backend makes any
@@ -40,7 +43,7 @@ namespace mx {
 
 enum BnRow { BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR, BN_ROWS };
 enum GradBnRow { GRAD_DZ_COEFFICIENT, GRAD_Y_COEFFICIENT, GRAD_MEAN, GRAD_CONSTANT, GRAD_GAMMA, GRAD_BETA, GRAD_ROWS };
-enum class Act : int { linear, relu, relu6, hardswish, silu };
+enum class Act : int { linear, relu, relu6, hardswish, silu, leaky_relu };
 
 }  // namespace mx
 
@@ -48,26 +51,35 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
 // The three convolutions have the same signatures.
 #define MX_CONV_OPS(X, conv)                                                                                           \
   X(conv##_forward, #conv "_forward(Tensor u, Tensor? bn_u, int act_u, Tensor weight, int stride, "                    \
-    "int[4] padding, Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None) "                          \
+    "int[4] padding, Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None, float slope_u=0.0) "       \
     "-> (Tensor y, Tensor bn_y)")                                                                                      \
   X(conv##_backward, #conv "_backward(Tensor dz, Tensor? y, Tensor? grad_bn_y, Tensor u, Tensor? bn_u, int act_u, "    \
-    "bool batch_stats_u, Tensor weight, int stride, int[4] padding, bool need_input, bool need_weight) "               \
-    "-> (Tensor dz_u, Tensor grad_weight, Tensor grad_bn_u)")                                                          \
+    "bool batch_stats_u, Tensor weight, int stride, int[4] padding, bool need_input, bool need_weight, "               \
+    "float slope_u=0.0) -> (Tensor dz_u, Tensor grad_weight, Tensor grad_bn_u)")                                       \
   X(conv##_inference, #conv "_inference(Tensor x, Tensor? bn_y, int act_y, Tensor weight, int stride, "                \
-    "int[4] padding, Tensor? packed=None) -> Tensor")
+    "int[4] padding, Tensor? packed=None, Tensor? residual=None, float slope_y=0.0) -> Tensor")
 
 #define MX_KERNEL_OPS(X)                                                                                               \
   MX_CONV_OPS(X, depthwise)                                                                                            \
   MX_CONV_OPS(X, pointwise)                                                                                            \
   MX_CONV_OPS(X, dense)                                                                                                \
-  X(norm_act_forward, "norm_act_forward(Tensor y, Tensor bn_y, int act, bool pool) -> Tensor")                         \
-  X(norm_act_backward, "norm_act_backward(Tensor grad, Tensor y, Tensor bn_y, int act, bool batch_stats, bool pool) "  \
-    "-> (Tensor dz, Tensor grad_bn_y)")                                                                                \
+  X(gated_pointwise_forward, "gated_pointwise_forward(Tensor u, Tensor? bn_u, int act_u, Tensor gate, Tensor weight, " \
+    "Tensor? gamma, Tensor? beta, float eps, bool stats, Tensor? bias=None, float slope_u=0.0) "                       \
+    "-> (Tensor y, Tensor bn_y)")                                                                                      \
+  X(gated_pointwise_backward, "gated_pointwise_backward(Tensor dz, Tensor? y, Tensor? grad_bn_y, Tensor u, "           \
+    "Tensor? bn_u, int act_u, Tensor gate, Tensor weight, bool need_input, bool need_weight, float slope_u=0.0) "      \
+    "-> (Tensor da, Tensor grad_weight, Tensor grad_gate)")                                                            \
+  X(gated_pointwise_inference, "gated_pointwise_inference(Tensor x, Tensor gate, Tensor? bn_y, int act_y, "            \
+    "Tensor weight, Tensor? packed=None, Tensor? residual=None, float slope_y=0.0) -> Tensor")                         \
+  X(norm_act_forward, "norm_act_forward(Tensor y, Tensor bn_y, int act, bool pool, Tensor? residual=None, "            \
+    "float slope=0.0) -> Tensor")                                                                                      \
+  X(norm_act_backward, "norm_act_backward(Tensor grad, Tensor y, Tensor bn_y, int act, bool batch_stats, bool pool, "  \
+    "Tensor? grad_pooled=None, bool need_dz=True, float slope=0.0) -> (Tensor dz, Tensor grad_bn_y)")                  \
   X(bn_from_running, "bn_from_running(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, "          \
     "Tensor? conv_bias, float eps) -> Tensor")                                                                         \
   X(block_inference, "block_inference(Tensor x, Tensor depthwise_bn, int depthwise_act, Tensor depthwise_weight, "     \
     "int stride, int[4] padding, Tensor pointwise_bn, int pointwise_act, Tensor pointwise_weight, "                    \
-    "Tensor? packed=None) -> Tensor")
+    "Tensor? packed=None, Tensor? residual=None, float depthwise_slope=0.0, float pointwise_slope=0.0) -> Tensor")
 
 // Ops that are written once, in Python: the differentiable layers over the kernel ops (mobilenet_ext/layers.py), whose
 // autograd edges all carry the true derivative, and the one op that mutates (mobilenet_ext/running_stats.py).
@@ -76,7 +88,7 @@ enum class Act : int { linear, relu, relu6, hardswish, silu };
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \
   X("pointwise(Tensor u, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight) "                                  \
     "-> (Tensor y, Tensor mean_y, Tensor var_y)")                                                                      \
-  X("norm_act(Tensor y, Tensor mean, Tensor scale, Tensor shift, int act) -> Tensor")                                  \
+  X("norm_act(Tensor y, Tensor mean, Tensor scale, Tensor shift, int act, float slope=0.0) -> Tensor")                 \
   X("depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int stride, int[4] padding) -> Tensor")               \
   X("pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor")                                           \
   X("update_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor[] mean, Tensor[] var, "         \

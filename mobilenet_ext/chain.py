@@ -49,6 +49,7 @@ class Unit(NamedTuple):
     momentum: float | None  # the share of the batch's statistics in the new running ones; None: leave them
     eps: float
     act: int = Act.RELU.value
+    slope: float = 0.0  # of a leaky ReLU
 
     def output_size(self, n: int, h: int, w: int) -> tuple[int, int, int, int]:
         h, w = conv_output_size(h, w, self.weight.shape[2], self.stride, self.padding)
@@ -64,6 +65,7 @@ class InferenceUnit(NamedTuple):
     weight: Tensor
     bn: Tensor
     act: int = Act.RELU.value
+    slope: float = 0.0
 
     output_size = Unit.output_size
 
@@ -75,6 +77,7 @@ class _Settings(NamedTuple):
     batch_stats: bool
     eps: float
     act: int
+    slope: float
 
 
 def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
@@ -101,7 +104,7 @@ def run(x: Tensor, units: list[Unit], pool: bool) -> Tensor:
         units = units[inferred:]
 
     storage.check(x, *(t for u in units for t in (u.running_mean, u.running_var)))
-    settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps, u.act) for u in units)
+    settings = tuple(_Settings(u.kind, u.stride, u.padding, u.batch_stats, u.eps, u.act, u.slope) for u in units)
     params: list[Tensor | None] = []
     for unit in units:
         running_bn = None if unit.batch_stats else _running_bn(unit, None)
@@ -140,7 +143,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def fold(unit: Unit) -> InferenceUnit:
     """The unit with its running statistics, BatchNorm parameters and convolution bias in one normalisation."""
     bn = _running_bn(unit, unit.conv_bias)
-    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), bn, unit.act)
+    return InferenceUnit(unit.kind, unit.stride, unit.padding, unit.weight.detach(), bn, unit.act, unit.slope)
 
 
 class Step(NamedTuple):
@@ -164,24 +167,22 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
     steps = []
     i = 0
     while i < len(units):
-        kind, stride, padding, weight, bn, act = units[i]
+        kind, stride, padding, weight, bn, act, slope = units[i]
         weight = _as_parameter(weight, dtype)
         i += 1
         if kind == "depthwise" and _is_block(*units[i - 1 : i + 1]):
-            pointwise = _as_parameter(units[i].weight, dtype)
+            then = units[i]
+            pointwise = _as_parameter(then.weight, dtype)
             packed = pack and pack(bn, weight, pointwise)
-            steps.append(
-                Step(
-                    ops.block_inference,
-                    (bn, act, weight, stride, padding, units[i].bn, units[i].act, pointwise, packed),
-                )
-            )
+            depthwise = (bn, act, weight, stride, padding)
+            args = (*depthwise, then.bn, then.act, pointwise, packed, None, slope, then.slope)
+            steps.append(Step(ops.block_inference, args))
             i += 1
         else:
             packed = pack(None, None, weight) if pack and kind == "pointwise" else None
-            steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed)))
+            steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed, None, slope)))
     if pool:
-        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR.value, True)))
+        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR.value, True, None, 0.0)))
     return steps
 
 
@@ -298,9 +299,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, pool, dtype, first, x, *params):
-        u, bn, act = x, None, Act.LINEAR.value
+        u, bn, act, slope = x, None, Act.LINEAR.value, 0.0
         inputs, weights, bns, batch_bns = [], [], [], []
-        for i, (kind, stride, padding, batch_stats, eps, act_y) in enumerate(settings):
+        for i, (kind, stride, padding, batch_stats, eps, *act_y) in enumerate(settings):
             weight, conv_bias, gamma, beta, running_bn = params[5 * i : 5 * i + 5]
             weight = _as_parameter(weight, dtype)
             vectors = (_acc(gamma, dtype), _acc(beta, dtype), eps, batch_stats, _acc(conv_bias, dtype))
@@ -310,17 +311,18 @@ class _Chain(torch.autograd.Function):
                 inputs.append(u if used else None)
                 weights.append(weight if used else None)
                 bns.append(bn if used else None)
-            u, batch_bn = ops.FORWARD[kind](u, bn, act, weight, stride, padding, *vectors)
-            bn, act = running_bn, act_y
+            u, batch_bn = ops.FORWARD[kind](u, bn, act, weight, stride, padding, *vectors, slope)
+            bn, (act, slope) = running_bn, act_y
             if batch_stats:
                 bn = batch_bn
                 batch_bns.append(batch_bn)
-        out = ops.norm_act_forward(u, bn, act, pool)
+        out = ops.norm_act_forward(u, bn, act, pool, None, slope)
 
         if first is not None:
             ctx.save_for_backward(*inputs, u, *weights, *bns, bn)
             ctx.settings, ctx.pool, ctx.first, ctx.parameters = settings[first:], pool, first, params
-            ctx.act = settings[first - 1].act if first else Act.LINEAR.value  # of the first input that is kept
+            # Of the first input that is kept.
+            ctx.act = settings[first - 1][-2:] if first else (Act.LINEAR.value, 0.0)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*batch_bns)
         return out, *batch_bns
@@ -339,8 +341,11 @@ class _Chain(torch.autograd.Function):
         activations, weights, bns = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 :]
 
         grad = grad.to(activations[n].dtype).contiguous(memory_format=torch.channels_last)
-        acts = [ctx.act, *(each.act for each in settings)]  # like bns
-        dz, grad_bn = ops.norm_act_backward(grad, activations[n], bns[n], acts[n], settings[-1].batch_stats, ctx.pool)
+        acts = [ctx.act, *((each.act, each.slope) for each in settings)]  # like bns
+        act, slope = acts[n]
+        dz, grad_bn = ops.norm_act_backward(
+            grad, activations[n], bns[n], act, settings[-1].batch_stats, ctx.pool, None, True, slope
+        )
         for i in range(n - 1, -1, -1):
             kind, stride, padding, batch_stats, *_ = settings[i]
             weight_grad, bias_grad, gamma_grad, beta_grad = range(5 * i, 5 * i + 4)
@@ -357,10 +362,11 @@ class _Chain(torch.autograd.Function):
             need_input = i > 0 or needs_x
             if not (need_input or needs[weight_grad]):
                 break
+            act, slope = acts[i]
             dz, grad_weight, grad_bn = ops.BACKWARD[kind](
                 dz, activations[i + 1] if batch_stats else None, grad_bn,
-                activations[i], bns[i], acts[i], i > 0 and settings[i - 1].batch_stats, weights[i], stride, padding,
-                need_input, needs[weight_grad],
+                activations[i], bns[i], act, i > 0 and settings[i - 1].batch_stats, weights[i], stride, padding,
+                need_input, needs[weight_grad], slope,
             )  # fmt: skip
             if needs[weight_grad]:
                 grads[weight_grad] = grad_weight

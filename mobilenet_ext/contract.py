@@ -21,6 +21,7 @@ class Act(IntEnum):
     RELU6 = 2  # min(max(z, 0), 6)
     HARDSWISH = 3  # z * min(max(z + 3, 0), 6) / 6 (arXiv:1905.02244, section 5.2)
     SILU = 4  # z * sigmoid(z) (arXiv:1606.08415; swish: arXiv:1710.05941)
+    LEAKY_RELU = 5  # z where z > 0, else slope*z
 
 
 # Rows of `bn`, acc [5, C]: z = (y - MEAN)*SCALE + SHIFT.

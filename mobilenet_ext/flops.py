@@ -48,11 +48,27 @@ def _conv_forward(u, bn_u, act_u, weight, *rest, out_val):
 
 @_register("depthwise_backward", "pointwise_backward", "dense_backward")
 def _conv_backward(dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, *rest, out_val):
-    return _backward(dz, u, weight, *out_val[:2], *rest[-2:])
+    need_input, need_weight = rest[2:4]
+    return _backward(dz, u, weight, *out_val[:2], need_input, need_weight)
 
 
 @_register("depthwise_inference", "pointwise_inference", "dense_inference")
 def _inference(x, bn_y, act_y, weight, *rest, out_val):
+    return _forward(x, weight, out_val)
+
+
+@_register("gated_pointwise_forward")
+def _gated_forward(u, bn_u, act_u, gate, weight, *rest, out_val):
+    return _forward(u, weight, out_val[0])
+
+
+@_register("gated_pointwise_backward")
+def _gated_backward(dz, y, grad_bn_y, u, bn_u, act_u, gate, weight, need_input, need_weight, *rest, out_val):
+    return _backward(dz, u, weight, *out_val[:2], need_input, need_weight)
+
+
+@_register("gated_pointwise_inference")
+def _gated_inference(x, gate, bn_y, act_y, weight, *rest, out_val):
     return _forward(x, weight, out_val)
 
 

@@ -36,6 +36,7 @@ class UnitModules(NamedTuple):
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
     act: int
+    slope: float  # of a leaky ReLU
     size: int  # how many modules: a linear unit has no third
 
 
@@ -61,7 +62,7 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 class FusedSequential(Staged, nn.Sequential):
     """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels. The
-    activation is ReLU, ReLU6, Hardswish or SiLU, or there is none.
+    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.
@@ -190,7 +191,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
 
 def as_tensors(unit: UnitModules) -> Unit:
     """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
-    kind, conv, bn, act, _ = unit
+    kind, conv, bn, act, slope, _ = unit
     batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = None
     if _tracks(bn):
@@ -199,7 +200,7 @@ def as_tensors(unit: UnitModules) -> Unit:
             momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
     return Unit(
         kind, conv.stride[0], padding_of(conv), conv.weight, conv.bias, bn.weight, bn.bias,
-        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps, act,
+        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps, act, slope,
     )  # fmt: skip
 
 
@@ -275,14 +276,14 @@ def padding_of(conv: nn.Conv2d) -> Padding:
 def _unit(conv: nn.Module = None, bn: nn.Module = None, activation: nn.Module = None) -> UnitModules | None:
     if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d)):
         return None
-    act = _act_of(activation)
-    act, size = (Act.LINEAR.value, 2) if act is None else (act, 3)
+    known = _act_of(activation)
+    (act, slope), size = ((Act.LINEAR.value, 0.0), 2) if known is None else (known, 3)
     if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
     if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     kind = conv_kind(conv)
-    return UnitModules(kind, conv, bn, act, size) if kind is not None and _is_consistent(conv, bn) else None
+    return UnitModules(kind, conv, bn, act, slope, size) if kind is not None and _is_consistent(conv, bn) else None
 
 
 _ACTIVATIONS = {
@@ -291,17 +292,21 @@ _ACTIVATIONS = {
     nn.ReLU6: Act.RELU6,
     nn.Hardswish: Act.HARDSWISH,
     nn.SiLU: Act.SILU,
+    nn.LeakyReLU: Act.LEAKY_RELU,
 }
 
 
-def _act_of(module: nn.Module | None) -> int | None:
-    """The activation that ``module`` is, or None where the kernels have none like it."""
+def _act_of(module: nn.Module | None) -> tuple[int, float] | None:
+    """The activation that ``module`` is, and its slope, or None where the kernels have none like it."""
     act = _ACTIVATIONS.get(type(module))
     if act is None or not is_exactly(module, type(module)):
         return None
     if act == Act.RELU6 and (module.min_val, module.max_val) != (0, 6):  # a Hardtanh, whose bounds can be set
         return None
-    return act.value
+    if act == Act.LEAKY_RELU:
+        slope = module.negative_slope
+        return (act.value, float(slope)) if type(slope) in (int, float) and abs(slope) <= _LARGEST else None
+    return act.value, 0.0
 
 
 def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:

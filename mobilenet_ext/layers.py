@@ -109,21 +109,24 @@ def _pointwise_backward(ctx, saved, *grads):
     return _layer_backward("pointwise", ctx, saved, 1, NO_PADDING, *grads)
 
 
-def _norm_act(y, mean, scale, shift, act):
-    return ops.norm_act_forward(_dense(y), _pack(mean, scale, shift), act, False)
+def _norm_act(y, mean, scale, shift, act, slope=0.0):
+    return ops.norm_act_forward(_dense(y), _pack(mean, scale, shift), act, False, None, slope)
 
 
 def _save_norm_act(ctx, inputs, output):
-    *tensors, ctx.act = inputs
+    *tensors, ctx.act, ctx.slope = inputs
     ctx.save_for_backward(*tensors)
 
 
 @first_order("mobilenet_ext::norm_act")
 def _norm_act_backward(ctx, saved, grad):
     y, mean, scale, shift = saved
-    dz, grad_bn = ops.norm_act_backward(_dense(grad), _dense(y), _pack(mean, scale, shift), ctx.act, False, False)
+    bn = _pack(mean, scale, shift)
+    dz, grad_bn = ops.norm_act_backward(
+        _dense(grad), _dense(y), bn, ctx.act, False, False, None, True, ctx.slope
+    )  # fmt: skip
     grad_y, *vectors = _split_grad(dz, grad_bn, scale)
-    return as_gradient_of(y, grad_y), *vectors, None
+    return as_gradient_of(y, grad_y), *vectors, None, None
 
 
 def _bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -240,7 +243,7 @@ pointwise = _layer_op(
 norm_act = _layer_op(
     "norm_act",
     _norm_act,
-    lambda y, mean, scale, shift, act: torch.empty_like(y, memory_format=torch.channels_last),
+    lambda y, mean, scale, shift, act, slope=0.0: torch.empty_like(y, memory_format=torch.channels_last),
     _norm_act_backward,
     _save_norm_act,
     casts=(),

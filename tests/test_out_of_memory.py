@@ -128,7 +128,7 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150)):
     depthwise, pointwise = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(k, c, 1, 1).to(dtype)
     dense = torch.randn(k, c, 3, 3).to(dtype)
     packed = kernels.pack(bn, depthwise, pointwise)
-    plan = kernels.make_plan(['dense_inference'], [bn_k, dense], [1, 1, 1, 1, 1, 1])
+    plan = kernels.make_plan(['dense_inference'], [bn_k, dense], [1, 1, 1, 1, 1, 1], [0.0])
     pooled = channels_last(2, c, 1, 1, dtype=dtype)
     here = {{
         "depthwise_forward": (u, bn, relu, depthwise, 1, 1, None, None, 1e-5, True),

@@ -36,21 +36,35 @@ class Chain:
         pointwise = weight(24, 40, 1, 1)
         packed = kernels.pack(None, None, pointwise)
         self.steps = [
-            ("dense_inference", (bns[0], Act.RELU, weight(16, 3, 3, 3), 2, (0, 1, 0, 1))),
+            ("dense_inference", (bns[0], Act.LEAKY_RELU, weight(16, 3, 3, 3), 2, (0, 1, 0, 1), None, None, 0.25)),
             (
                 "block_inference",
-                (bns[1], Act.HARDSWISH, weights[0], 1, (1, 0, 0, 1), bns[2], Act.SILU, weights[1], block),
+                (
+                    bns[1],
+                    Act.HARDSWISH,
+                    weights[0],
+                    1,
+                    (1, 0, 0, 1),
+                    bns[2],
+                    Act.LEAKY_RELU,
+                    weights[1],
+                    block,
+                    None,
+                    0.0,
+                    0.1,
+                ),  # fmt: skip
             ),
-            ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, (2, 0, 1, 0))),
-            ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, NO_PADDING, packed)),
-            ("norm_act_forward", (bn(24), Act.RELU6, True)),
+            ("depthwise_inference", (bns[3], Act.LINEAR, weight(40, 1, 3, 3), 2, (2, 0, 1, 0), None, None, 0.0)),
+            ("pointwise_inference", (bns[4], Act.RELU, pointwise, 1, NO_PADDING, packed, None, 0.0)),
+            ("norm_act_forward", (bn(24), Act.RELU6, True, None, 0.0)),
         ]
-        arguments = [argument for _, args in self.steps for argument in args]
+        arguments = [argument for _, args in self.steps for argument in args if argument is not None]
         self.ops = [name for name, _ in self.steps]
         self.tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.slopes = [argument for argument in arguments if isinstance(argument, float)]
         self.settings = []
         for argument in arguments:
-            if not isinstance(argument, Tensor):
+            if not isinstance(argument, (Tensor, float)):
                 self.settings += argument if isinstance(argument, tuple) else [int(argument)]
         self.expected = self.op_by_op()
 
@@ -61,7 +75,7 @@ class Chain:
         return y
 
     def plan(self) -> Tensor:
-        return kernels.make_plan(self.ops, self.tensors, self.settings)
+        return kernels.make_plan(self.ops, self.tensors, self.settings, self.slopes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,7 +226,7 @@ def test_handles_may_outlive_everything() -> None:
     code = (
         "import torch; from mobilenet_ext.backends.cpu import kernels;"
         "tensors, settings = [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1, 1, 1, 1];"
-        "keep = kernels.make_plan(['dense_inference'], tensors, settings);"
+        "keep = kernels.make_plan(['dense_inference'], tensors, settings, [0.0]);"
         "import builtins; builtins.keep = keep"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

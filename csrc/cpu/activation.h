@@ -27,6 +27,8 @@ MX_INLINE void with_act(Act act, const F& f) {
       return f(Constant<Act::hardswish>{});
     case Act::silu:
       return f(Constant<Act::silu>{});
+    case Act::leaky_relu:
+      return f(Constant<Act::leaky_relu>{});
   }
 }
 
@@ -117,14 +119,16 @@ MX_INLINE Vec<A> one_plus_exp(Vec<A> x) {
 template <class V>
 using Element = decltype(V{}[0] + 0);
 
+// `slope` is leaky_relu's.
 template <Act act, class V>
-MX_INLINE V activate(V z) {
+MX_INLINE V activate(V z, Element<V> slope) {
   using A = Element<V>;
   if constexpr (act == Act::relu) return at_least(V{}, z);
   if constexpr (act == Act::relu6) return at_most(broadcast(A(6)), at_least(V{}, z));
   // Six times the rounded sixth is 1.
-  if constexpr (act == Act::hardswish) return z * (activate<Act::relu6>(z + A(3)) * (A(1) / 6));
+  if constexpr (act == Act::hardswish) return z * (activate<Act::relu6>(z + A(3), A()) * (A(1) / 6));
   if constexpr (act == Act::silu) return z / one_plus_exp<A>(-z);
+  if constexpr (act == Act::leaky_relu) return select(z > V{}, z, z * slope);
   return z;
 }
 
@@ -133,7 +137,7 @@ constexpr bool passes_or_stops(Act act) { return act == Act::linear || act == Ac
 
 // da times the activation's derivative at z, which at the corners is PyTorch's.
 template <Act act, class V>
-MX_INLINE V activate_backward(V z, V da) {
+MX_INLINE V activate_backward(V z, V da, Element<V> slope) {
   using A = Element<V>;
   if constexpr (act == Act::relu) return select(z <= V{}, V{}, da);
   if constexpr (act == Act::relu6) return select((z <= V{}) | (z >= broadcast(A(6))), V{}, da);
@@ -145,26 +149,27 @@ MX_INLINE V activate_backward(V z, V da) {
     const V sigmoid = A(1) / one_plus_exp<A>(-z);
     return da * (sigmoid * fma(z, A(1) - sigmoid, broadcast(A(1))));
   }
+  if constexpr (act == Act::leaky_relu) return select(z > V{}, da, da * slope);
   return da;
 }
 
 // Not inlined, so that it takes no registers where it is called and exists once.
 template <class V>
-__attribute__((noinline)) void activate_values(Act act, V* values, int count) {
+__attribute__((noinline)) void activate_values(Act act, Element<V> slope, V* values, int count) {
   with_act(act, [&](auto constant_act) {
-    for (int i = 0; i < count; ++i) values[i] = activate<constant_act.value>(values[i]);
+    for (int i = 0; i < count; ++i) values[i] = activate<constant_act.value>(values[i], slope);
   });
 }
 
 // A block in registers.
 template <int rows, int vectors, class V>
-MX_INLINE void activate_block(Act act, V (&values)[rows][vectors]) {
+MX_INLINE void activate_block(Act act, Element<V> slope, V (&values)[rows][vectors]) {
   if (act == Act::linear) return;
   if (act == Act::relu) {
 #pragma GCC unroll 14
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) values[i][v] = activate<Act::relu>(values[i][v]);
+      for (int v = 0; v < vectors; ++v) values[i][v] = activate<Act::relu>(values[i][v], slope);
     return;
   }
   V copy[rows][vectors];  // has an address, and so does not stay in registers
@@ -172,7 +177,7 @@ MX_INLINE void activate_block(Act act, V (&values)[rows][vectors]) {
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) copy[i][v] = values[i][v];
-  activate_values(act, &copy[0][0], rows * vectors);
+  activate_values(act, slope, &copy[0][0], rows * vectors);
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
@@ -195,9 +200,12 @@ struct ChannelNormAct {
   const A* bn;       // [BN_ROWS][channels], or that from a channel on; null: z = y
   int64_t channels;  // of a row
   Act act;
+  A slope;  // of leaky_relu
 
   ChannelNormAct(const NormAct& norm_act, int64_t channels)
-      : bn(static_cast<const A*>(norm_act.bn)), channels(channels), act(norm_act.act) {}
+      : bn(static_cast<const A*>(norm_act.bn)), channels(channels), act(norm_act.act), slope(A(norm_act.slope)) {}
+
+  static ChannelNormAct identity(int64_t channels) { return {{nullptr, Act::linear, 0}, channels}; }
 
   // The same from channel c on.
   ChannelNormAct from(int64_t c) const {

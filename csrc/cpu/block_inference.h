@@ -17,6 +17,7 @@ struct DepthwiseRows {
   const A* channels;  // [kChannelRows][pitch]: weights by tap, then MEAN, SCALE, SHIFT
   int64_t pitch;      // whole runs
   Act act;
+  A slope;
 
   static constexpr int kChannelRows = kTaps + 3;
   static int64_t pitch_of(int64_t channels) { return round_up(channels, N::kChannels); }
@@ -53,7 +54,7 @@ struct DepthwiseRows {
 #pragma GCC unroll 4
       for (int p = 0; p < pixels; ++p) sums[p][v] = norm.z(sums[p][v]);
     }
-    activate_block(act, sums);
+    activate_block(act, slope, sums);
 #pragma GCC unroll 4
     for (int p = 0; p < pixels; ++p) N::store_in_row(out + p * out_pitch, channel, sums[p]);
   }
@@ -158,7 +159,8 @@ inline void block_inference(const BlockArgs& args) {
     channels = own;
   }
 
-  const Rows depthwise{static_cast<const T*>(args.x), g, channels, Rows::pitch_of(g.c_in), args.depthwise.act};
+  const Rows depthwise{static_cast<const T*>(args.x), g, channels, Rows::pitch_of(g.c_in), args.depthwise.act,
+                       A(args.depthwise.slope)};
   ForwardProduct<T> product{};
   product.rows = g.n * g.out_h * g.out_w;
   product.depth = g.c_in;
@@ -167,6 +169,7 @@ inline void block_inference(const BlockArgs& args) {
   if (packed) product.packed = reinterpret_cast<const Operand<T>*>(packed + channels_bytes<T>(g.c_in));
   product.y = static_cast<T*>(args.y);
   product.output = args.pointwise;
+  product.residual = static_cast<const T*>(args.residual);
   forward_product(
       product,
       [&](int64_t begin, int64_t rows, Operand<T>* tile) {

@@ -109,7 +109,7 @@ inline void dense_forward(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, pitch = tile_pitch<Operand<T>>(depth);
-  const ChannelNormAct<A> plain({nullptr, Act::linear}, depth);
+  const auto plain = ChannelNormAct<A>::identity(depth);
   T* const weight = static_cast<T*>(scratch(kWeightSlot, g.c_out * depth * sizeof(T)));
   taps_last_to_first(static_cast<const T*>(args.weight), g.c_out, g.c_in, weight);
   const T* const x = static_cast<const T*>(args.u);
@@ -121,7 +121,7 @@ inline void dense_forward(const ForwardArgs& args) {
           return gather_taps<T>(x, g, begin, rows, reinterpret_cast<T*>(tile), groups_of<E>(depth) * kGroup<E>,
                                 pitch * kGroup<E>);
         for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-          activate_rows<T>(taps, pixels, plain, tile + done * pitch);
+          activate_rows<T>(taps, pixels, plain, Gate<T>::none(), tile + done * pitch);
         });
       },
       [&](int64_t row) { return reach_of_taps(x, g, row); });
@@ -187,7 +187,7 @@ inline void dense_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const int64_t depth = kTaps * g.c_in, weight_size = g.c_out * depth;
-  const ChannelNormAct<A> plain({nullptr, Act::linear}, depth);
+  const auto plain = ChannelNormAct<A>::identity(depth);
   const OutputGradient<T> gradient{static_cast<const T*>(args.dz), static_cast<const T*>(args.y),
                                    static_cast<const A*>(args.grad_bn_y), g.c_out};
   Workspace own(scratch(kWeightSlot, Workspace::bytes<A>(weight_size) + Workspace::bytes<T>(weight_size)));
@@ -204,7 +204,8 @@ inline void dense_backward(const BackwardArgs& args) {
         product,
         [&](int64_t begin, int64_t rows, Operand<T>* panels, int64_t panel_rows) {
           for_taps<T>(x, g, begin, rows, [&](const T* taps, int64_t pixels, int64_t done) {
-            activate_panels<T>(taps, pixels, plain, panels + done / kGroup<Operand<T>> * kPanel<A>, panel_rows);
+            activate_panels<T>(taps, pixels, plain, Gate<T>::none(), panels + done / kGroup<Operand<T>> * kPanel<A>,
+                               panel_rows);
           });
         },
         [&](int64_t row) { return reach_of_taps(x, g, row); });

@@ -67,13 +67,13 @@ inline void depthwise_backward_row(const BackwardRow<T, K>& r, const ChannelNorm
     const Vec<A> u = load_lanes<partial, T>(r.u + x * pitch, count);
     p.centred = u - norm.mean;
     p.z = norm.of_centred(p.centred);
-    p.a = normalises ? activate<act>(p.z) : u;
+    p.a = normalises ? activate<act>(p.z, input.slope) : u;
     p.da = kTapRows<K> < K && need_input ? load_lanes<partial, T>(r.dz_u + x * pitch, count) : zero<A>();
     return p;
   };
   auto end_pixel = [&](int64_t x, const Pixel& p) {
     if (!need_input) return;
-    const Vec<A> dz = normalises ? activate_backward<act>(p.z, p.da) : p.da;
+    const Vec<A> dz = normalises ? activate_backward<act>(p.z, p.da, input.slope) : p.da;
     if (!partial && r.streaming)
       store_streaming<T>(r.dz_u + x * pitch, dz);
     else
@@ -175,20 +175,21 @@ inline void depthwise_backward_row(const BackwardRow<T, K>& r, const ChannelNorm
 
 // a of a row of one vector of channels, a vector a pixel.
 template <class T, int K, Act act, bool partial>
-inline void activate_row(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, Acc<T>* a) {
+inline void activate_row(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, Acc<T> slope, Acc<T>* a) {
   using A = Acc<T>;
   for (int64_t x = r.x_begin; x < r.x_end; ++x, a += kLanes<A>)
-    store<A>(a, activate<act>(norm.z(load_lanes<partial, T>(r.u + x * r.pitch, r.count))));
+    store<A>(a, activate<act>(norm.z(load_lanes<partial, T>(r.u + x * r.pitch, r.count)), slope));
 }
 
 // dz_u and its sums from da, a vector a pixel.
 template <class T, int K, Act act, bool partial>
-inline void activate_row_backward(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, const Acc<T>* da) {
+inline void activate_row_backward(const BackwardRow<T, K>& r, const ChannelNorm<Acc<T>>& norm, Acc<T> slope,
+                                  const Acc<T>* da) {
   using A = Acc<T>;
   Vec<A> sum = zero<A>(), centred_sum = zero<A>();
   for (int64_t x = r.x_begin; x < r.x_end; ++x, da += kLanes<A>) {
     const Vec<A> centred = load_lanes<partial, T>(r.u + x * r.pitch, r.count) - norm.mean;
-    const Vec<A> dz = activate_backward<act>(norm.of_centred(centred), load<A>(da));
+    const Vec<A> dz = activate_backward<act>(norm.of_centred(centred), load<A>(da), slope);
     if (!partial && r.streaming)
       store_streaming<T>(r.dz_u + x * r.pitch, dz);
     else
@@ -232,7 +233,7 @@ inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T, K>& 
   A* const da = a + size;
   ChannelNorm<A> norm{zero<A>(), broadcast<A>(1), zero<A>()};
   if (input.normalises()) norm = input.template norm<partial>(0, r.count);
-  with_act(input.act, [&](auto act) { activate_row<T, K, act.value, partial>(r, norm, a); });
+  with_act(input.act, [&](auto act) { activate_row<T, K, act.value, partial>(r, norm, input.slope, a); });
   if (kTapRows<K> < K && r.dz_u)
     for (int64_t i = 0; i < size; ++i) da[i] = 0;
   BackwardRow<A, K> products{};
@@ -250,9 +251,9 @@ inline void depthwise_backward_row_in_passes(int rows, const BackwardRow<T, K>& 
   products.x_end = r.x_end;
   products.padding = r.padding;
   products.count = L;
-  depthwise_backward_row_of<A, K, stride, false, Act::linear>(rows, products,
-                                                              ChannelNormAct<A>({nullptr, Act::linear}, L));
-  if (r.dz_u) with_act(input.act, [&](auto act) { activate_row_backward<T, K, act.value, partial>(r, norm, da); });
+  depthwise_backward_row_of<A, K, stride, false, Act::linear>(rows, products, ChannelNormAct<A>::identity(L));
+  if (r.dz_u)
+    with_act(input.act, [&](auto act) { activate_row_backward<T, K, act.value, partial>(r, norm, input.slope, da); });
 }
 
 // Loads `columns` pixels of the gradient at the convolution's output into `out`, [vectors][columns][lanes], and asks

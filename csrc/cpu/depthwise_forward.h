@@ -23,8 +23,9 @@ struct ForwardRow {
   // taps, [K][lanes]. For a row outside the image both are zeros, so that the loops over pixels have one form.
   const A* row[K];
   const A* weight[K];
-  const A* bias;  // null: 0
-  T* y;           // column 0
+  const A* bias;      // null: 0
+  T* y;               // column 0
+  const T* residual;  // likewise; null: 0
   int64_t x_begin, x_end;
   int count;
   bool streaming;  // y goes past the cache
@@ -32,8 +33,8 @@ struct ForwardRow {
   A *sum, *sum_squares;
 };
 
-// `simple`: the output's activation is linear or ReLU, which need no registers; the others are called, from a copy that
-// would cost those two a tenth of the time.
+// `simple`: the output's activation is linear or ReLU, which need no registers, and there is no residual; the others
+// are called, from a copy that would cost those two a tenth of the time.
 template <class T, int K, int stride, bool partial, bool simple>
 inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
   using A = Acc<T>;
@@ -69,13 +70,16 @@ inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, 
     if constexpr (simple) {
       if (output.act == Act::relu) {
 #pragma GCC unroll 4
-        for (int i = 0; i < pixels; ++i) values[i][0] = activate<Act::relu>(values[i][0]);
+        for (int i = 0; i < pixels; ++i) values[i][0] = activate<Act::relu>(values[i][0], output.slope);
       }
     } else {
-      activate_block(output.act, values);
+      activate_block(output.act, output.slope, values);
     }
   };
   auto put = [&](int64_t x, Vec<A> v) {
+    if constexpr (!simple) {
+      if (r.residual) v += load_lanes<partial, T>(r.residual + x * channels, count);
+    }
     if (!partial && r.streaming)
       store_streaming<T>(r.y + x * channels, v);
     else
@@ -155,7 +159,7 @@ inline void load_input_row(const T* u, int64_t columns, const ChannelNormAct<Acc
       for (int v = 0; v < V; ++v) {
         if (v * L * sizeof(T) % kCacheLine == 0) __builtin_prefetch(from + v * L + ahead);
         const Vec<A> value = load_lanes<partial, T>(from + v * L, count);
-        store<A>(to + v * L * columns, normalises ? activate<act>(norm[v].z(value)) : value);
+        store<A>(to + v * L * columns, normalises ? activate<act>(norm[v].z(value), input.slope) : value);
       }
     }
   });
@@ -168,7 +172,9 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
   const Geometry& g = args.g;
   const int64_t channels = g.c_in;
   const T* u = static_cast<const T*>(args.u) + t.image * g.h * g.w * channels + t.channel_begin;
-  T* y = static_cast<T*>(args.y) + t.image * g.out_h * g.out_w * channels + t.channel_begin;
+  const int64_t output_offset = t.image * g.out_h * g.out_w * channels + t.channel_begin;
+  T* y = static_cast<T*>(args.y) + output_offset;
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + output_offset : nullptr;
   const auto input = ChannelNormAct<A>(args.input, channels).from(t.channel_begin);
   const auto output = ChannelNormAct<A>(args.output, channels).from(t.channel_begin);
   weight += t.channel_begin * (K * K);
@@ -207,6 +213,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       }
       r.bias = bias ? bias + c : nullptr;
       r.y = y + oy * g.out_w * channels + c;
+      r.residual = residual ? residual + oy * g.out_w * channels + c : nullptr;
       r.x_begin = t.column_begin;
       r.x_end = t.column_end;
       r.count = int(min_of(t.channels - c, L));
@@ -214,7 +221,7 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.shift = shift + c;
       r.sum = sum + c;
       r.sum_squares = sum_squares + c;
-      const bool simple = output.act == Act::linear || output.act == Act::relu;
+      const bool simple = is_simple(output.act) && residual == nullptr;
       const auto run = [&](auto partial, auto simple) {
         depthwise_forward_row<T, K, stride, partial.value, simple.value>(r, g, output.from(c));
       };

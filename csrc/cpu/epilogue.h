@@ -47,6 +47,22 @@ MX_INLINE void store_rows(T* to, int64_t pitch, int64_t columns, int count, bool
   });
 }
 
+// Adds the first `count` rows of `from`, pitch apart, to a register block.
+template <int rows, int vectors, class T>
+MX_INLINE void add_rows(const T* from, int64_t pitch, int64_t columns, int count,
+                        Vec<Acc<T>> (&values)[rows][vectors]) {
+  using A = Acc<T>;
+  with_lanes<vectors, A>(columns, [&](auto is_partial) {
+    constexpr bool partial = decltype(is_partial)::value;
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v)
+        if (i < count)
+          values[i][v] += load_lanes<partial, T>(from + i * pitch + v * kLanes<A>, lanes_in<partial, A>(columns, v));
+  });
+}
+
 // Adds the panel's biases to a register block; null: none.
 template <int rows, int vectors, class A>
 MX_INLINE void add_bias(const A* bias, int64_t columns, Vec<A> (&sums)[rows][vectors]) {
@@ -126,7 +142,7 @@ struct StoreWithMoments {
   }
 };
 
-// y = act(norm(product + bias)).
+// y = act(norm(product + bias)) + residual.
 template <class T>
 struct StoreNormAct {
   using A = Acc<T>;
@@ -135,6 +151,7 @@ struct StoreNormAct {
   int64_t pitch, columns;
   const A* bias;             // the panel's; null: 0
   ChannelNormAct<A> output;  // from the panel's first channel on
+  const T* residual;         // like y; null: 0
   bool streaming;
 
   template <int rows, int vectors>
@@ -151,7 +168,8 @@ struct StoreNormAct {
         }
       }
     });
-    activate_block(output.act, sums);
+    activate_block(output.act, output.slope, sums);
+    if (residual) add_rows<rows, vectors, T>(residual + row * pitch, pitch, columns, count, sums);
     store_rows<rows, vectors, T>(y + row * pitch, pitch, columns, count, streaming, sums);
   }
 };
@@ -170,7 +188,7 @@ __attribute__((noinline)) void activate_rows_backward(const T* u, const ChannelN
         const ChannelNorm<A> norm = input.template norm<partial>(v * kLanes<A>, lanes);
         for (int i = 0; i < rows; ++i) {
           const Vec<A> z = norm.z(load_lanes<partial, T>(u + i * input.channels + v * kLanes<A>, lanes));
-          da[i * vectors + v] = activate_backward<act.value>(z, da[i * vectors + v]);
+          da[i * vectors + v] = activate_backward<act.value>(z, da[i * vectors + v], input.slope);
         }
       }
     });
@@ -210,7 +228,7 @@ struct StoreInputGradient {
             for (int i = 0; i < rows; ++i)
               if (i < count) {
                 const Vec<A> distance = load_lanes<partial, T>(u + offset + i * pitch, lanes) - norm.mean;
-                sums[i][v] = activate_backward<act.value>(norm.of_centred(distance), sums[i][v]);
+                sums[i][v] = activate_backward<act.value>(norm.of_centred(distance), sums[i][v], input.slope);
                 const Vec<A> stored = round_to_storage<T>(sums[i][v]);
                 few_sum += stored;
                 few_centred = fma(stored, distance, few_centred);
@@ -244,6 +262,68 @@ struct StoreInputGradient {
       store_partial<A>(sums_out + v * kLanes<A>, sum[v], count);
       store_partial<A>(centred_out + v * kLanes<A>, centred[v], count);
     }
+  }
+};
+
+// Of da*gate, [rows][vectors], makes da, and adds the rows' parts to the gradient of the gate. `input` is from the
+// panel's first column on, u its first row there; the gate's rows and columns likewise. grad_gate has a row of
+// `input.channels` an image.
+template <int vectors, class T>
+__attribute__((noinline)) void gate_rows_backward(const T* u, const ChannelNormAct<Acc<T>>& input, const Gate<T>& gate,
+                                                  int64_t columns, int rows, Acc<T>* grad_gate, Vec<Acc<T>>* da) {
+  using A = Acc<T>;
+  with_norm_act(input, [&](auto normalises, auto act) {
+    with_lanes<vectors, A>(columns, [&](auto is_partial) {
+      constexpr bool partial = decltype(is_partial)::value;
+      for (int first = 0; first < rows;) {
+        const int64_t image = gate.image(first);
+        const int end = int(min_of((image + 1) * gate.pixels - gate.begin, rows));
+        for (int v = 0; v < vectors; ++v) {
+          const int lanes = lanes_in<partial, A>(columns, v);
+          const int64_t at = v * kLanes<A>;
+          const Vec<A> factor = load_lanes<partial, T>(gate.row(first) + at, lanes);
+          ChannelNorm<A> norm{};
+          if constexpr (normalises.value) norm = input.template norm<partial>(at, lanes);
+          Vec<A> sum = zero<A>();
+          for (int i = first; i < end; ++i) {
+            Vec<A> a = load_lanes<partial, T>(u + i * input.channels + at, lanes);
+            if constexpr (normalises.value) a = activate<act.value>(norm.z(a), input.slope);
+            Vec<A>& gated = da[i * vectors + v];
+            sum = fma(gated, a, sum);
+            gated *= factor;
+          }
+          A* const to = grad_gate + image * input.channels + at;
+          store_lanes<partial, A>(to, load_lanes<partial, A>(to, lanes) + sum, lanes);
+        }
+        first = end;
+      }
+    });
+  });
+}
+
+// da = the product times the gate, and the gradient of the gate: sums of the product times a.
+template <class T>
+struct StoreGatedGradient {
+  using A = Acc<T>;
+  static constexpr bool kAdds = false;
+  T* da;                    // the tile's first row, the panel's first column
+  const T* u;               // likewise
+  ChannelNormAct<A> input;  // from the panel's first column on
+  Gate<T> gate;             // likewise, from the tile's first row on
+  A* grad_gate;             // likewise, of the image of row 0 of all tiles
+  int64_t columns;          // the panel's
+  bool streaming;
+
+  template <int rows, int vectors>
+  MX_INLINE void end(int64_t row, int count, Vec<A> (&sums)[rows][vectors]) {
+    const int64_t pitch = input.channels;
+    Vec<A> copy[rows][vectors];  // has an address, and so does not stay in registers
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) copy[i][v] = sums[i][v];
+    gate_rows_backward<vectors>(u + row * pitch, input, gate.from(row), columns, count, grad_gate, &copy[0][0]);
+    store_rows<rows, vectors, T>(da + row * pitch, pitch, columns, count, streaming, copy);
   }
 };
 

@@ -37,6 +37,7 @@ inline void norm_act_rows(const NormActArgs& args, const PixelTile& t) {
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + first : nullptr;
   T* out = static_cast<T*>(args.out) + first;
   const bool streaming = streams<T>(args.out, args.n * args.hw, args.c);
   const ChannelNormAct<A> norm_act(args.norm_act, args.c);
@@ -50,7 +51,8 @@ inline void norm_act_rows(const NormActArgs& args, const PixelTile& t) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = i * args.c + c + v * L;
-        const Vec<A> a = activate<act>(norm[v].z(load_lanes<partial, T>(y + at, count)));
+        Vec<A> a = activate<act>(norm[v].z(load_lanes<partial, T>(y + at, count)), norm_act.slope);
+        if (residual) a += load_lanes<partial, T>(residual + at, count);
         if (!partial && streaming)
           store_streaming<T>(out + at, a);
         else
@@ -80,7 +82,7 @@ inline void pool_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const Vec<A> x = load_lanes<partial, T>(y + i * args.c + c + v * L, count);
-        sum[v] += activate<act>(norm[v].z(x));
+        sum[v] += activate<act>(norm[v].z(x), norm_act.slope);
       }
     }
 #pragma GCC unroll 4
@@ -119,16 +121,22 @@ inline void norm_act_forward(const NormActArgs& args) {
   });
 }
 
+// What the gradient at the activation is made of.
+enum class GradientOf { pixels, pooled, both };
+
 // dz of the tile's pixels, and its sums: [2][c], sum of dz and of dz*(y - MEAN).
-template <class T, Act act, bool pool>
+template <class T, Act act, GradientOf of>
 inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t first = (t.image * args.hw + t.pixel_begin) * args.c, pixels = t.pixel_end - t.pixel_begin;
   const T* y = static_cast<const T*>(args.y) + first;
-  T* dz = static_cast<T*>(args.dz) + first;
-  const T* grad = static_cast<const T*>(args.grad) + (pool ? t.image * args.c : first);
-  const bool streaming = streams<T>(args.dz, args.n * args.hw, args.c);
+  constexpr bool has_pixels = of != GradientOf::pooled, has_pooled = of != GradientOf::pixels;
+  const bool wanted = args.dz != nullptr;
+  T* dz = wanted ? static_cast<T*>(args.dz) + first : nullptr;
+  const T* grad = has_pixels ? static_cast<const T*>(args.grad) + first : nullptr;
+  const T* grad_pooled = static_cast<const T*>(has_pixels ? args.grad_pooled : args.grad) + t.image * args.c;
+  const bool streaming = wanted && streams<T>(args.dz, args.n * args.hw, args.c);
   const ChannelNormAct<A> norm_act(args.norm_act, args.c);
   for_channel_vectors<A>(args.c, [&](int64_t c, int count, auto run) {
     constexpr int V = run.vectors;
@@ -138,7 +146,7 @@ inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       norm[v] = norm_act.template norm<partial>(c + v * L, count);
-      if constexpr (pool) pooled[v] = load_lanes<partial, T>(grad + c + v * L, count) / A(args.hw);
+      if constexpr (has_pooled) pooled[v] = load_lanes<partial, T>(grad_pooled + c + v * L, count) / A(args.hw);
     }
     for (int64_t i = 0; i < pixels; ++i) {
 #pragma GCC unroll 4
@@ -146,16 +154,15 @@ inline void norm_act_backward_rows(const NormActArgs& args, const PixelTile& t, 
         const int64_t at = i * args.c + c + v * L;
         const Vec<A> centred = load_lanes<partial, T>(y + at, count) - norm[v].mean;
         Vec<A> g;
-        if constexpr (pool)
-          g = pooled[v];
-        else
-          g = load_lanes<partial, T>(grad + at, count);
-        g = activate_backward<act>(norm[v].of_centred(centred), g);
+        if constexpr (of == GradientOf::pixels) g = load_lanes<partial, T>(grad + at, count);
+        if constexpr (of == GradientOf::pooled) g = pooled[v];
+        if constexpr (of == GradientOf::both) g = load_lanes<partial, T>(grad + at, count) + pooled[v];
+        g = activate_backward<act>(norm[v].of_centred(centred), g, norm_act.slope);
         if (!partial && streaming)
           store_streaming<T>(dz + at, g);
-        else
+        else if (wanted)
           store_lanes<partial, T>(dz + at, g, count);
-        const Vec<A> stored = pool || !passes_or_stops(act) ? round_to_storage<T>(g) : g;
+        const Vec<A> stored = has_pooled || !passes_or_stops(act) ? round_to_storage<T>(g) : g;
         sum[v] += stored;
         centred_sum[v] = fma(stored, centred, centred_sum[v]);
       }
@@ -177,10 +184,13 @@ inline void norm_act_backward(const NormActArgs& args) {
   with_act(args.norm_act.act, [&](auto act) {
     parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
+        A* const sums = partials + i * 2 * args.c;
         if (args.pool)
-          norm_act_backward_rows<T, act.value, true>(args, grid.tile(i), partials + i * 2 * args.c);
+          norm_act_backward_rows<T, act.value, GradientOf::pooled>(args, grid.tile(i), sums);
+        else if (args.grad_pooled)
+          norm_act_backward_rows<T, act.value, GradientOf::both>(args, grid.tile(i), sums);
         else
-          norm_act_backward_rows<T, act.value, false>(args, grid.tile(i), partials + i * 2 * args.c);
+          norm_act_backward_rows<T, act.value, GradientOf::pixels>(args, grid.tile(i), sums);
       }
     });
   });

@@ -91,9 +91,11 @@ void Plans::drop(void* address) {
 // Reads the steps' tensors and settings, in the order of the ops' arguments in csrc/ops.h.
 class PlanBuilder {
  public:
-  PlanBuilder(const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings)
+  PlanBuilder(const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+              const std::vector<double>& slopes)
       : tensors_(tensors),
         settings_(settings),
+        slopes_(slopes),
         plan_(new Plan{{}, weight_of(tensors).scalar_type(), Dtype::f32, 0, {}}),
         call_(weight_of(tensors)) {
     plan_->dtype = dtype_of<Backend>(weight_of(tensors), "weight");
@@ -111,6 +113,7 @@ class PlanBuilder {
   std::shared_ptr<const Plan> finish() {
     STD_TORCH_CHECK(next_tensor_ == tensors_.size(), "tensors: more than the ops take");
     STD_TORCH_CHECK(next_setting_ == settings_.size(), "settings: more than the ops take");
+    STD_TORCH_CHECK(next_slope_ == slopes_.size(), "slopes: more than the ops take");
     return std::move(plan_);
   }
 
@@ -148,7 +151,8 @@ class PlanBuilder {
     const int64_t c_out = pointwise_weight.size(0);
     step.args.g = sizeless(c_out);
     call_.check_packed(packed, plan_->dtype, channels_, c_out, true);
-    step.args.depthwise = call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", plan_->type, channels_);
+    step.args.depthwise =
+        call_.check_norm_act(depthwise_bn, "bn", depthwise_act, "act", slope(), plan_->type, channels_);
     step.args.depthwise.bn = nullptr;  // packed, as both weights are; the tensor may go before the plan does
     step.args.pointwise = norm_act(pointwise_bn, pointwise_act, c_out);
     step.args.packed = copy(packed);
@@ -184,6 +188,11 @@ class PlanBuilder {
     return settings_[next_setting_++];
   }
 
+  double slope() {
+    STD_TORCH_CHECK(next_slope_ < slopes_.size(), "slopes: too few for the ops");
+    return slopes_[next_slope_++];
+  }
+
   // A copy of the plan's own: whoever holds the tensor may write to it, free it or give it another memory.
   const void* copy(const Tensor& dense) {
     const int64_t bytes = dense.numel() * int64_t(dense.element_size());
@@ -194,8 +203,9 @@ class PlanBuilder {
   }
 
   NormAct norm_act(const Tensor& bn, int64_t act, int64_t channels) {
-    const NormAct checked = call_.check_norm_act(bn, "bn", act, "act", plan_->type, channels);
-    return {copy(bn), checked.act};
+    NormAct checked = call_.check_norm_act(bn, "bn", act, "act", slope(), plan_->type, channels);
+    checked.bn = copy(bn);
+    return checked;
   }
 
   // A convolution, whose stride and padding come next; the first one tells the channels of the input.
@@ -225,9 +235,10 @@ class PlanBuilder {
 
   const std::vector<Tensor>& tensors_;
   const std::vector<int64_t>& settings_;
+  const std::vector<double>& slopes_;
   std::unique_ptr<Plan> plan_;
   Call<Backend> call_;
-  size_t next_tensor_ = 0, next_setting_ = 0;
+  size_t next_tensor_ = 0, next_setting_ = 0, next_slope_ = 0;
   int64_t channels_ = 0;  // of what the next step reads
 };
 
@@ -286,9 +297,9 @@ class Memory {
 }  // namespace
 
 Tensor make_plan(const std::vector<std::string>& ops, const std::vector<Tensor>& tensors,
-                 const std::vector<int64_t>& settings) {
+                 const std::vector<int64_t>& settings, const std::vector<double>& slopes) {
   STD_TORCH_CHECK(!ops.empty(), "ops: expected at least one");
-  PlanBuilder builder(tensors, settings);
+  PlanBuilder builder(tensors, settings, slopes);
   for (const std::string& op : ops) builder.add(op);
   return plans->add(builder.finish());
 }

@@ -13,11 +13,11 @@
 
 namespace mx::cpu {
 
-// `tensors` and `settings` are the arguments of the inference ops after the activation (csrc/ops.h), in order; a weight
-// that can be packed comes with its packed form, and the plan copies what it needs. The result is a handle: a tensor
-// that owns the plan, known by where it lies and not by what it holds.
+// `tensors`, `settings` and `slopes` are the arguments of the inference ops after the activation (csrc/ops.h), in
+// order; a weight that can be packed comes with its packed form, and the plan copies what it needs. The result is a
+// handle: a tensor that owns the plan, known by where it lies and not by what it holds.
 Tensor make_plan(const std::vector<std::string>& ops, const std::vector<Tensor>& tensors,
-                 const std::vector<int64_t>& settings);
+                 const std::vector<int64_t>& settings, const std::vector<double>& slopes);
 Tensor run_plan(const Tensor& x, const Tensor& plan);
 
 }  // namespace mx::cpu

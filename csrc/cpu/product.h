@@ -38,6 +38,7 @@ struct ForwardProduct {
   T* y;
   Statistics statistics;  // of y, with an output that is linear and not normalised
   NormAct output;
+  const T* residual;  // like y; null: 0
 };
 
 template <class T>
@@ -52,7 +53,8 @@ inline ForwardProduct<T> forward_product_of(const ForwardArgs& args, int64_t dep
           static_cast<const A*>(args.bias),
           static_cast<T*>(args.y),
           args.statistics,
-          args.output};
+          args.output,
+          static_cast<const T*>(args.residual)};
 }
 
 // build(begin, rows, tile) fills a tile (rows tile_pitch(depth) apart) with rows [begin, begin + rows) of a, for which
@@ -127,14 +129,16 @@ inline void forward_product(const ForwardProduct<T>& p, const Build& build, cons
         if (pack_between) pack(panel);
         const E* const b = panel_at(panel);
         const int64_t column = panel * kPanel<A>, columns = p.columns - column;
-        T* const y = p.y + tiles.begin(t) * p.columns + column;
+        const int64_t offset = tiles.begin(t) * p.columns + column;
+        T* const y = p.y + offset;
+        const T* const residual = p.residual ? p.residual + offset : nullptr;
         const A* const bias = p.bias ? p.bias + column : nullptr;
         if (statistics) {
           StoreWithMoments<T> epilogue(y, p.columns, columns, bias, streaming);
           multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
           epilogue.finish(rows, p.columns, moments + t * kMoments * p.columns + column);
         } else {
-          StoreNormAct<T> epilogue{y, p.columns, columns, bias, output.from(column), streaming};
+          StoreNormAct<T> epilogue{y, p.columns, columns, bias, output.from(column), residual, streaming};
           multiply_tile<false>(tile, pitch, rows, b, columns, depth_groups, ahead, epilogue);
         }
       }
@@ -156,9 +160,11 @@ struct BackwardProduct {
   const T* u;
   NormAct input;
   bool batch_stats_u;
+  Gate<T> gate;    // of the input
   T* dz_u;         // null: not wanted
   A* grad_weight;  // [columns][depth]; null: not wanted
   A* grad_bn_u;    // null: not wanted
+  A* grad_gate;    // [images][depth]; where there are a gate and a dz_u
 };
 
 // The parts of a backward pass that its two schedules share.
@@ -174,7 +180,10 @@ class BackwardTiles {
   int64_t panels() const { return ceil_div(p_.depth, kPanel<A>); }
   int64_t panel_size() const { return groups_of<E>(p_.columns) * kPanel<A>; }
   int64_t packed_size() const { return p_.dz_u ? panels() * panel_size() : 0; }
-  int64_t sums_size() const { return p_.grad_bn_u ? tiles_.count * 2 * p_.depth : 0; }
+  // Of each tile the sums of dz_u, or the gradient of the gates of the images that it has rows of.
+  int64_t sums_size() const {
+    return p_.grad_bn_u ? tiles_.count * 2 * p_.depth : p_.grad_gate ? tiles_.count * images() * p_.depth : 0;
+  }
 
   void pack(E* packed) {
     packed_ = packed;
@@ -204,8 +213,23 @@ class BackwardTiles {
   // dz_u of tile t, whose output gradient is dy, by row.
   void input_gradient(int64_t t, const E* dy, Prefetcher& ahead) const {
     const ChannelNormAct<A> input(p_.input, p_.depth);
+    if (p_.grad_gate) clear_gate_sums(t);
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t channel = i * kPanel<A>, offset = tiles_.begin(t) * p_.depth + channel;
+      if (p_.grad_gate) {
+        Gate<T> gate = p_.gate.from(tiles_.begin(t));
+        gate.factors += channel;
+        StoreGatedGradient<T> epilogue{p_.dz_u + offset,
+                                       p_.u + offset,
+                                       input.from(channel),
+                                       gate,
+                                       gate_sums(t) + channel - gate.image(0) * p_.depth,
+                                       p_.depth - channel,
+                                       streaming_};
+        multiply_tile<false>(dy, tile_pitch<E>(p_.columns), tiles_.size(t), packed_ + i * panel_size(),
+                             epilogue.columns, groups_of<E>(p_.columns), ahead, epilogue);
+        continue;
+      }
       StoreInputGradient<T> epilogue{p_.dz_u + offset, p_.u + offset, input.from(channel), p_.depth - channel,
                                      streaming_};
       multiply_tile<false>(dy, tile_pitch<E>(p_.columns), tiles_.size(t), packed_ + i * panel_size(), epilogue.columns,
@@ -222,9 +246,32 @@ class BackwardTiles {
     if (p_.grad_bn_u)
       merge_grad_bn<A>(tiles_.count, p_.depth, 2 * p_.depth, sums_, p_.rows, static_cast<const A*>(p_.input.bn),
                        p_.batch_stats_u, p_.grad_bn_u);
+    if (p_.grad_gate) merge_gate_sums();
   }
 
  private:
+  // How many images a tile has rows of, at most.
+  int64_t images() const { return min_of((tiles_.rows + p_.gate.pixels - 2) / p_.gate.pixels + 1, tiles_.rows); }
+  A* gate_sums(int64_t t) const { return sums_ + t * images() * p_.depth; }
+  void clear_gate_sums(int64_t t) const { __builtin_memset(gate_sums(t), 0, images() * p_.depth * sizeof(A)); }
+
+  void merge_gate_sums() const {
+    parallel(p_.rows / p_.gate.pixels, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        A* const to = p_.grad_gate + image * p_.depth;
+        __builtin_memset(to, 0, p_.depth * sizeof(A));
+        const int64_t first = tiles_.of(image * p_.gate.pixels), last = tiles_.of((image + 1) * p_.gate.pixels - 1);
+        for (int64_t t = first; t <= last; ++t) {
+          const A* const from = gate_sums(t) + (image - p_.gate.image(tiles_.begin(t))) * p_.depth;
+          for (int64_t c = 0; c < p_.depth; c += kLanes<A>) {
+            const int count = int(min_of(p_.depth - c, kLanes<A>));
+            store_partial<A>(to + c, load_partial<A>(to + c, count) + load_partial<A>(from + c, count), count);
+          }
+        }
+      }
+    });
+  }
+
   const BackwardProduct<T>& p_;
   RowTiles tiles_;
   bool streaming_;

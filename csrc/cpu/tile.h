@@ -19,6 +19,7 @@ struct RowTiles {
 
   int64_t begin(int64_t tile) const { return tile * rows; }
   int64_t size(int64_t tile) const { return min_of(rows, total - tile * rows); }
+  int64_t of(int64_t row) const { return row / rows; }
 };
 
 // About `count` tiles of the same size.
@@ -67,6 +68,36 @@ class Workspace {
   char* next_;
 };
 
+// Factors of the activated input by image and channel, for the rows from `begin` on.
+template <class T>
+struct Gate {
+  const T* factors;  // [images][channels]; null: 1
+  int64_t channels, pixels, begin;
+
+  static Gate none() { return {nullptr, 0, 1, 0}; }
+  Gate from(int64_t row) const { return {factors, channels, pixels, begin + row}; }
+  int64_t image(int64_t row) const { return (begin + row) / pixels; }
+  const T* row(int64_t row) const { return factors + image(row) * channels; }
+};
+
+// The gate's rows for a run of rows: looked up once for all their channels.
+template <class T>
+struct GateRows {
+  const Gate<T>& gate;
+  const T* of_row[4];
+
+  explicit GateRows(const Gate<T>& gate) : gate(gate) {}
+
+  template <bool partial, int rows>
+  MX_INLINE void multiply(int64_t i, int64_t channel, int count, Vec<Acc<T>> (&value)[rows]) {
+    if (gate.factors == nullptr) return;
+    if (channel == 0)
+      for (int k = 0; k < rows; ++k) of_row[k] = gate.row(i + k);
+#pragma GCC unroll 4
+    for (int k = 0; k < rows; ++k) value[k] *= load_lanes<partial, T>(of_row[k] + channel, count);
+  }
+};
+
 // The input's `count` channels of `rows` rows, made from u. Lanes after a partial vector are act(0), 0.
 template <int rows, bool partial, bool normalises, Act act, class T>
 MX_INLINE void activate_lanes(const T* u, int64_t u_pitch, int count, const ChannelNormAct<Acc<T>>& input,
@@ -77,7 +108,7 @@ MX_INLINE void activate_lanes(const T* u, int64_t u_pitch, int count, const Chan
   if constexpr (normalises) {
     const ChannelNorm<A> norm = input.template norm<partial>(channel, count);
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) value[i] = activate<act>(norm.z(value[i]));
+    for (int i = 0; i < rows; ++i) value[i] = activate<act>(norm.z(value[i]), input.slope);
   }
 }
 
@@ -112,13 +143,16 @@ MX_INLINE void store_groups(Operand<T>* to, int64_t apart, const Vec<Acc<T>> (&v
 
 // Rows of the input, tile_pitch apart: a tile to broadcast from. The tile has room for whole vectors.
 template <class T>
-inline void activate_rows(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, Operand<T>* tile) {
+inline void activate_rows(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, const Gate<T>& gate,
+                          Operand<T>* tile) {
   const int64_t channels = input.channels, pitch = tile_pitch<Operand<T>>(channels);
+  GateRows<T> gates(gate);
   with_norm_act(input, [&](auto normalises, auto act) {
     for_row_runs<1, Acc<T>>(rows, channels, [&](auto run, int64_t i, int64_t c, auto partial, int count) {
       Vec<Acc<T>> value[run.value];
       activate_lanes<run.value, partial.value, normalises.value, act.value>(u + i * channels + c, channels, count,
                                                                             input, c, value);
+      gates.template multiply<partial.value>(i, c, count, value);
 #pragma GCC unroll 4
       for (int k = 0; k < run.value; ++k) store_in_row<T>(tile + (i + k) * pitch, c, value[k]);
     });
@@ -128,16 +162,18 @@ inline void activate_rows(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>
 // The input in panels [ceil(channels / kPanel)][panel_rows / kGroup][kPanel], with rows along the depth: what a weight
 // gradient multiplies with. Of a last panel only the vectors with channels in them are written.
 template <class T>
-inline void activate_panels(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, Operand<T>* panels,
-                            int64_t panel_rows) {
+inline void activate_panels(const T* u, int64_t rows, const ChannelNormAct<Acc<T>>& input, const Gate<T>& gate,
+                            Operand<T>* panels, int64_t panel_rows) {
   using A = Acc<T>;
   constexpr int group = kGroup<Operand<T>>;
   const int64_t channels = input.channels, panel_size = panel_rows / group * kPanel<A>;
+  GateRows<T> gates(gate);
   with_norm_act(input, [&](auto normalises, auto act) {
     for_row_runs<group, A>(rows, channels, [&](auto run, int64_t i, int64_t c, auto partial, int count) {
       Vec<A> value[run.value];
       activate_lanes<run.value, partial.value, normalises.value, act.value>(u + i * channels + c, channels, count,
                                                                             input, c, value);
+      gates.template multiply<partial.value>(i, c, count, value);
       store_groups<run.value, T>(panels + c / kPanel<A> * panel_size + i / group * kPanel<A> + c % kPanel<A>, kPanel<A>,
                                  value);
     });

@@ -43,12 +43,15 @@ def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Te
     """A chain of inference ops, (name, its arguments after the activation) each and every weight packed, as one call
     (``csrc/cpu/plan.h``), which has copies of the tensors that it needs."""
     arguments = [argument for _, args in steps for argument in args if argument is not None]
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    settings = []
+    tensors, settings, slopes = [], [], []
     for argument in arguments:
-        if not isinstance(argument, Tensor):
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, float):
+            slopes.append(argument)
+        else:
             settings += map(int, argument) if isinstance(argument, tuple) else [int(argument)]
-    run, plan = kernels.run_plan.default, kernels.make_plan([name for name, _ in steps], tensors, settings)
+    run, plan = kernels.run_plan.default, kernels.make_plan([name for name, _ in steps], tensors, settings, slopes)
     return lambda x: run(x, plan)
 
 

@@ -46,7 +46,7 @@ def _normalise(y: Tensor, bn: Tensor) -> Tensor:
     return (_acc(y) - _channel(mean)) * _channel(scale) + _channel(shift)
 
 
-def _silu_backward(z: Tensor, da: Tensor) -> Tensor:
+def _silu_backward(z: Tensor, da: Tensor, slope: float) -> Tensor:
     sigmoid = z.sigmoid()
     return da * (sigmoid * (1 + z * (1 - sigmoid)))
 
@@ -54,23 +54,29 @@ def _silu_backward(z: Tensor, da: Tensor) -> Tensor:
 # The value of each activation, and its derivative times ``da``, with PyTorch's values at the corners and for NaN and
 # infinity (a hardswish or silu of -Inf is NaN).
 _ACTIVATE = {
-    Act.LINEAR: lambda z: z,
-    Act.RELU: lambda z: z.masked_fill(z <= 0, 0),
-    Act.RELU6: lambda z: z.clamp(0, 6),
-    Act.HARDSWISH: lambda z: z * (z + 3).clamp(0, 6) / 6,
-    Act.SILU: lambda z: z * z.sigmoid(),
+    Act.LINEAR: lambda z, slope: z,
+    Act.RELU: lambda z, slope: z.masked_fill(z <= 0, 0),
+    Act.RELU6: lambda z, slope: z.clamp(0, 6),
+    Act.HARDSWISH: lambda z, slope: z * (z + 3).clamp(0, 6) / 6,
+    Act.SILU: lambda z, slope: z * z.sigmoid(),
+    Act.LEAKY_RELU: lambda z, slope: torch.where(z > 0, z, z * slope),
 }
 _ACTIVATE_BACKWARD = {
-    Act.LINEAR: lambda z, da: da,
-    Act.RELU: lambda z, da: da.masked_fill(z <= 0, 0),
-    Act.RELU6: lambda z, da: da.masked_fill((z <= 0) | (z >= 6), 0),
-    Act.HARDSWISH: lambda z, da: torch.where(z < 3, da * (z / 3 + 0.5), da).masked_fill(z <= -3, 0),
+    Act.LINEAR: lambda z, da, slope: da,
+    Act.RELU: lambda z, da, slope: da.masked_fill(z <= 0, 0),
+    Act.RELU6: lambda z, da, slope: da.masked_fill((z <= 0) | (z >= 6), 0),
+    Act.HARDSWISH: lambda z, da, slope: torch.where(z < 3, da * (z / 3 + 0.5), da).masked_fill(z <= -3, 0),
     Act.SILU: _silu_backward,
+    Act.LEAKY_RELU: lambda z, da, slope: torch.where(z > 0, da, da * slope),
 }
 
 
-def _norm_act(u: Tensor, bn: Tensor | None, act: int) -> Tensor:
-    return _ACTIVATE[act](_acc(u) if bn is None else _normalise(u, bn))
+def _norm_act(u: Tensor, bn: Tensor | None, act: int, slope: float) -> Tensor:
+    return _ACTIVATE[act](_acc(u) if bn is None else _normalise(u, bn), slope)
+
+
+def _add(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + _acc(residual)
 
 
 def _make_bn(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -130,13 +136,16 @@ def _forward(
     eps: float,
     stats: bool,
     bias: Tensor | None = None,
+    slope_u: float = 0.0,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``y = conv(act(norm(u)), weight) + bias``, and where wanted the normalisation by the statistics of ``y`` as
     stored.
 
     u ``[N, C_in, H, W]``; y ``[N, C_out, H_out, W_out]``; bn_y acc ``[5, C_out]``, or empty.
     """
-    y = _conv(depthwise, _norm_act(u, bn_u, act_u), weight, stride, padding)
+    a = _norm_act(u, bn_u, act_u, slope_u)
+    y = _conv(depthwise, a if gate is None else a * _acc(gate), weight, stride, padding)
     y = _store(y if bias is None else y + _channel(bias), u)
     return y, _batch_bn(y, gamma, beta, eps) if stats else _acc(u).new_empty(0)
 
@@ -155,6 +164,8 @@ def _backward(
     padding: Padding,
     need_input: bool,
     need_weight: bool,
+    slope_u: float = 0.0,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``_forward``: ``dz_u``, that of the weight, and ``grad_bn_u`` of ``dz_u`` as stored.
 
@@ -162,10 +173,11 @@ def _backward(
     and grad_bn_u without a bn_u, is empty.
     """
     dy = _conv_output_grad(dz, y, grad_bn_y)
-    a = _norm_act(u, bn_u, act_u)
+    a = _norm_act(u, bn_u, act_u, slope_u)
     symmetric, rest = _split_padding(padding)
+    read = a if gate is None else a * _acc(gate)
     da, grad_weight, _ = torch.ops.aten.convolution_backward(
-        dy, F.pad(a, rest), _acc(weight), None, [stride] * 2, symmetric, [1, 1], False, [0, 0],
+        dy, F.pad(read, rest), _acc(weight), None, [stride] * 2, symmetric, [1, 1], False, [0, 0],
         u.shape[1] if depthwise else 1, [need_input, need_weight, False],
     )  # fmt: skip
     grad_weight = grad_weight.contiguous() if need_weight else a.new_empty(0)
@@ -173,9 +185,11 @@ def _backward(
     if not need_input:
         return u.new_empty(0), grad_weight, no_bn
     da = F.pad(da, [-side for side in rest])
+    if gate is not None:
+        return _store(da * _acc(gate), u), grad_weight, (da * a).sum((2, 3), keepdim=True)
     if bn_u is None:
         return _store(da, u), grad_weight, no_bn
-    dz_u = _store(_ACTIVATE_BACKWARD[act_u](_normalise(u, bn_u), da), u)
+    dz_u = _store(_ACTIVATE_BACKWARD[act_u](_normalise(u, bn_u), da, slope_u), u)
     return dz_u, grad_weight, _make_grad_bn(dz_u, u, bn_u, batch_stats_u)
 
 
@@ -188,9 +202,13 @@ def _inference(
     stride: int,
     padding: Padding,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_y: float = 0.0,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """``act(norm(conv(x, weight)))``: x ``[N, C_in, H, W]``, the result ``[N, C_out, H_out, W_out]``."""
-    return _store(_norm_act(_conv(depthwise, _acc(x), weight, stride, padding), bn_y, act_y), x)
+    """``act(norm(conv(x, weight))) + residual``: x ``[N, C_in, H, W]``, the others ``[N, C_out, H_out, W_out]``."""
+    a = _acc(x) if gate is None else _acc(x) * _acc(gate)
+    return _store(_add(_norm_act(_conv(depthwise, a, weight, stride, padding), bn_y, act_y, slope_y), residual), x)
 
 
 def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
@@ -217,23 +235,97 @@ pointwise_backward = dense_backward = partial(_backward, False)
 pointwise_inference = dense_inference = partial(_inference, False)
 
 
-def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
-    """``act(norm(y))``: ``[N, C, H, W]``, or pooled its mean over each image, ``[N, C, 1, 1]``."""
-    a = _norm_act(y, bn_y, act)
-    return _store(a.mean((2, 3), keepdim=True) if pool else a, y)
+def gated_pointwise_forward(
+    u: Tensor,
+    bn_u: Tensor | None,
+    act_u: int,
+    gate: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    stats: bool,
+    bias: Tensor | None = None,
+    slope_u: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``pointwise_forward`` of ``act(norm(u)) * gate``, gate ``[N, C_in, 1, 1]``: squeeze-excite's (arXiv:1709.01507,
+    equation 4)."""
+    return _forward(False, u, bn_u, act_u, weight, 1, NO_PADDING, gamma, beta, eps, stats, bias, slope_u, gate)
+
+
+def gated_pointwise_backward(
+    dz: Tensor,
+    y: Tensor | None,
+    grad_bn_y: Tensor | None,
+    u: Tensor,
+    bn_u: Tensor | None,
+    act_u: int,
+    gate: Tensor,
+    weight: Tensor,
+    need_input: bool,
+    need_weight: bool,
+    slope_u: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``gated_pointwise_forward``: ``da`` at ``a = act(norm(u))``, that of the weight, and that of the
+    gate, acc ``[N, C_in, 1, 1]``.
+
+    The gate is made of ``a`` too, by way of its mean over each image, whose gradient is only known after that of the
+    gate: ``norm_act_backward`` takes both, and the activation's derivative with them.
+    """
+    return _backward(
+        False, dz, y, grad_bn_y, u, bn_u, act_u, False, weight, 1, NO_PADDING, need_input, need_weight, slope_u, gate
+    )  # fmt: skip
+
+
+def gated_pointwise_inference(
+    x: Tensor,
+    gate: Tensor,
+    bn_y: Tensor | None,
+    act_y: int,
+    weight: Tensor,
+    packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_y: float = 0.0,
+) -> Tensor:
+    """``pointwise_inference`` of ``x * gate``."""
+    return _inference(False, x, bn_y, act_y, weight, 1, NO_PADDING, packed, residual, slope_y, gate)
+
+
+def norm_act_forward(
+    y: Tensor, bn_y: Tensor, act: int, pool: bool, residual: Tensor | None = None, slope: float = 0.0
+) -> Tensor:
+    """``act(norm(y)) + residual``: ``[N, C, H, W]``, or pooled the mean of ``act(norm(y))`` over each image, ``[N, C,
+    1, 1]``."""
+    a = _norm_act(y, bn_y, act, slope)
+    return _store(a.mean((2, 3), keepdim=True) if pool else _add(a, residual), y)
 
 
 def norm_act_backward(
-    grad: Tensor, y: Tensor, bn_y: Tensor, act: int, batch_stats: bool, pool: bool
+    grad: Tensor,
+    y: Tensor,
+    bn_y: Tensor,
+    act: int,
+    batch_stats: bool,
+    pool: bool,
+    grad_pooled: Tensor | None = None,
+    need_dz: bool = True,
+    slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``dz`` ``[N, C, H, W]`` from the gradient of ``norm_act_forward``, and ``grad_bn_y`` acc ``[6, C]`` of it."""
-    da = (_acc(grad) / (y.shape[2] * y.shape[3])).expand(y.shape) if pool else _acc(grad)
-    dz = _store(_ACTIVATE_BACKWARD[act](_normalise(y, bn_y), da), y)
-    if (
-        dz is grad
-    ):  # float32 and float64 activations, linear: the outputs of an op must not share memory with its inputs
+    """``dz`` ``[N, C, H, W]`` from the gradient of ``norm_act_forward``, and ``grad_bn_y`` acc ``[6, C]`` of it.
+
+    ``grad_pooled``, ``[N, C, 1, 1]``: the gradient at the mean over each image, where that is an output too. What is
+    not wanted is empty: without an activation ``dz`` is ``grad``, which is that of a residual in any case.
+    """
+    pixels = y.shape[2] * y.shape[3]
+    da = (_acc(grad) / pixels).expand(y.shape) if pool else _acc(grad)
+    da = _add(da, None if grad_pooled is None else _acc(grad_pooled) / pixels)
+    dz = _store(_ACTIVATE_BACKWARD[act](_normalise(y, bn_y), da, slope), y)
+    grad_bn_y = _make_grad_bn(dz, y, bn_y, batch_stats)
+    if not need_dz:
+        dz = y.new_empty(0)
+    elif dz is grad:  # of a linear activation: the outputs of an op must not share memory with its inputs
         dz = grad.clone(memory_format=torch.channels_last)
-    return dz, _make_grad_bn(dz, y, bn_y, batch_stats)
+    return dz, grad_bn_y
 
 
 def bn_from_running(
@@ -261,10 +353,15 @@ def block_inference(
     pointwise_act: int,
     pointwise_weight: Tensor,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    depthwise_slope: float = 0.0,
+    pointwise_slope: float = 0.0,
 ) -> Tensor:
     """A depthwise 3x3 and a pointwise ``_inference``; what is between them is not rounded.
 
-    x ``[N, C, H, W]``, the result ``[N, C_out, H_out, W_out]``.
+    x ``[N, C, H, W]``, the result and the residual ``[N, C_out, H_out, W_out]``.
     """
-    a = _inference(True, _acc(x), depthwise_bn, depthwise_act, depthwise_weight, stride, padding)
-    return _store(_inference(False, a, pointwise_bn, pointwise_act, pointwise_weight, 1, NO_PADDING), x)
+    a = _conv(True, _acc(x), depthwise_weight, stride, padding)
+    a = _norm_act(a, depthwise_bn, depthwise_act, depthwise_slope)
+    y = _norm_act(_conv(False, a, pointwise_weight, 1, NO_PADDING), pointwise_bn, pointwise_act, pointwise_slope)
+    return _store(_add(y, residual), x)
