@@ -89,11 +89,12 @@ def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if not rounds_operands(dtype):
         return in_float64(getattr(reference, op), args)[:2]
     dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, *rest = map(as_double, args)
+    slope_u = rest[5] if len(rest) > 5 else 0.0
     dy = reference._conv_output_grad(dz, y, grad_bn_y).to(dtype).double()
-    a = reference._norm_act(u, bn_u, act_u).to(dtype).double()
+    a = reference._norm_act(u, bn_u, act_u, slope_u).to(dtype).double()
     da, grad_weight, _ = getattr(reference, op)(dy, None, None, a, None, Act.LINEAR, batch_stats_u, *rest)
     if bn_u is not None:
-        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da)
+        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da, slope_u)
     return da, grad_weight
 
 

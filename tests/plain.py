@@ -23,6 +23,7 @@ MODULES = {
     Act.RELU6: nn.ReLU6,
     Act.HARDSWISH: nn.Hardswish,
     Act.SILU: nn.SiLU,
+    Act.LEAKY_RELU: nn.LeakyReLU,
 }
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -32,6 +33,16 @@ FORWARD, GRADIENT = 1e-5, 1e-4
 TRAINING_FORWARD = 5e-5  # of the whole network in training mode
 SIXTEEN_BITS = 1.5  # times the error of PyTorch's own path
 FLOAT32_UNIT = 2.0**-23  # float32 vectors beside 16-bit activations: errors below their own rounding are all the same
+
+
+def activate(act: Act, z: Tensor, slope: float = 0.0) -> Tensor:
+    return nn.LeakyReLU(slope)(z) if act == Act.LEAKY_RELU else MODULES[act]()(z)
+
+
+def normalise(y: Tensor, bn: Tensor) -> Tensor:
+    """``y`` normalised by a ``bn`` of the kernel ops, [5, C]."""
+    mean, scale, shift, *_ = (row.view(1, -1, 1, 1) for row in bn)
+    return (y - mean) * scale + shift
 
 
 class Shape(NamedTuple):

@@ -71,7 +71,7 @@ _ACTIVATE_BACKWARD = {
 }
 
 
-def _norm_act(u: Tensor, bn: Tensor | None, act: int, slope: float) -> Tensor:
+def _norm_act(u: Tensor, bn: Tensor | None, act: int, slope: float = 0.0) -> Tensor:
     return _ACTIVATE[act](_acc(u) if bn is None else _normalise(u, bn), slope)
 
 

@@ -1,0 +1,135 @@
+"""Residuals in C++ for CPUs: what is added to an output before it is stored, and gradients that meet there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cpu_ops import (
+    ACC_TOLERANCE,
+    DTYPES,
+    TOLERANCE,
+    activation,
+    assert_close,
+    cases,
+    in_float64,
+    ops,
+    random_bn,
+    rounds_operands,
+    same_bits,
+)
+from torch import Tensor
+
+from mobilenet_ext.backends import reference
+from mobilenet_ext.contract import BN_RSTD, GRAD_BETA, GRAD_GAMMA, NO_PADDING, Act
+
+ONE = (1, 1, 1, 1)
+IMAGES = cases([(2, 24, 9, 9), (1, 7, 5, 4)], (2, 33, 21, 18), (1, 64, 200, 200))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> dict[str, Callable[..., Tensor]]:
+    """Every op that adds a residual of its input's shape, as a function of a module of ops, and the residual."""
+    n, c, h, w = shape
+    x, bn, bn_k = activation(*shape, dtype=dtype), random_bn(c, dtype), random_bn(c, dtype)
+    depthwise, five = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(c, 1, 5, 5).to(dtype)
+    pointwise, dense = torch.randn(c, c, 1, 1).to(dtype), torch.randn(c, c, 3, 3).to(dtype)
+    inference = {
+        "depthwise_inference": (x, bn, act, depthwise, 1, ONE, None),
+        "depthwise_inference 5x5": (x, bn, act, five, 1, (2, 2, 2, 2), None),
+        "pointwise_inference": (x, bn, act, pointwise, 1, NO_PADDING, None),
+        "dense_inference": (x, bn, act, dense, 1, ONE, None),
+        "block_inference": (x, bn, Act.RELU6, depthwise, 1, ONE, bn_k, act, pointwise, None),
+        "norm_act_forward": (x, bn, act, False),
+    }
+    return {
+        name: lambda module, residual, name=name, args=args: getattr(module, name.split()[0])(
+            *(module.convert(a) for a in args), residual
+        )
+        for name, args in inference.items()
+    }
+
+
+class Kernels:
+    convert = staticmethod(lambda argument: argument)
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        return getattr(ops, op)
+
+
+class Float64:
+    convert = staticmethod(lambda argument: argument.double() if isinstance(argument, Tensor) else argument)
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        return getattr(reference, op)
+
+
+@IMAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", [Act.LINEAR, Act.RELU, Act.SILU], ids=str)
+def test_is_added_before_the_output_is_rounded(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
+    residual = activation(*shape, dtype=dtype)
+    for name, call in calls(shape, dtype, act).items():
+        if shape[2] == 200 and name.startswith("dense"):
+            continue  # seconds, of what the other products show
+        exact = call(Float64(), None)
+        rounded_once = call(Kernels(), residual)
+        expected = exact + residual.double()
+        tolerance = TOLERANCE[dtype]
+        if rounds_operands(dtype) and name.startswith("block"):
+            tolerance *= 2  # what is between the two convolutions is an operand
+        assert_close(rounded_once, expected, tolerance, name)
+        if dtype == torch.float64:
+            assert same_bits(rounded_once, call(Kernels(), None) + residual), name
+
+
+@IMAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", Act, ids=str)
+def test_gradients_of_pixels_and_of_the_mean_meet(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
+    y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape, dtype=dtype)
+    grad_pooled = activation(*shape[:2], 1, 1, dtype=dtype) * (shape[2] * shape[3])
+    args = (grad, y, bn, act, True, False, grad_pooled, True, 0.3)
+    dz, grad_bn = ops.norm_act_backward(*args)
+    exact, _ = in_float64(reference.norm_act_backward, args)
+    assert_close(dz, exact, TOLERANCE[dtype])
+    sums, centred = _sums(dz, y, bn)
+    assert_close(grad_bn[GRAD_BETA], sums, ACC_TOLERANCE[dtype])
+    assert_close(grad_bn[GRAD_GAMMA], centred, ACC_TOLERANCE[dtype])
+
+
+@IMAGES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sums_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of a linear unit dz is the gradient that comes in, and nothing is written."""
+    y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape, dtype=dtype)
+    whole = ops.norm_act_backward(grad, y, bn, Act.LINEAR, True, False)
+    dz, grad_bn = ops.norm_act_backward(grad, y, bn, Act.LINEAR, True, False, None, False)
+    assert same_bits(whole[0], grad) and dz.shape == (0,) and same_bits(grad_bn, whole[1])
+
+
+def _sums(dz: Tensor, y: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
+    dz, bn = dz.double(), bn.double()
+    centred = y.double() - bn[0].view(1, -1, 1, 1)
+    return dz.sum((0, 2, 3)), bn[BN_RSTD] * (dz * centred).sum((0, 2, 3))
+
+
+@pytest.mark.cover
+def test_what_does_not_fit_is_refused() -> None:
+    x, bn = activation(2, 8, 4, 4, dtype=torch.float32), random_bn(8, torch.float32)
+    residual, pooled = x[:1], activation(2, 8, 1, 1, dtype=torch.float32)
+    for match, call in {
+        "residual: expected shape": lambda: ops.norm_act_forward(x, bn, Act.RELU, False, residual),
+        "residual: expected scalar type": lambda: ops.norm_act_forward(x, bn, Act.RELU, False, x.half()),
+        "residual: expected none": lambda: ops.norm_act_forward(x, bn, Act.RELU, True, x),
+        "residual: expected channels_last": lambda: ops.norm_act_forward(x, bn, Act.RELU, False, x.contiguous()),
+        "grad_pooled: expected shape": lambda: ops.norm_act_backward(x, x, bn, Act.RELU, True, False, x),
+        "grad_pooled: expected none": lambda: ops.norm_act_backward(pooled, x, bn, Act.RELU, True, True, pooled),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            call()
