@@ -183,6 +183,8 @@ def test_pruned_and_swapped_units_stay(model, x):
 
 def test_activations_are_folded_and_their_bounds_are_watched(model, x):
     model.feature[4][2], model.feature[5][2], model.feature[6][2] = nn.ReLU6(), nn.Hardswish(), nn.SiLU()
+    for index, slope in ((0, 0.1), (13, 0.2), (14, 0.3)):  # the dense one, a depthwise and a pointwise one
+        model.feature[index][2] = nn.LeakyReLU(slope)
     del model.feature[7][2], model.feature[8][2], model.feature[26][2]  # a depthwise one, the pointwise one, the last
     frozen = mx.freeze(model)
     assert fused_units(frozen.feature, x) == 27

@@ -25,7 +25,8 @@ from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_RSTD, GRAD_BETA, GRAD_GAMMA, NO_PADDING, Act
 
 ONE = (1, 1, 1, 1)
-IMAGES = cases([(2, 24, 9, 9), (1, 7, 5, 4)], (2, 33, 21, 18), (1, 64, 200, 200))
+IMAGES = cases([(2, 24, 9, 9), (1, 7, 5, 4)], (2, 33, 21, 18))
+PAST_THE_CACHE = (1, 64, 200, 200)  # 8 MiB and more are written by other code
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,6 @@ class Float64:
 def test_is_added_before_the_output_is_rounded(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
     residual = activation(*shape, dtype=dtype)
     for name, call in calls(shape, dtype, act).items():
-        if shape[2] == 200 and name.startswith("dense"):
-            continue  # seconds, of what the other products show
         exact = call(Float64(), None)
         rounded_once = call(Kernels(), residual)
         expected = exact + residual.double()
@@ -86,6 +85,21 @@ def test_is_added_before_the_output_is_rounded(shape: tuple[int, ...], dtype: to
         assert_close(rounded_once, expected, tolerance, name)
         if dtype == torch.float64:
             assert same_bits(rounded_once, call(Kernels(), None) + residual), name
+
+
+def test_outputs_too_large_for_the_cache() -> None:
+    x, bn = activation(*PAST_THE_CACHE, dtype=torch.float32), random_bn(64, torch.float32)
+    residual, pooled = torch.randn_like(x), activation(1, 64, 1, 1, dtype=torch.float32)
+    depthwise, pointwise = torch.randn(64, 1, 3, 3), torch.randn(64, 64, 1, 1)
+    for op, args in (
+        ("depthwise_inference", (x, bn, Act.RELU, depthwise, 1, ONE, None, residual)),
+        ("pointwise_inference", (x, bn, Act.RELU, pointwise, 1, NO_PADDING, None, residual)),
+        ("norm_act_forward", (x, bn, Act.RELU, False, residual)),
+        ("norm_act_backward", (residual, x, bn, Act.RELU, True, False, pooled)),
+    ):
+        outputs = getattr(ops, op)(*args)
+        exact = in_float64(getattr(reference, op), args)[0]
+        assert_close(outputs[0] if isinstance(outputs, tuple) else outputs, exact, 1e-6, op)
 
 
 @IMAGES
