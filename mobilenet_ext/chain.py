@@ -185,7 +185,10 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
             steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed, None, slope)))
     if pool:
         steps.append(
-            Step(ops.norm_act_forward, (bias_bn(weight, None).to(acc_dtype(dtype)), Act.LINEAR.value, True, None, 0.0))
+            Step(
+                ops.norm_act_forward,
+                (bias_bn(units[-1].weight, None).to(acc_dtype(dtype)), Act.LINEAR.value, True, None, 0.0),
+            )
         )
     return steps
 

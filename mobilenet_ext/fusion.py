@@ -1,8 +1,9 @@
 """Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
 
-A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and perhaps an activation with settings the
-kernels support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no
-replaced ``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
+A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` (in inference it may be missing) and perhaps
+an activation with settings the kernels support, and nothing watches or changes them: no hooks (theirs or global), no
+pruning, no parametrisation, no replaced ``forward``. Everything else runs as the modules it is made of, and the chain
+starts again after it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 class FusedSequential(Staged, nn.Sequential):
     """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels. The
-    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none.
+    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none. Where nothing takes gradients a unit needs
+    no BatchNorm.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.

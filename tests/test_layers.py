@@ -54,11 +54,15 @@ def pointwise(dtype: torch.dtype) -> Tensor:
     return weight(dtype, C_OUT, C, 1, 1)
 
 
+def gate(dtype: torch.dtype) -> Tensor:
+    return torch.rand(N, C, 1, 1).to(dtype)
+
+
 def dense(dtype: torch.dtype) -> Tensor:
     return weight(dtype, C_OUT, C, 3, 3)
 
 
-LINEAR, RELU = Act.LINEAR, Act.RELU
+LINEAR, RELU, LEAKY = Act.LINEAR, Act.RELU, Act.LEAKY_RELU
 
 # Every op's arguments, for a dtype: plain inputs and normalised ones, with and without each optional result.
 KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
@@ -94,12 +98,37 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
             *(image(d), None, LINEAR, False, dense(d), 1, 1, False, True),
         ),
     ],
-    "norm_act_forward": lambda d: [(image(d), bn(d), act, pool) for act in Act for pool in (True, False)],
-    "norm_act_backward": lambda d: [
-        (image(d, C, 1, 1) if pool else image(d), image(d), bn(d), act, stats, pool)
-        for act in Act
-        for stats, pool in ((True, False), (False, False), (True, True), (False, True))
+    "gated_pointwise_forward": lambda d: [
+        (image(d), None, LINEAR, gate(d), pointwise(d), None, None, 1e-5, False),
+        (image(d), bn(d), LEAKY, gate(d), pointwise(d), vector(d, C_OUT), None, 1e-5, True, vector(d, C_OUT), 0.1),
     ],
+    "gated_pointwise_backward": lambda d: [
+        (image(d, C_OUT), None, None, image(d), None, LINEAR, gate(d), pointwise(d), True, False),
+        (
+            *(image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT)),
+            *(image(d), bn(d), LEAKY, gate(d), pointwise(d), True, True, 0.1),
+        ),
+        (image(d, C_OUT), None, grad_bn(d, C_OUT), image(d), bn(d), RELU, gate(d), pointwise(d), False, True),
+    ],
+    "gated_pointwise_inference": lambda d: [
+        (image(d), gate(d), None, LINEAR, pointwise(d)),
+        (image(d), gate(d), bn(d, C_OUT), LEAKY, pointwise(d), None, image(d, C_OUT), 0.1),
+    ],
+    "norm_act_forward": lambda d: [
+        *((image(d), bn(d), act, pool) for act in Act for pool in (True, False)),
+        (image(d), bn(d), LEAKY, False, image(d), 0.1),
+    ],
+    "norm_act_backward": lambda d: (
+        [
+            (image(d, C, 1, 1) if pool else image(d), image(d), bn(d), act, stats, pool)
+            for act in Act
+            for stats, pool in ((True, False), (False, False), (True, True), (False, True))
+        ]
+        + [
+            (image(d), image(d), bn(d), LEAKY, True, False, gate(d), True, 0.1),
+            (image(d), image(d), bn(d), LINEAR, True, False, None, False),
+        ]
+    ),
     "bn_from_running": lambda d: [
         (vector(d), vector(d), None, None, None, 1e-5),
         (vector(d), vector(d), vector(d), vector(d), vector(d), 1e-3),
@@ -107,19 +136,30 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     "depthwise_inference": lambda d: [
         (image(d), None, LINEAR, weight(d, C, 1, 3, 3), 1, 0),
         (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1),
+        (image(d), bn(d), LEAKY, weight(d, C, 1, 3, 3), 1, 1, None, image(d), 0.1),
     ],
     "pointwise_inference": lambda d: [
         (image(d), None, LINEAR, pointwise(d), 1, 0),
         (image(d), bn(d, C_OUT), RELU, pointwise(d), 1, 0),
+        (image(d), bn(d, C_OUT), LEAKY, pointwise(d), 1, 0, None, image(d, C_OUT), 0.1),
     ],
     "dense_inference": lambda d: [
         (image(d), None, LINEAR, dense(d), 1, 0),
         (image(d), bn(d, C_OUT), RELU, dense(d), 2, 1),
+        (image(d), bn(d, C_OUT), LEAKY, dense(d), 1, 1, None, image(d, C_OUT), 0.1),
     ],
-    "block_inference": lambda d: [
-        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, [1, 0, 0, 1], bn(d, C_OUT), RELU, pointwise(d))
-        for stride in (1, 2)
-    ],
+    "block_inference": lambda d: (
+        [
+            (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, [1, 0, 0, 1], bn(d, C_OUT), RELU, pointwise(d))
+            for stride in (1, 2)
+        ]
+        + [
+            (
+                *(image(d), bn(d), LEAKY, weight(d, C, 1, 3, 3), 1, 1, bn(d, C_OUT), LEAKY, pointwise(d)),
+                *(None, image(d, C_OUT), 0.1, 0.2),
+            )
+        ]
+    ),
 }
 
 
@@ -147,7 +187,7 @@ LAYER_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         (image(d), None, None, None, weight(d, C_OUT, C, 1, 1)),
         (*normalised(d), weight(d, C_OUT, C, 1, 1)),
     ],
-    "norm_act": lambda d: [(*normalised(d), act) for act in Act],
+    "norm_act": lambda d: [(*normalised(d), act, 0.1) for act in Act],
     "depthwise_conv2d": lambda d: [
         (image(d), weight(d, C, 1, 3, 3), None, 1, 0),
         (image(d), weight(d, C, 1, 3, 3), weight(d, C), 2, 1),
