@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from plain import randomise_
+from torch import Tensor, nn
 
 import mobilenet_ext as mx
 
@@ -38,6 +40,20 @@ def backend64(cpu_backend: str) -> str:
 def device(backend: str) -> str:
     """Where the tensors of a test on ``backend`` live."""
     return mx.backends.device_type(backend) or "cpu"
+
+
+@pytest.fixture
+def model(backend64: str) -> nn.Module:
+    """A narrow network for the tests of frozen models; what tests other things has a ``model`` of its own."""
+    torch.manual_seed(11)
+    return randomise_(mx.MobileNetV1(10, 0.25, dropout=0.3)).double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Images for ``model``."""
+    torch.manual_seed(12)
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
