@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import background
 import pytest
 import torch
 from plain import randomise_
@@ -14,6 +15,10 @@ import mobilenet_ext as mx
 USABLE = [name for name, why_not in mx.backends.available().items() if why_not is None]
 # Of the backends that run on the CPU, the quick ones: not interpreted Triton kernels.
 ON_CPU = ("cpu", "reference")
+
+
+def pytest_sessionfinish() -> None:
+    background.stop()
 
 
 @pytest.fixture(params=USABLE)

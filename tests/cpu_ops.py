@@ -39,11 +39,14 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3, to
 ACC_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
+def shapes(covered: list[tuple], *more: tuple) -> list[Any]:
+    """Every instruction set is tested with ``covered``, all others by default with the machine's own alone."""
+    return [*(pytest.param(shape, marks=pytest.mark.cover) for shape in covered), *more]
+
+
 def cases(covered: list[tuple], *more: tuple) -> Any:
-    """Shapes as a parameter; every instruction set is tested with ``covered``, all others by default with the machine's
-    own alone."""
-    marked = [pytest.param(shape, marks=pytest.mark.cover) for shape in covered]
-    return pytest.mark.parametrize("shape", [*marked, *more], ids=str)
+    """Such shapes as a parameter."""
+    return pytest.mark.parametrize("shape", shapes(covered, *more), ids=str)
 
 
 def activation(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -99,6 +102,15 @@ def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 # How a convolution takes its input: as it is, or normalised and activated.
 INPUTS = [None, *Act]
+
+
+# What a convolution's backward is given: act_u, whether there are grad_bn_y and y, and batch_stats_u.
+GRADIENTS = [
+    *((act, True, True, True) for act in Act),
+    (Act.RELU, True, False, False),
+    (Act.RELU, False, False, True),
+    (None, True, True, False),
+]
 
 
 def norm_act_of(bn_u: Tensor, act: Act | None) -> tuple[Tensor | None, Act]:

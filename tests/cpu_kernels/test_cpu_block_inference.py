@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
     TOLERANCE,
@@ -17,6 +18,7 @@ from cpu_ops import (
     ops,
     random_bn,
     rounds_operands,
+    shapes,
 )
 
 from mobilenet_ext.backends import reference
@@ -25,7 +27,7 @@ from mobilenet_ext.contract import NO_PADDING, Act
 ALL = (1, 1, 1, 1)
 
 # (n, c, h, w, c_out, stride, padding)
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 32, 28, 28, 64, 1, ALL),
         (2, 32, 28, 28, 64, 2, (0, 1, 0, 1)),
@@ -39,9 +41,12 @@ each_shape = cases(
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("acts", [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
+@combinations(
+    "shape, dtype, acts",
+    SHAPES,
+    DTYPES,
+    [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)],
+)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act]) -> None:
     n, c, h, w, c_out, stride, padding = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
     TOLERANCE,
@@ -20,6 +21,7 @@ from cpu_ops import (
     random_bn,
     random_grad_bn,
     same_bits,
+    shapes,
     weight_tolerance,
 )
 from torch import Tensor
@@ -31,7 +33,7 @@ ALL = (1, 1, 1, 1)
 SAME = (0, 1, 0, 1)  # TensorFlow's padding of even sides at stride 2
 
 # (n, c_in, h, w, c_out, stride, padding)
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 3, 33, 32, 32, 2, ALL),
         (3, 1, 9, 11, 5, 1, NO_PADDING),
@@ -55,8 +57,7 @@ def dense_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Te
     return activation(n, c_in, h, w, dtype=dtype), weight.to(dtype), *gradients, random_grad_bn(c_out, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
+@combinations("shape, dtype", SHAPES, DTYPES)
 def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dz, y_before, grad_bn_y = dense_inputs(shape, dtype)
     gamma, beta, bias = grad_bn_y[:3]
@@ -80,10 +81,7 @@ def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) 
         assert no_weight.shape == (0,) and same_bits(only_input, grad_x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_dense_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, weight, *_ = dense_inputs(shape, dtype)
     args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, *shape[5:])

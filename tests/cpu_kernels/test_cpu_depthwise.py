@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from combinations import combinations
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
+    GRADIENTS,
     INPUTS,
     TOLERANCE,
     activation,
@@ -29,6 +31,7 @@ from cpu_ops import (
     random_grad_bn,
     relative_error,
     same_bits,
+    shapes,
 )
 from torch import Tensor
 
@@ -38,7 +41,7 @@ from mobilenet_ext.contract import Act, conv_output_size
 # (n, c, h, w, kernel, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a
 # vector, 1, 3 and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above
 # several bands.
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 32, 12, 12, 3, 1, 1),
         (2, 32, 12, 12, 3, 2, 1),
@@ -157,9 +160,7 @@ def check_backward(
     check_conv_backward("depthwise_backward", output, source)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("act_u", INPUTS)
+@combinations("shape, dtype, act_u", SHAPES, DTYPES, INPUTS)
 def test_depthwise_forward(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     check_forward(shape, dtype, act_u)
 
@@ -177,32 +178,14 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
     assert torch.equal(bn_y[1], bn_y[3]) and not bn_y[2].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize(
-    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
-    [
-        *((act, True, True, True) for act in Act),
-        (Act.RELU, True, False, False),
-        (Act.RELU, False, False, True),
-        (None, True, True, False),
-    ],
-)
+@combinations("shape, dtype, gradient", SHAPES, DTYPES, GRADIENTS)
 def test_depthwise_backward(
-    shape: tuple[Any, ...],
-    dtype: torch.dtype,
-    act_u: Act | None,
-    with_grad_bn: bool,
-    with_y: bool,
-    batch_stats: bool,
+    shape: tuple[Any, ...], dtype: torch.dtype, gradient: tuple[Act | None, bool, bool, bool]
 ) -> None:
-    check_backward(shape, dtype, act_u, with_grad_bn, with_y, batch_stats)
+    check_backward(shape, dtype, *gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_depthwise_inference(shape: tuple[Any, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     check_inference(shape, dtype, with_bn, act)
 

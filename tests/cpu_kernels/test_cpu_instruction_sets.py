@@ -2,8 +2,8 @@
 that are forced to use them.
 
 What differs between them is the number of lanes, the tiles, and how bfloat16 is multiplied. By default they run what is
-marked ``cover``: every op and dtype on a shape that fills vectors and tiles and on shapes that end within one, NaN and
-Inf, overflow, thread counts. Under ``every_isa`` they run all tests of the kernels.
+marked ``cover`` and is not slow: every op and dtype on a shape that fills vectors and tiles and on shapes that end
+within one, NaN and Inf, overflow, thread counts. Under ``every_isa`` they run all tests of the kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_tests(isa: str, marked: str, *files: str) -> None:
 
 @each_other_isa
 def test_cover_on_other_instruction_sets(isa: str) -> None:
-    run_tests(isa, "cover", __file__, *FILES)
+    run_tests(isa, "cover and not slow", __file__, *FILES)
 
 
 @pytest.mark.every_isa

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
@@ -19,13 +20,14 @@ from cpu_ops import (
     is_channels_last_dense,
     ops,
     random_bn,
+    shapes,
 )
 
 from mobilenet_ext import contract
 from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
-each_image = cases([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
+IMAGES = shapes([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +35,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_image
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("batch_stats", [True, False])
+@combinations("shape, dtype, act, batch_stats", IMAGES, DTYPES, Act, [True, False])
 def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_stats: bool) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape, dtype=dtype)
     out = ops.norm_act_forward(y, bn, act, False)
@@ -54,9 +53,7 @@ def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_st
         assert_close(grad_bn[row], expected_bn[row], ACC_TOLERANCE[dtype], str(row))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_image
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, act", IMAGES, DTYPES, Act)
 def test_pooling(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape[:2], 1, 1, dtype=dtype)
     out = ops.norm_act_forward(y, bn, act, True)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
+    GRADIENTS,
     INPUTS,
     TOLERANCE,
     activation,
@@ -27,6 +29,7 @@ from cpu_ops import (
     relative_error,
     rounds_operands,
     same_bits,
+    shapes,
 )
 from torch import Tensor
 
@@ -36,7 +39,7 @@ from mobilenet_ext.contract import NO_PADDING, Act
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
 # 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
 # pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
-each_shape = cases(
+SHAPES = shapes(
     [(3, 33, 9, 11, 17), (1, 40, 7, 7, 72), (1, 24, 14, 14, 520)],
     (2, 1, 5, 7, 1),
     (2, 64, 48, 48, 32),
@@ -59,9 +62,7 @@ def pointwise_inputs(
     return activation(n, c_in, h, w, dtype=dtype), bn_u, weight.to(dtype), *gradients, grad_bn_y
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("act_u", INPUTS)
+@combinations("shape, dtype, act_u", SHAPES, DTYPES, INPUTS)
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
     gamma, beta, bias = grad_bn_y[:3] if act_u is not None else (None, None, None)
@@ -78,25 +79,11 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Ac
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == bn_y.dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize(
-    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
-    [
-        *((act, True, True, True) for act in Act),
-        (Act.RELU, True, False, False),
-        (Act.RELU, False, False, True),
-        (None, True, True, False),
-    ],
-)
+@combinations("shape, dtype, gradient", SHAPES, DTYPES, GRADIENTS)
 def test_pointwise_backward(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    act_u: Act | None,
-    with_grad_bn: bool,
-    with_y: bool,
-    batch_stats: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, gradient: tuple[Act | None, bool, bool, bool]
 ) -> None:
+    act_u, with_grad_bn, with_y, batch_stats = gradient
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
     source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, 1, NO_PADDING)
@@ -115,10 +102,7 @@ def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: to
     check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, NO_PADDING))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, _, weight, *_ = pointwise_inputs(shape, dtype)
     args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, NO_PADDING)
@@ -144,10 +128,13 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("where", ["u", "dz", "y", "weight", "bn_u"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("act_u", Act)
+@combinations(
+    "where, act_u, value, dtype",
+    ["u", "dz", "y", "weight", "bn_u"],
+    Act,
+    [float("nan"), float("inf"), -float("inf")],
+    [torch.float32, torch.bfloat16],
+)
 def test_nan_and_inf(dtype: torch.dtype, where: str, value: float, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((2, 33, 7, 9, 40), dtype)
     {"u": u[1, 3, 2], "dz": dz[0, 5, 6], "y": y[1, 39, 0], "weight": weight[7, 32], "bn_u": bn_u[1]}[where][0] = value

@@ -25,6 +25,7 @@ from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])
 EPS = 1e-5
 ALL_SIDES = (1, 1, 1, 1)
 # Left, right, top and bottom. The third is TensorFlow's "same" of an even size at stride 2.

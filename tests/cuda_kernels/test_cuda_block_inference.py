@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
-from convolutions import ALL_SIDES, DTYPES, for_each_act
+from combinations import combinations, in_turn
+from convolutions import ALL_SIDES, DTYPES, FLOAT32_AND_16_BITS
 from cpu_ops import (
     activation,
     assert_close,
@@ -73,8 +73,7 @@ def check(args: tuple, tolerance: float | None = None) -> None:
     assert_close(y, *in_float64(reference.block_inference, args), tolerance or TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *TILED, *TWO_KERNELS], ids=str)
+@in_turn("shape, dtype", [*SHAPES, *TILED, *TWO_KERNELS], *FLOAT32_AND_16_BITS)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(inputs(shape, dtype))
 
@@ -85,11 +84,9 @@ def test_padding(shape: tuple[int, ...], padding: Padding) -> None:
     check(inputs(shape, torch.float32, padding=padding))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[1], (1, 3, 5, 7, 7, 1), TWO_KERNELS[0]], ids=str)
-def test_activations(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for acts in product(Act, Act):
-        check(inputs(shape, dtype, *acts))
+@combinations("first, second, dtype, shape", Act, Act, DTYPES, [SHAPES[1], (1, 3, 5, 7, 7, 1), TWO_KERNELS[0]])
+def test_activations(first: Act, second: Act, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check(inputs(shape, dtype, first, second))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,10 +102,7 @@ def test_tf32(shape: tuple[int, ...]) -> None:
     check(inputs(shape, torch.float32), 1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("filters", [16, 13])
-@for_each_act
+@combinations("act, dtype, stride, filters", Act, DTYPES, [1, 2], [16, 13])
 def test_nan_and_inf(act: Act, filters: int, stride: int, dtype: torch.dtype) -> None:
     args = inputs((1, 8, filters, 9, 9, stride), dtype, act, act)
     x = args[0]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import ALL_SIDES, DTYPES, check_backward, output_inputs
+from combinations import in_turn
+from convolutions import ALL_SIDES, DTYPES, FLOAT32_AND_16_BITS, check_backward, output_inputs
 from cpu_ops import random_bn, same_bits
 from test_cuda_dense_forward import SHAPES, TILED
 from test_cuda_dense_forward import inputs as forward_inputs
@@ -31,8 +32,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, output: str = "statistics
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, TILED], ids=str)
+@in_turn("shape, dtype", [*SHAPES, TILED], *FLOAT32_AND_16_BITS)
 def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_backward("dense_backward", *inputs(shape, dtype))
 

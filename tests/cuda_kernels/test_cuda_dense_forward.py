@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import ALL_SIDES, DTYPES, EPS, PADDINGS, affine, check_forward, check_inference, for_each_act
+from combinations import combinations, in_turn
+from convolutions import ALL_SIDES, DTYPES, EPS, FLOAT32_AND_16_BITS, PADDINGS, affine, check_forward, check_inference
 from cpu_ops import activation, assert_close, check_overflowed, copying_weight, overflowing, random_bn, same_bits
 
 from mobilenet_ext import ops
@@ -38,8 +39,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
     return activation(n, c, h, w, dtype=dtype), None, Act.LINEAR, weight, stride, padding
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, TILED], ids=str)
+@in_turn("shape, dtype", [*SHAPES, TILED], *FLOAT32_AND_16_BITS)
 def test_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_forward("dense_forward", *inputs(shape, dtype))
 
@@ -54,9 +54,7 @@ def test_no_affine() -> None:
     check_forward("dense_forward", *inputs(SHAPES[0], torch.float32), with_affine=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@for_each_act
-@pytest.mark.parametrize("normalised", [False, True])
+@combinations("act, dtype, normalised", Act, DTYPES, [False, True])
 def test_inference(dtype: torch.dtype, normalised: bool, act: Act) -> None:
     x, _, _, *rest = inputs(TILED, dtype)
     bn = random_bn(TILED[2], dtype) if normalised else None

@@ -7,10 +7,12 @@ from itertools import product
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from convolutions import (
     ACTS,
     ALL_SIDES,
     DTYPES,
+    FLOAT32_AND_16_BITS,
     GEOMETRIES,
     INPUTS,
     check_backward,
@@ -49,19 +51,17 @@ def inputs(dtype, channels, size, kernel, stride, padding, *, kind="relu", outpu
     return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, stride, padding)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward(dtype: torch.dtype, kernel: int, stride: int, padding: Padding) -> None:
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
+def test_backward(geometry: tuple[int, int, Padding], dtype: torch.dtype) -> None:
+    kernel, stride, padding = geometry
     for channels, size in CASES:
         if min(conv_output_size(*size[1:], kernel, stride, padding)) > 0:
             check_backward("depthwise_backward", *inputs(dtype, channels, size, kernel, stride, padding))
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("output", ["statistics", "running", "plain"])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("channels", [8, 3])
-@for_each_kernel
+@combinations(
+    "kind, output, kernel, stride, channels", INPUTS, ["statistics", "running", "plain"], [3, 5], [1, 2], [8, 3]
+)
 def test_inputs_and_outputs(kernel: int, channels: int, stride: int, output: str, kind: str) -> None:
     args = inputs(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, kind=kind, output=output)
     check_backward("depthwise_backward", *args)
@@ -76,10 +76,7 @@ def test_running_statistics(stride: int, kernel: int) -> None:
     check_backward("depthwise_backward", *args)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@for_each_kernel
+@combinations("dtype, kernel, stride, multiprocessors", DTYPES, [3, 5], [1, 2], [1, 3])
 def test_several_tasks(
     device: Callable[..., None], kernel: int, dtype: torch.dtype, stride: int, multiprocessors: int
 ) -> None:
@@ -108,13 +105,16 @@ def literal_backward(dy: Tensor, a: Tensor, weight: Tensor, stride: int, padding
     return grad_a, grad_weight
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [*GEOMETRIES[:8], (5, 1, (2, 0, 1, 2)), (5, 2, (1, 2, 1, 2))])
-@pytest.mark.parametrize("where", ["dz", "y", "u", "weight"])
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf(special: float, kind: str, where: str, kernel: int, stride: int, padding: Padding) -> None:
+@combinations(
+    "geometry, where, kind, special",
+    [*GEOMETRIES[:8], (5, 1, (2, 0, 1, 2)), (5, 2, (1, 2, 1, 2))],
+    ["dz", "y", "u", "weight"],
+    ACTS,
+    [float("nan"), float("inf"), -float("inf")],
+)
+def test_nan_and_inf(geometry: tuple[int, int, Padding], where: str, kind: str, special: float) -> None:
     """In the middle and in the corners: they reach what they are multiplied with, and nothing else."""
-    args = inputs(torch.float32, 8, (1, 8, 7), kernel, stride, padding, kind=kind)
+    args = inputs(torch.float32, 8, (1, 8, 7), *geometry, kind=kind)
     dz, y, grad_bn, u, bn, act, _, weight, *_ = args
     x = {"dz": dz, "y": y, "u": u, "weight": weight}[where]
     x[0, 0, 0, 0] = x[-1, 0, -1, -1] = special
@@ -123,7 +123,7 @@ def test_nan_and_inf(special: float, kind: str, where: str, kernel: int, stride:
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args, True, True)
     dy = reference._conv_output_grad(dz.double(), y.double(), grad_bn.double())
     a = reference._norm_act(u.double(), bn.double(), act)
-    grad_a, expected_weight = literal_backward(dy, a, weight.double(), stride, padding)
+    grad_a, expected_weight = literal_backward(dy, a, weight.double(), *geometry[1:])
     expected = reference._ACTIVATE_BACKWARD[act](reference._normalise(u.double(), bn.double()), grad_a)
     assert_same_specials(dz_u, expected)
     assert_same_specials(grad_weight, expected_weight)

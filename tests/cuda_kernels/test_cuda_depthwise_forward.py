@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from convolutions import (
     ALL_SIDES,
     DTYPES,
     EPS,
+    FLOAT32_AND_16_BITS,
     GEOMETRIES,
     INPUTS,
     check_forward,
@@ -50,9 +51,9 @@ def check(dtype, channels, size, kernel, stride, padding, *, kind="relu", with_a
     check_forward("depthwise_forward", *args, with_affine=with_affine)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype: torch.dtype, kernel: int, stride: int, padding: Padding) -> None:
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
+def test_forward(geometry: tuple[int, int, Padding], dtype: torch.dtype) -> None:
+    kernel, stride, padding = geometry
     for channels, size in CASES:
         if min(conv_output_size(*size[1:], kernel, stride, padding)) > 0:
             check(dtype, channels, size, kernel, stride, padding)
@@ -79,13 +80,15 @@ def test_misaligned(kernel: int, dtype: torch.dtype) -> None:
     check(dtype, 16, (2, 7, 6), kernel, 1, ALL_SIDES, place=misaligned)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference(dtype: torch.dtype) -> None:
-    for channels, (kernel, stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
-        x = activation(2, channels, 7, 8, dtype=dtype)
-        bn = random_bn(channels, dtype) if with_bn else None
-        weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
-        check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
+@combinations("geometry, act, dtype, channels, with_bn", GEOMETRIES, Act, DTYPES, [3, 24], [False, True])
+def test_inference(
+    geometry: tuple[int, int, Padding], act: Act, dtype: torch.dtype, channels: int, with_bn: bool
+) -> None:
+    kernel, stride, padding = geometry
+    x = activation(2, channels, 7, 8, dtype=dtype)
+    bn = random_bn(channels, dtype) if with_bn else None
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+    check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
 
 
 @pytest.mark.parametrize("outlier", [False, True])

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from combinations import combinations
 from convolutions import DTYPES, for_each_act
 from cpu_ops import (
     ACC_TOLERANCE,
@@ -68,10 +69,7 @@ def check(
         assert_close(grad_bn[row], of_stored[row], ACC_TOLERANCE[dtype], str(row))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@for_each_act
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@combinations("shape, act, dtype, pool", SHAPES, Act, DTYPES, [False, True])
 def test_norm_act(shape: tuple[int, ...], pool: bool, act: Act, dtype: torch.dtype) -> None:
     check(shape, dtype, act, pool=pool)
 

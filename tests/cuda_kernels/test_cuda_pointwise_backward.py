@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import ACTS, DTYPES, INPUTS, check_backward, expected_backward, norm_act, output_inputs
+from combinations import combinations, in_turn
+from convolutions import (
+    ACTS,
+    DTYPES,
+    FLOAT32_AND_16_BITS,
+    INPUTS,
+    check_backward,
+    expected_backward,
+    norm_act,
+    output_inputs,
+)
 from cpu_ops import activation, assert_close, assert_same_specials, misaligned, relative_error, same_bits
 from torch import Tensor
 
@@ -38,16 +48,12 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, kind="relu", output="s
     return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, 1, NO_PADDING)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *TILED], ids=str)
+@in_turn("shape, dtype", [*SHAPES, *TILED], *FLOAT32_AND_16_BITS)
 def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_backward("pointwise_backward", *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("output", ["statistics", "running", "plain"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
+@combinations("kind, output, dtype, shape", INPUTS, ["statistics", "running", "plain"], DTYPES, [SHAPES[0], SHAPES[3]])
 def test_inputs_and_outputs(shape: tuple[int, ...], dtype: torch.dtype, output: str, kind: str) -> None:
     check_backward("pointwise_backward", *inputs(shape, dtype, kind=kind, output=output))
 
@@ -92,10 +98,7 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
         assert relative_error(mine, wanted) <= 1.5 * relative_error(plain, wanted) + 1e-7
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outputs", [16, 13])
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@combinations("kind, special, dtype, outputs", ACTS, [float("nan"), float("inf"), -float("inf")], DTYPES, [16, 13])
 def test_nan_and_inf(special: float, kind: str, outputs: int, dtype: torch.dtype) -> None:
     """They reach what they are multiplied with, and nothing else; a NaN passes the gradient through a clamp."""
     for where in (0, 1, 3, 7):  # dz, y, u, weight

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from convolutions import ACTS, DTYPES, EPS, INPUTS, affine, check_forward, check_inference, for_each_act, norm_act
+from combinations import combinations
+from convolutions import ACTS, DTYPES, EPS, INPUTS, affine, check_forward, check_inference, norm_act
 from cpu_ops import (
     activation,
     assert_close,
@@ -51,9 +52,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "relu") -> tu
     return (u, *norm_act(kind, channels, dtype), weight, 1, NO_PADDING)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@combinations("shape, kind, dtype", SHAPES, INPUTS, DTYPES)
 def test_forward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     check_forward("pointwise_forward", *inputs(shape, dtype, kind))
 
@@ -85,11 +84,12 @@ def test_no_affine() -> None:
     check_forward("pointwise_forward", *inputs((2, 24, 40, 8, 17), torch.float32), with_affine=False)
 
 
-@for_each_act
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 1, 5, 3), (1, 40, 136, 3, 43), (1, 24, 40, 25, 37), (1, 13, 70, 9, 9)], ids=str
+@combinations(
+    "shape, dtype, normalised, act",
+    [(2, 3, 1, 5, 3), (1, 40, 136, 3, 43), (1, 24, 40, 25, 37), (1, 13, 70, 9, 9)],
+    DTYPES,
+    [False, True],
+    Act,
 )
 def test_inference(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool, act: Act) -> None:
     x, _, _, weight, *_ = inputs(shape, dtype, "plain")

@@ -36,9 +36,14 @@ def test_every_op_is_there() -> None:
         assert callable(mx.backends.kernel(name, "cpu")), name
 
 
-def test_training_step_of_the_network() -> None:
-    fused, expected = pair(0.25, "cpu")
-    out, wanted = forward_with_masks(fused, expected, torch.randn(4, 3, 64, 64), "cpu", TRAINING_FORWARD)
+@pytest.mark.parametrize("units", [5, pytest.param(27, marks=pytest.mark.slow)])
+def test_training_step_of_the_network(units: int) -> None:
+    """Of its first units, one of each kind and stride, and the pooling; all of it is slow."""
+    fused, expected = (network.feature for network in pair(0.25, "cpu"))
+    for feature in (fused, expected):
+        del feature[units:-1]
+    x = torch.randn(2, 3, 24, 24) if units < 27 else torch.randn(4, 3, 64, 64)
+    out, wanted = forward_with_masks(fused, expected, x, "cpu", TRAINING_FORWARD)
     plain.assert_close(out, wanted, TRAINING_FORWARD, "output")
     check_running_statistics(fused, expected)
     backward(out, wanted, torch.randn(out.shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from cpu_ops import (
     activation,
     assert_close,
@@ -20,7 +21,9 @@ from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.block_inference import block_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 ONE = (1, 1, 1, 1)  # on each side
+H100 = gpu.H100
 # The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # (n, channels, filters, h, w, stride)
@@ -67,8 +70,7 @@ def check(
     assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@in_turn("shape, dtype", SHAPES, *FLOAT32_AND_16_BITS)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(shape, dtype)
 
@@ -87,11 +89,11 @@ def test_sides_of_the_padding(padding: Padding, stride: int, monkeypatch: pytest
     check((*TILED[:5], stride), torch.float32, padding=padding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("acts", [(act, Act.RELU) for act in Act] + [(Act.RELU, act) for act in Act], ids=str)
-@pytest.mark.parametrize("fused", [True, False])
+@combinations(
+    "acts, dtype, fused", [*((act, Act.RELU) for act in Act), *((Act.RELU, act) for act in Act)], DTYPES, [True, False]
+)
 def test_other_activations(
-    fused: bool, acts: tuple[Act, Act], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    acts: tuple[Act, Act], dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = heuristics.config(num_warps=4, BLOCK_H=2, BLOCK_W=8, BLOCK_N=32, BLOCK_C=16)
     choose(monkeypatch, config if fused else heuristics.TWO_KERNELS)
@@ -101,7 +103,7 @@ def test_other_activations(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, filters in ((1, 72), (500, 136)):
-        problem = (n, 5, 9, 24, filters, 1, dtype.itemsize, gpu.H100)
+        problem = (n, 5, 9, 24, filters, 1, dtype.itemsize, H100)
         for config in heuristics.block_inference(*problem):
             choose(monkeypatch, config)
             check((1, 24, filters, 5, 9, 1), dtype)
@@ -109,16 +111,14 @@ def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_kernel_for_a_small_problem_with_few_channels() -> None:
     def is_one_kernel(images: int, size: int, channels: int) -> bool:
-        problem = (images, size, size, channels, 2 * channels, 1, 2, gpu.H100)
+        problem = (images, size, size, channels, 2 * channels, 1, 2, H100)
         return heuristics.block_inference(*problem)[0] != heuristics.TWO_KERNELS
 
     assert is_one_kernel(1, 112, 32) and is_one_kernel(1, 56, 64)
     assert not is_one_kernel(1, 28, 256) and not is_one_kernel(256, 112, 32) and not is_one_kernel(256, 56, 128)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("act", Act)
+@combinations("act, dtype, stride", Act, DTYPES[:2], [1, 2])
 def test_nan_and_inf(act: Act, dtype: torch.dtype, stride: int) -> None:
     args = inputs((1, 8, 16, 9, 9, stride), dtype, (act, act))
     x = args[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -27,6 +28,7 @@ from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_forward import dense_forward, dense_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+H100 = gpu.H100
 Shape = tuple[int | Padding, ...]
 ONE = (1, 1, 1, 1)  # on each side
 # (n, channels, filters, h, w, stride, padding)
@@ -35,7 +37,7 @@ SHAPES = [
     (1, 3, 8, 9, 7, 1, NO_PADDING),
     (2, 1, 24, 6, 8, 1, ONE),
     (1, 4, 3, 10, 8, 2, NO_PADDING),
-    (1, 16, 40, 4, 5, 1, ONE),
+    (1, 8, 40, 4, 5, 1, ONE),
     (3, 3, 16, 1, 1, 2, ONE),
     (1, 2, 1, 3, 3, 1, NO_PADDING),
     (1, 3, 8, 6, 8, 2, (0, 1, 0, 1)),  # TensorFlow's "same"
@@ -43,8 +45,7 @@ SHAPES = [
     (1, 3, 4, 5, 2, 2, (1, 2, 2, 0)),
 ]
 TILED = (2, 3, 24, 13, 11, 2, ONE)
-# Every shape in float32 and in one of the 16-bit dtypes, which differ in no more than the conversions.
-CASES = [(shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (DTYPES[0], DTYPES[1 + i % 2])]
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 
 
 def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,7 @@ def check_forward(shape: Shape, dtype: torch.dtype) -> None:
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@in_turn("shape, dtype", SHAPES, *FLOAT32_AND_16_BITS)
 def test_forward(shape: Shape, dtype: torch.dtype) -> None:
     check_forward(shape, dtype)
 
@@ -84,10 +85,8 @@ def test_several_tiles(dtype: torch.dtype, small_blocks: None) -> None:
     check_forward(TILED, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_bn", [False, True])
-@pytest.mark.parametrize("act", Act)
-def test_inference(dtype: torch.dtype, with_bn: bool, act: Act) -> None:
+@combinations("act, dtype, with_bn", Act, DTYPES, [True, False])
+def test_inference(act: Act, dtype: torch.dtype, with_bn: bool) -> None:
     x, weight, bn = inputs(TILED, dtype)
     args = (x, bn if with_bn else None, act, weight, 2, ONE)
     y = dense_inference(*args)
@@ -107,7 +106,7 @@ def test_a_normalisation_on_load_is_refused() -> None:
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, filters, h, w, *geometry = TILED
     out = conv_output_size(h, w, 3, *geometry)
-    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, gpu.H100)[1:]:
+    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, H100)[1:]:
         monkeypatch.setattr(heuristics, "dense_forward", lambda *_, config=config: (config,))
         check_forward(TILED, dtype)
 
@@ -129,9 +128,9 @@ def test_statistics_survive_a_large_mean(small_blocks: None) -> None:
     assert relative_error(bn[BN_VAR], u.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("stride", "padding"), [(1, ONE), (2, ONE), (2, NO_PADDING)])
-def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: Padding, small_blocks: None) -> None:
+@in_turn("geometry, dtype", [(1, ONE), (2, ONE), (2, NO_PADDING)], torch.float32, [torch.bfloat16])
+def test_nan_and_inf(geometry: tuple[int, Padding], dtype: torch.dtype, small_blocks: None) -> None:
+    stride, padding = geometry
     u, weight, bn = inputs((1, 3, 8, 10, 8, stride, padding), dtype)
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
     args = (u, None, Act.LINEAR, weight, stride, padding, None, None, 1e-5, False)

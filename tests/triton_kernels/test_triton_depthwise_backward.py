@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -24,6 +25,7 @@ from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_backward import depthwise_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
 ONE = (1, 1, 1, 1)  # on each side
 GEOMETRIES = list(product([1, 2], [NO_PADDING, ONE]))
@@ -50,8 +52,9 @@ def fits(size: tuple[int, int, int], padding: Padding) -> bool:
 
 
 def check_backward(
-    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats", kernel=3
+    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, output="stats", kernel=3, alone=False
 ) -> None:
+    """``alone``: each of the two gradients without the other, too."""
     n, h, w = size
     u = activation(n, channels, h, w, dtype=dtype)
     bn_u = random_bn(channels, dtype) if normalise else None
@@ -74,6 +77,8 @@ def check_backward(
     else:
         assert grad_bn_u.shape == (0,)
 
+    if not alone:
+        return
     only_weight = depthwise_backward(*args, False, True)
     assert only_weight[0].shape == (0,) and only_weight[2].shape == (0,)
     assert_close(only_weight[1], grad_weight.double(), ACC_TOLERANCE[dtype])
@@ -82,19 +87,18 @@ def check_backward(
     assert_close(only_input[2], grad_bn_u.double(), ACC_TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward(dtype, stride, padding):
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
+def test_backward(geometry, dtype):
+    stride, padding = geometry
     for channels, size in CASES:
         if fits(size, padding):
             check_backward(dtype, channels, size, stride, padding)
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
 @pytest.mark.usefixtures("small_tiles")
-def test_backward_over_several_tiles(dtype, stride, padding):
-    check_backward(dtype, 24, (5, 6, 5), stride, padding)
+def test_backward_over_several_tiles(geometry, dtype):
+    check_backward(dtype, 24, (3, 6, 5), *geometry, act=Act.LINEAR if dtype == torch.float32 else Act.RELU)
 
 
 @pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)
@@ -112,21 +116,12 @@ def test_an_image_smaller_than_its_padding(stride):
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_backward_with_optional_arguments(stride, normalise, output):
-    check_backward(torch.float32, 8, (2, 5, 6), stride, ONE, normalise=normalise, output=output)
+    check_backward(torch.float32, 8, (2, 5, 6), stride, ONE, normalise=normalise, output=output, alone=True)
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("small_tiles")
-def test_linear_on_load(dtype, stride, padding):
-    check_backward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
-
-
-@pytest.mark.parametrize("stride, padding", [(1, ONE), (2, NO_PADDING)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("act", Act)
-def test_every_activation_on_load(act, dtype, stride, padding):
-    check_backward(dtype, 8, (1, 5, 6), stride, padding, act=act)
+@combinations("act, dtype, geometry", Act, DTYPES[:2], [(1, ONE), (2, NO_PADDING)])
+def test_every_activation_on_load(act, dtype, geometry):
+    check_backward(dtype, 8, (1, 5, 6), *geometry, act=act)
 
 
 @pytest.mark.parametrize("act, dtype", [*product([Act.RELU], DTYPES), *product(Act, [torch.float32])], ids=str)

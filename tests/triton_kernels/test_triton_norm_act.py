@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -57,19 +58,19 @@ def check(
         assert_close(grad_bn[row], of_stored[row], ACC_TOLERANCE[dtype], str(row))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("act", "batch_stats"), [(Act.RELU, True), (Act.LINEAR, True), (Act.RELU, False)])
-@pooled
-def test_norm_act(pool: bool, shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_stats: bool) -> None:
-    check(shape, dtype, pool, act, batch_stats)
+@combinations(
+    "shape, dtype, act_and_statistics, pool",
+    SHAPES,
+    DTYPES,
+    [(Act.RELU, True), (Act.LINEAR, True), (Act.RELU, False)],
+    [False, True],
+)
+def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act_and_statistics: tuple[Act, bool], pool: bool) -> None:
+    check(shape, dtype, pool, *act_and_statistics)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 40, 7, 9), (2, 3, 6, 6)], ids=str)
-@pytest.mark.parametrize("act", Act)
-@pooled
-def test_several_tiles(pool: bool, act: Act, shape: tuple[int, ...], dtype: torch.dtype, small_blocks: None) -> None:
+@combinations("act, dtype, pool, shape", Act, DTYPES, [False, True], [(2, 3, 6, 6), (5, 40, 7, 9)])
+def test_several_tiles(act: Act, dtype: torch.dtype, pool: bool, shape: tuple[int, ...], small_blocks: None) -> None:
     check(shape, dtype, pool, act)
 
 
@@ -90,10 +91,8 @@ def test_every_candidate_with_pooling(config: heuristics.Config, monkeypatch: py
     check((4, 200, 7, 7), torch.bfloat16, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("act", Act)
-@pooled
-def test_nan_and_inf(pool: bool, act: Act, dtype: torch.dtype) -> None:
+@combinations("act, dtype, pool", Act, DTYPES, [False, True])
+def test_nan_and_inf(act: Act, dtype: torch.dtype, pool: bool) -> None:
     y, bn = activation(2, 16, 3, 3, dtype=dtype), random_bn(16, dtype)
     grad = activation(2, 16, *((1, 1) if pool else (3, 3)), dtype=dtype)
     y[0, 1, 0, 0] = float("nan")

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -26,6 +27,8 @@ from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_backward import pointwise_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+H100 = gpu.H100
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 CHANNELS = [(1, 3), (3, 1), (8, 24), (24, 40), (40, 136), (136, 8)]
 
 
@@ -73,6 +76,9 @@ def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, ONE_PASS)
 
 
+BLOCKS = ["small_blocks", "stored_operands", "one_pass"]
+
+
 def weight_of(channels: int, outputs: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
 
@@ -85,9 +91,9 @@ def assert_rounded(actual: Tensor, args: tuple, output: int, dtype: torch.dtype,
 
 def check_backward(
     channels: int, outputs: int, dtype: torch.dtype, case: str = "both", plain: bool = False, batch_stats: bool = True,
-    size: tuple = (1, 9, 11), act: Act = Act.RELU,
+    size: tuple = (1, 9, 11), act: Act = Act.RELU, alone: bool = False,
 ) -> None:  # fmt: skip
-    """``case``: which of y and grad_bn_y there are."""
+    """``case``: which of y and grad_bn_y there are; ``alone``: each of the two gradients without the other, too."""
     u = activation(size[0], channels, *size[1:], dtype=dtype)
     dz, y = (activation(size[0], outputs, *size[1:], dtype=dtype) for _ in range(2))
     grad_bn = None if case == "neither" else random_grad_bn(outputs, dtype)
@@ -105,6 +111,8 @@ def check_backward(
         of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), batch_stats)
         for row in range(GRAD_ROWS):
             assert_close(grad_bn_u[row], of_stored[row], 3 * ACC_TOLERANCE[dtype], f"grad_bn_u[{row}]")
+    if not alone:
+        return
     only_weight = pointwise_backward(*args, False, True)
     assert only_weight[0].shape == (0,) and only_weight[0].dtype == dtype and only_weight[2].shape == (0,)
     assert_close(only_weight[1], grad_weight.double(), 1e-5, "grad_weight alone")
@@ -114,37 +122,26 @@ def check_backward(
     assert only_input[2].shape == grad_bn_u.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
-def test_shapes(channels: int, outputs: int, dtype: torch.dtype) -> None:
-    check_backward(channels, outputs, dtype)
+@in_turn("channels_and_outputs, dtype", CHANNELS, *FLOAT32_AND_16_BITS)
+def test_shapes(channels_and_outputs: tuple[int, int], dtype: torch.dtype) -> None:
+    check_backward(*channels_and_outputs, dtype)
 
 
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: None) -> None:
-    check_backward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stored_operands(dtype: torch.dtype, act: Act, stored_operands: None) -> None:
-    check_backward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_pass(dtype: torch.dtype, act: Act, one_pass: None) -> None:
-    check_backward(24, 40, dtype, size=(2, 11, 12), act=act)
+@combinations("act, dtype, blocks_of", Act, DTYPES, BLOCKS)
+def test_several_tiles_and_blocks(act: Act, dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
+    """Each of the two gradients alone, too, which is what runs in several blocks where ``one_pass`` makes both."""
+    request.getfixturevalue(blocks_of)
+    size = (2, 11, 12) if blocks_of == "one_pass" else (1, 9, 11)
+    check_backward(24, 40, dtype, size=size, act=act, alone=act == Act.RELU)
 
 
 @pytest.mark.parametrize(("case", "plain"), list(product(["neither", "scale", "both"], [False, True])))
 def test_optional_arguments(case: str, plain: bool) -> None:
-    check_backward(24, 8, torch.float32, case, plain, case == "both", size=(1, 4, 5))
+    check_backward(24, 8, torch.float32, case, plain, case == "both", size=(1, 4, 5), alone=True)
     check_backward(24, 8, torch.bfloat16, case, plain, case != "both", size=(1, 4, 5))
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     """Gamma's gradient survives a channel mean of 1e4 with standard deviation 1."""
     request.getfixturevalue(blocks_of)
@@ -158,9 +155,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     assert_close(grad_bn, of_stored, 1e-5)
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("act", Act)
+@combinations("act, special, blocks_of", Act, [float("nan"), float("inf"), float("-inf")], BLOCKS)
 def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
     u = activation(1, 8, 9, 9, dtype=torch.float32)
@@ -197,7 +192,7 @@ def test_empty_batch(batch_stats: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, False, gpu.H100)
+    candidates = heuristics.pointwise_backward(90, 24, 32, dtype.itemsize, False, True, True, False, H100)
     assert len(candidates) > 1
     for choice in candidates:
         monkeypatch.setattr(heuristics, "pointwise_backward", lambda *_, choice=choice: (choice,))
@@ -210,7 +205,7 @@ def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operands", "one_pass"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
     """At most 1.5 times the error of PyTorch's own path, which rounds a, dy and every result to 16 bits."""
     request.getfixturevalue(blocks_of)

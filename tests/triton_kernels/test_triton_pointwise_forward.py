@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
@@ -29,6 +30,8 @@ from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+H100 = gpu.H100
+FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 CHANNELS = [(1, 3), (3, 1), (8, 24), (24, 40), (40, 136), (136, 8)]
 
 
@@ -62,14 +65,18 @@ def whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
 
 
+BLOCKS = ["small_blocks", "stored_operand", "whole_weight"]
+
+
 def weight_of(channels: int, outputs: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
 
 
 def check_forward(
     channels: int, outputs: int, dtype: torch.dtype, plain: bool = False, affine: bool = True,
-    size: tuple = (1, 9, 11), act: Act = Act.RELU,
+    size: tuple = (1, 9, 11), act: Act = Act.RELU, alone: bool = False,
 ) -> None:  # fmt: skip
+    """``alone``: y without its statistics, too."""
     u = activation(size[0], channels, *size[1:], dtype=dtype)
     bn_u, weight = None if plain else random_bn(channels, dtype), weight_of(channels, outputs, dtype)
     gamma, beta = (torch.rand(outputs) + 0.5, torch.randn(outputs)) if affine else (None, None)
@@ -84,50 +91,36 @@ def check_forward(
     assert bn.shape == (BN_ROWS, outputs) and bn.dtype == torch.float32
     for row in range(BN_ROWS):
         assert_close(bn[row], of_stored[row], ACC_TOLERANCE[dtype], f"bn[{row}]")
-    again, nothing = pointwise_forward(*args, False, bias)
-    assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
+    if alone:
+        again, nothing = pointwise_forward(*args, False, bias)
+        assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
-def test_shapes(channels: int, outputs: int, dtype: torch.dtype) -> None:
-    check_forward(channels, outputs, dtype)
+@in_turn("channels_and_outputs, dtype", CHANNELS, *FLOAT32_AND_16_BITS)
+def test_shapes(channels_and_outputs: tuple[int, int], dtype: torch.dtype) -> None:
+    check_forward(*channels_and_outputs, dtype)
 
 
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: None) -> None:
-    check_forward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stored_operand(dtype: torch.dtype, act: Act, stored_operand: None) -> None:
-    check_forward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_weight(dtype: torch.dtype, act: Act, whole_weight: None) -> None:
-    check_forward(24, 40, dtype, size=(2, 11, 12), act=act)
+@combinations("act, dtype, blocks_of", Act, DTYPES, BLOCKS)
+def test_several_tiles_and_blocks(act: Act, dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(blocks_of)
+    check_forward(24, 40, dtype, size=(2, 11, 12) if blocks_of == "whole_weight" else (1, 9, 11), act=act)
 
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 def test_optional_arguments(plain: bool, affine: bool) -> None:
-    check_forward(24, 8, torch.float32, plain, affine, size=(1, 4, 5))
+    check_forward(24, 8, torch.float32, plain, affine, size=(1, 4, 5), alone=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bn", [False, True])
-@pytest.mark.parametrize("act", Act)
-def test_inference(bn: bool, act: Act, dtype: torch.dtype) -> None:
-    for channels, outputs in ((24, 40), (136, 3)):
-        x = activation(2, channels, 5, 7, dtype=dtype)
-        args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, NO_PADDING)
-        y = pointwise_inference(*args)
-        assert y.dtype == dtype and is_channels_last_dense(y)
-        assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+@combinations("act, dtype, bn, channels_and_outputs", Act, DTYPES, [True, False], [(24, 40), (136, 3)])
+def test_inference(act: Act, dtype: torch.dtype, bn: bool, channels_and_outputs: tuple[int, int]) -> None:
+    channels, outputs = channels_and_outputs
+    x = activation(2, channels, 5, 7, dtype=dtype)
+    args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, NO_PADDING)
+    y = pointwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": (0, 0, 1, 0)}])
@@ -142,7 +135,7 @@ def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, Any]
         pointwise_forward(x, None, Act.LINEAR, weight, **geometry, gamma=None, beta=None, eps=1e-5, stats=True)
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     """The variance of y survives a channel mean of 1e4 with standard deviation 1."""
     request.getfixturevalue(blocks_of)
@@ -154,9 +147,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("act", Act)
+@combinations("act, special, blocks_of", Act, [float("nan"), float("inf"), float("-inf")], BLOCKS)
 def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
     u = activation(1, 8, 9, 9, dtype=torch.float32)
@@ -178,13 +169,13 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, False, gpu.H100):
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, False, H100):
         monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
         check_forward(40, 32, dtype, size=(1, 9, 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
     """At most 1.5 times the error of PyTorch's own path, which rounds a and y to 16 bits."""
     request.getfixturevalue(blocks_of)
