@@ -52,8 +52,8 @@ def test_the_instruction_set_can_be_read_and_forced() -> None:
 
 def test_an_impossible_instruction_set_is_refused() -> None:
     code = (
-        "import torch; from mobilenet_ext.backends import reference; from pathlib import Path;"
-        "torch.ops.load_library(str(Path(reference.__file__).parent.parent / '_cpu.abi3.so'));"
+        "import torch; import mobilenet_ext; from pathlib import Path;"
+        "torch.ops.load_library(str(Path(mobilenet_ext.__file__).parent / '_cpu.abi3.so'));"
         "torch.ops.mobilenet_ext_cpu.norm_act_forward("
         "torch.zeros(1, 1, 1, 1).to(memory_format=torch.channels_last), torch.zeros(5, 1), 1, False)"
     )

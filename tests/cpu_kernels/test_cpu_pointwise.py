@@ -1,9 +1,10 @@
-"""The pointwise kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+"""The pointwise kernels in C++ for CPUs, forward, backward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from combinations import combinations
@@ -13,14 +14,12 @@ from cpu_ops import (
     INPUTS,
     TOLERANCE,
     activation,
-    as_double,
     assert_close,
     assert_same_specials,
     assert_statistics,
     cases,
     check_conv_backward,
     check_threads,
-    in_float64,
     is_channels_last_dense,
     norm_act_of,
     ops,
@@ -33,7 +32,6 @@ from cpu_ops import (
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
@@ -71,9 +69,9 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Ac
     assert y.dtype == dtype and is_channels_last_dense(y)
     exact = (*args, True, bias)
     if rounds_operands(dtype):
-        a = reference._norm_act(u.double(), as_double(args[1]), args[2]).to(dtype)
+        a = oracle.norm_act(u, args[1], args[2]).to(dtype)
         exact = (a, None, Act.LINEAR, *args[3:], True, bias)
-    assert_close(y, in_float64(reference.pointwise_forward, exact)[0], TOLERANCE[dtype], "y")
+    assert_close(y, oracle.pointwise_forward(*exact)[0], TOLERANCE[dtype], "y")
     assert_statistics(bn_y, y, gamma, beta, 1e-5)
     plain, empty = ops.pointwise_forward(*args, False, bias)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == bn_y.dtype
@@ -96,9 +94,7 @@ def test_pointwise_backward(
 def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 5, 1, count, count), dtype)
     args = (u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    assert_close(
-        ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], TOLERANCE[dtype], "y"
-    )
+    assert_close(ops.pointwise_forward(*args)[0], oracle.pointwise_forward(*args)[0], TOLERANCE[dtype], "y")
     check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, NO_PADDING))
 
 
@@ -108,7 +104,7 @@ def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn
     args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, NO_PADDING)
     y = ops.pointwise_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.pointwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.cover
@@ -140,23 +136,21 @@ def test_nan_and_inf(dtype: torch.dtype, where: str, value: float, act_u: Act) -
     {"u": u[1, 3, 2], "dz": dz[0, 5, 6], "y": y[1, 39, 0], "weight": weight[7, 32], "bn_u": bn_u[1]}[where][0] = value
     args = (u, bn_u, act_u, weight, 1, NO_PADDING, None, None, 1e-5, True)
     ours, bn_y = ops.pointwise_forward(*args)
-    theirs, their_bn = reference.pointwise_forward(*args)
+    theirs, their_bn = oracle.pointwise_forward(*args)
     assert_same_specials(ours, theirs.double())
     assert torch.equal(torch.isfinite(bn_y), torch.isfinite(their_bn))
     args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, 1, NO_PADDING, True, True)
-    for actual, expected in zip(ops.pointwise_backward(*args), reference.pointwise_backward(*args), strict=True):
+    for actual, expected in zip(ops.pointwise_backward(*args), oracle.pointwise_backward(*args), strict=True):
         assert_same_specials(actual, expected.double())
 
 
 def test_more_channels_than_fit_on_a_stack() -> None:
     x, bn_u, weight, *_ = pointwise_inputs((1, 20_000, 1, 2, 3), torch.float32)
     args = (x, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    assert_close(ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], 1e-5)
+    assert_close(ops.pointwise_forward(*args)[0], oracle.pointwise_forward(*args)[0], 1e-5)
     x, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 3, 1, 2, 20_000), torch.float32)
     args = (dz, y, grad_bn_y, x, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
-    for actual, expected in zip(
-        ops.pointwise_backward(*args), in_float64(reference.pointwise_backward, args), strict=True
-    ):
+    for actual, expected in zip(ops.pointwise_backward(*args), oracle.pointwise_backward(*args), strict=True):
         assert_close(actual, expected, 1e-5)
 
 

@@ -1,18 +1,17 @@
-"""What the tests of the CUDA convolutions share: each op against the reference in float64."""
+"""What the tests of the CUDA convolutions share: each op against the oracle."""
 
 from __future__ import annotations
 
 from itertools import product
 
+import oracle
 import pytest
 import torch
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
     activation,
-    as_double,
     assert_close,
-    in_float64,
     is_channels_last_dense,
     random_bn,
     random_grad_bn,
@@ -21,7 +20,6 @@ from cpu_ops import (
 from torch import Tensor
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -64,7 +62,7 @@ def output_inputs(
 
 def check_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
     """bn_y is the normalisation by the statistics of y as stored."""
-    of_stored = reference._batch_bn(y.double(), as_double(gamma), as_double(beta), EPS)
+    of_stored = oracle.batch_bn(y, gamma, beta, EPS)
     for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[y.dtype], name)
 
@@ -87,11 +85,9 @@ def check_forward(
 
 def expected_forward(op: str, u, bn_u, act_u, weight, stride, padding, bias=None) -> Tensor:
     """y, of operands as the op rounds them."""
-    a = reference._norm_act(u.double(), as_double(bn_u), act_u)
-    if op == "pointwise_forward":
-        a = a.to(u.dtype)
-    args = (a, None, Act.LINEAR, weight, stride, padding, None, None, EPS, False, bias)
-    return in_float64(getattr(reference, op), args)[0]
+    a = oracle.norm_act(u, bn_u, act_u)
+    a = a.to(u.dtype) if op == "pointwise_forward" else a
+    return oracle.conv_forward(a, None, Act.LINEAR, weight, stride, padding, None, None, EPS, False, bias)[0]
 
 
 def check_inference(op: str, *args) -> None:
@@ -99,7 +95,7 @@ def check_inference(op: str, *args) -> None:
     x = args[0]
     out = getattr(ops, op)(*args)
     assert out.dtype == x.dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(getattr(reference, op), args), TOLERANCE[x.dtype])
+    assert_close(out, oracle.conv_inference(*args), TOLERANCE[x.dtype])
 
 
 def check_backward(op: str, *args, allowed: float = 0.0) -> None:
@@ -116,7 +112,7 @@ def check_backward(op: str, *args, allowed: float = 0.0) -> None:
     if bn_u is None:
         assert grad_bn_u.shape == (0,)
     else:
-        of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), batch_stats_u)
+        of_stored = oracle.grad_bn(dz_u, u, bn_u, batch_stats_u)
         for row, name in enumerate(["dz coefficient", "y coefficient", "mean", "constant", "gamma", "beta"]):
             assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[u.dtype], name)
 
@@ -129,17 +125,9 @@ def check_backward(op: str, *args, allowed: float = 0.0) -> None:
 
 def expected_backward(op: str, *args) -> tuple[Tensor, Tensor]:
     """dz_u and the weight's gradient, of operands as the op rounds them."""
-    exact = in_float64(getattr(reference, op), (*args, True, True))[:2]
-    if op == "depthwise_backward":
-        return exact
-    dz, y, grad_bn_y, u, bn_u, act_u, _, *rest = map(as_double, args)
-    dtype = args[0].dtype
-    dy = reference._conv_output_grad(dz, y, grad_bn_y).to(dtype).double()
-    a = reference._norm_act(u, bn_u, act_u).to(dtype).double()
-    plain = (dy, None, None, a, None, Act.LINEAR, False, *rest, True, True)
-    da, grad_weight, _ = getattr(reference, op)(*plain)
+    if op == "pointwise_backward":
+        return oracle.product_backward(*args)
+    dz_u, grad_weight, _ = oracle.conv_backward(*args)
     if op == "dense_backward":  # only the weight's gradient is a product on tensor cores
-        return exact[0], grad_weight
-    if bn_u is not None:
-        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da)
-    return da, grad_weight
+        _, grad_weight = oracle.product_backward(*args)
+    return dz_u, grad_weight

@@ -1,9 +1,10 @@
-"""Block inference in CUDA C++: depthwise and pointwise convolution in one kernel, against the reference in float64."""
+"""Block inference in CUDA C++: depthwise and pointwise convolution in one kernel, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -12,7 +13,6 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     is_channels_last_dense,
     misaligned,
     random_bn,
@@ -20,12 +20,11 @@ from cpu_ops import (
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, Padding
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-# The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
+# The intermediate activation is rounded to the activations' dtype, where the oracle keeps it in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # (n, channels, filters, h, w, stride)
 SHAPES = [
@@ -70,7 +69,7 @@ def check(args: tuple, tolerance: float | None = None) -> None:
     dtype = args[0].dtype
     y = ops.block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.block_inference, args), tolerance or TOLERANCE[dtype])
+    assert_close(y, oracle.block_inference(*args), tolerance or TOLERANCE[dtype])
 
 
 @in_turn("shape, dtype", [*SHAPES, *TILED, *TWO_KERNELS], *FLOAT32_AND_16_BITS)
@@ -108,7 +107,7 @@ def test_nan_and_inf(act: Act, filters: int, stride: int, dtype: torch.dtype) ->
     x = args[0]
     x[0, 0, 0, 0], x[0, 1, 8, 8] = float("nan"), float("nan")
     x[0, 2, 0, 8] = float("inf")
-    assert_same_specials(ops.block_inference(*args), reference.block_inference(*args).double())
+    assert_same_specials(ops.block_inference(*args), oracle.block_inference(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""Dense 3x3 convolution in CUDA C++, backward, against the reference in float64."""
+"""Dense 3x3 convolution in CUDA C++, backward, against the oracle."""
 
 from __future__ import annotations
 

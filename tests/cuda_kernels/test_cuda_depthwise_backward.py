@@ -1,10 +1,10 @@
-"""Depthwise convolution in CUDA C++, backward, against the reference in float64."""
+"""Depthwise convolution in CUDA C++, backward, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -21,10 +21,8 @@ from convolutions import (
     output_inputs,
 )
 from cpu_ops import activation, assert_close, assert_same_specials, misaligned, same_bits
-from torch import Tensor
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import (
     BN_SCALE,
     GRAD_BETA,
@@ -92,19 +90,6 @@ def test_misaligned(stride: int, kernel: int) -> None:
         check_backward("depthwise_backward", *args[:i], misaligned(args[i]), *args[i + 1 :])
 
 
-def literal_backward(dy: Tensor, a: Tensor, weight: Tensor, stride: int, padding: Padding) -> tuple[Tensor, Tensor]:
-    """The gradients of a and weight, summed over what exists: nothing is multiplied by padding."""
-    left, _, top, _ = padding
-    grad_a, grad_weight = torch.zeros_like(a), torch.zeros_like(weight)
-    height, width = a.shape[2:]
-    for i, j, row, column in product(*map(range, (*weight.shape[2:], *dy.shape[2:]))):
-        y, x = row * stride + i - top, column * stride + j - left
-        if 0 <= y < height and 0 <= x < width:
-            grad_a[:, :, y, x] += dy[:, :, row, column] * weight[:, 0, i, j]
-            grad_weight[:, 0, i, j] += (dy[:, :, row, column] * a[:, :, y, x]).sum(0)
-    return grad_a, grad_weight
-
-
 @combinations(
     "geometry, where, kind, special",
     [*GEOMETRIES[:8], (5, 1, (2, 0, 1, 2)), (5, 2, (1, 2, 1, 2))],
@@ -121,15 +106,15 @@ def test_nan_and_inf(geometry: tuple[int, int, Padding], where: str, kind: str, 
     if where != "weight":
         x[0, 2, x.shape[2] // 2, x.shape[3] // 2] = special
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args, True, True)
-    dy = reference._conv_output_grad(dz.double(), y.double(), grad_bn.double())
-    a = reference._norm_act(u.double(), bn.double(), act)
-    grad_a, expected_weight = literal_backward(dy, a, weight.double(), *geometry[1:])
-    expected = reference._ACTIVATE_BACKWARD[act](reference._normalise(u.double(), bn.double()), grad_a)
+    dy = oracle.output_grad(dz, y, grad_bn)
+    a = oracle.norm_act(u, bn, act)
+    grad_a, expected_weight = oracle.depthwise_by_taps(dy, a, weight, *geometry[1:])
+    expected = oracle.activate_backward(oracle.normalise(u, bn), grad_a, act)
     assert_same_specials(dz_u, expected)
     assert_same_specials(grad_weight, expected_weight)
     finite = expected_weight.isfinite()
     assert_close(grad_weight[finite], expected_weight[finite], 1e-5)
-    of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn.double(), True)
+    of_stored = oracle.grad_bn(dz_u, u, bn, True)
     assert torch.equal(grad_bn_u.isfinite(), of_stored.isfinite())
 
 

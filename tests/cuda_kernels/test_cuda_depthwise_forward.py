@@ -1,9 +1,10 @@
-"""Depthwise convolution in CUDA C++, forward and inference, against the reference in float64."""
+"""Depthwise convolution in CUDA C++, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -26,7 +27,6 @@ from cpu_ops import (
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     misaligned,
     overflowing,
     random_bn,
@@ -34,7 +34,6 @@ from cpu_ops import (
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act, Padding, conv_output_size
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -111,7 +110,7 @@ def test_a_column_outside_the_image_may_overflow() -> None:
     weight[:, :, 1, 0] = 300.0
     args = (u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
-    assert torch.equal(y.double(), in_float64(reference.depthwise_forward, args)[0])
+    assert torch.equal(y.double(), oracle.depthwise_forward(*args)[0])
     assert not bn[BN_VAR].any() and torch.equal(bn[BN_MEAN], torch.full((8,), 300.0))
 
 
@@ -119,13 +118,13 @@ def test_a_column_outside_the_image_may_overflow() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @for_each_act
 @for_each_kernel
-def test_specials_go_where_the_reference_sends_them(kernel: int, dtype: torch.dtype, stride: int, act: Act) -> None:
+def test_specials_go_where_pytorch_sends_them(kernel: int, dtype: torch.dtype, stride: int, act: Act) -> None:
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 0, 0] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, kernel, kernel).to(dtype) + 0.5
     args = (u, random_bn(8, dtype), act, weight, stride, (2, 0, 1, 2), *NO_STATISTICS)
     y, _ = ops.depthwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
+    assert_same_specials(y, oracle.depthwise_forward(*args)[0])
     assert y.isnan().any() and (y.isinf().any() or act == Act.RELU6)
 
 
@@ -134,7 +133,7 @@ def test_an_empty_batch() -> None:
     args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
-    torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
+    torch.testing.assert_close(bn.double(), oracle.depthwise_forward(*args)[1])
 
 
 @for_each_kernel

@@ -1,9 +1,10 @@
-"""Pointwise convolution in CUDA C++, forward and inference, against the reference in float64."""
+"""Pointwise convolution in CUDA C++, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
 from combinations import combinations
@@ -14,7 +15,6 @@ from cpu_ops import (
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     misaligned,
     overflowing,
     random_bn,
@@ -23,7 +23,6 @@ from cpu_ops import (
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -76,7 +75,7 @@ def test_tf32(shape: tuple[int, ...]) -> None:
     args = inputs(shape, torch.float32)
     check_forward("pointwise_forward", *args, allowed=5e-4)
     args = (*args, *NO_STATISTICS)
-    expected, _ = in_float64(reference.pointwise_forward, args)
+    expected, _ = oracle.pointwise_forward(*args)
     assert relative_error(ops.pointwise_forward(*args)[0], expected) > 1e-5
 
 
@@ -143,7 +142,7 @@ def test_nan_and_inf(dtype: torch.dtype, outputs: int, kind: str) -> None:
     u[0, 1, 0, 3], u[0, 2, 8, 16] = float("nan"), float("inf")
     u[0, 3, 4, 4] = float("-inf")
     y, _ = ops.pointwise_forward(*args, *NO_STATISTICS)
-    assert_same_specials(y, reference.pointwise_forward(*args, *NO_STATISTICS)[0].double())
+    assert_same_specials(y, oracle.pointwise_forward(*args, *NO_STATISTICS)[0])
 
     args = inputs((1, 24, outputs, 9, 17), dtype, kind)
     args[3][5, 3] = float("nan")
@@ -170,7 +169,7 @@ def test_empty_batch(dtype: torch.dtype) -> None:
     args = inputs((0, 8, 16, 5, 5), dtype)
     y, bn = ops.pointwise_forward(*args, *STATISTICS)
     assert y.shape == (0, 16, 5, 5)
-    assert_close(bn, reference.pointwise_forward(*args, *STATISTICS)[1].double(), 1e-6)
+    assert_close(bn, oracle.pointwise_forward(*args, *STATISTICS)[1], 1e-6)
     assert ops.pointwise_inference(args[0], None, Act.RELU, *args[3:]).shape == (0, 16, 5, 5)
 
 

@@ -1,7 +1,8 @@
-"""The fused depthwise-separable block in Triton, against the reference in float64."""
+"""The fused depthwise-separable block in Triton, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -9,13 +10,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     is_channels_last_dense,
     random_bn,
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act, Padding
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.block_inference import block_inference
@@ -24,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
 ONE = (1, 1, 1, 1)  # on each side
 H100 = gpu.H100
-# The intermediate activation is rounded to the activations' dtype, where the reference keeps it in float32.
+# The intermediate activation is rounded to the activations' dtype, where the oracle keeps it in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # (n, channels, filters, h, w, stride)
 SHAPES = [
@@ -67,7 +66,7 @@ def check(
     args = inputs(shape, dtype, acts, padding)
     y = block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.block_inference(*args), TOLERANCE[dtype])
 
 
 @in_turn("shape, dtype", SHAPES, *FLOAT32_AND_16_BITS)
@@ -124,7 +123,7 @@ def test_nan_and_inf(act: Act, dtype: torch.dtype, stride: int) -> None:
     x = args[0]
     x[0, 0, 0, 0], x[0, 1, 8, 8] = float("nan"), float("nan")
     x[0, 2, 0, 8] = float("inf")
-    assert_same_specials(block_inference(*args), reference.block_inference(*args).double())
+    assert_same_specials(block_inference(*args), oracle.block_inference(*args))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -1,7 +1,8 @@
-"""Dense 3x3 convolution in Triton, backward, against the reference in float64."""
+"""Dense 3x3 convolution in Triton, backward, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from combinations import in_turn
@@ -10,7 +11,6 @@ from cpu_ops import (
     TOLERANCE,
     activation,
     assert_close,
-    in_float64,
     is_channels_last_dense,
     random_bn,
     random_grad_bn,
@@ -18,7 +18,6 @@ from cpu_ops import (
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_backward import dense_backward
@@ -75,8 +74,8 @@ def check_backward(
     source = (u, None, Act.LINEAR, False, weight, *shape[5:])
     dz_u, grad_weight, grad_bn_u = dense_backward(*output, *source, True, True)
     # The operands of the products are rounded to the activations' dtype; float32 products are exact to their order.
-    dy = reference._conv_output_grad(*(None if t is None else t.double() for t in output))
-    exact = in_float64(reference.dense_backward, (dy.to(dtype), None, None, *source, True, True))
+    dy = oracle.output_grad(*output)
+    exact = oracle.dense_backward(dy.to(dtype), None, None, *source, True, True)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}[dtype]
     assert dz_u.dtype == dtype and is_channels_last_dense(dz_u)
     assert_close(dz_u, exact[0], TOLERANCE[dtype], "dz_u")
@@ -128,7 +127,7 @@ def test_nan_and_inf(geometry: tuple[int, Padding], dtype: torch.dtype, small_bl
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
     dz[0, 1, 0, 0], dz[0, 2, 2, 2] = float("nan"), float("inf")
     args = (dz, y, grad_bn_y, u, None, Act.LINEAR, False, weight, stride, padding, True, True)
-    for actual, expected in zip(dense_backward(*args), reference.dense_backward(*args), strict=True):
+    for actual, expected in zip(dense_backward(*args), oracle.dense_backward(*args), strict=True):
         assert torch.equal(torch.isfinite(actual), torch.isfinite(expected))
 
 

@@ -1,7 +1,8 @@
-"""Dense 3x3 convolution in Triton, forward and inference, against the reference in float64."""
+"""Dense 3x3 convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -13,7 +14,6 @@ from cpu_ops import (
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
@@ -22,7 +22,6 @@ from cpu_ops import (
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_SCALE, BN_SHIFT, BN_VAR, NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_forward import dense_forward, dense_inference
@@ -69,8 +68,8 @@ def check_forward(shape: Shape, dtype: torch.dtype) -> None:
     args = (u, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-5, True, bias)
     y, bn_y = dense_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.dense_forward, args)[0], TOLERANCE[dtype], "y")
-    of_stored = reference._batch_bn(y.double(), gamma.double(), beta.double(), 1e-5)
+    assert_close(y, oracle.dense_forward(*args)[0], TOLERANCE[dtype], "y")
+    of_stored = oracle.batch_bn(y, gamma, beta, 1e-5)
     for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
 
@@ -91,7 +90,7 @@ def test_inference(act: Act, dtype: torch.dtype, with_bn: bool) -> None:
     args = (x, bn if with_bn else None, act, weight, 2, ONE)
     y = dense_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.dense_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.dense_inference(*args), TOLERANCE[dtype])
 
 
 def test_a_normalisation_on_load_is_refused() -> None:
@@ -116,7 +115,7 @@ def test_no_statistics_and_no_affine() -> None:
     y, bn = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, True)
     plain, empty = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, False)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == torch.float32
-    assert_close(bn, reference._batch_bn(y.double(), None, None, 1e-3), 1e-5)
+    assert_close(bn, oracle.batch_bn(y, None, None, 1e-3), 1e-5)
 
 
 def test_statistics_survive_a_large_mean(small_blocks: None) -> None:
@@ -134,9 +133,9 @@ def test_nan_and_inf(geometry: tuple[int, Padding], dtype: torch.dtype, small_bl
     u, weight, bn = inputs((1, 3, 8, 10, 8, stride, padding), dtype)
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
     args = (u, None, Act.LINEAR, weight, stride, padding, None, None, 1e-5, False)
-    assert_same_specials(dense_forward(*args)[0], reference.dense_forward(*args)[0].double())
+    assert_same_specials(dense_forward(*args)[0], oracle.dense_forward(*args)[0])
     args = (u, bn, Act.RELU, weight, stride, padding)
-    assert_same_specials(dense_inference(*args), reference.dense_inference(*args).double())
+    assert_same_specials(dense_inference(*args), oracle.dense_inference(*args))
 
 
 def test_same_bits_again() -> None:

@@ -1,9 +1,10 @@
-"""Depthwise convolution in Triton, backward, against the reference in float64."""
+"""Depthwise convolution in Triton, backward, against the oracle."""
 
 from __future__ import annotations
 
 from itertools import product
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -13,13 +14,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     is_channels_last_dense,
     random_bn,
     random_grad_bn,
 )
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_backward import depthwise_backward
@@ -66,12 +65,12 @@ def check_backward(
     args = (dz, y, grad_bn, u, bn_u, act if normalise else Act.LINEAR, True, weight, stride, padding)
 
     dz_u, grad_weight, grad_bn_u = depthwise_backward(*args, True, True)
-    expected_dz, expected_weight, _ = in_float64(reference.depthwise_backward, (*args, True, True))
+    expected_dz, expected_weight, _ = oracle.depthwise_backward(*args, True, True)
     assert dz_u.dtype == dtype and is_channels_last_dense(dz_u) and grad_weight.dtype == torch.float32
     assert_close(dz_u, expected_dz, TOLERANCE[dtype], "dz_u")
     assert_close(grad_weight, expected_weight, ACC_TOLERANCE[dtype], "grad_weight")
     if normalise:
-        of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True)
+        of_stored = oracle.grad_bn(dz_u, u, bn_u, True)
         for row, name in enumerate(GRAD_BN_ROWS):
             assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[dtype], name)
     else:
@@ -126,7 +125,7 @@ def test_every_activation_on_load(act, dtype, geometry):
 
 @pytest.mark.parametrize("act, dtype", [*product([Act.RELU], DTYPES), *product(Act, [torch.float32])], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
+def test_specials_go_where_pytorch_sends_them(act, dtype, stride):
     """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
@@ -136,7 +135,7 @@ def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
     dz[1, 5, out[0] // 2, out[1] // 2] = float("nan")
     args = (dz, None, random_grad_bn(8, dtype), u, random_bn(8, dtype), act, False, weight, stride, ONE, True, True)
     dz_u, grad_weight, grad_bn = depthwise_backward(*args)
-    expected = in_float64(reference.depthwise_backward, args)
+    expected = oracle.depthwise_backward(*args)
     assert_same_specials(dz_u, expected[0])
     assert torch.equal(grad_weight.isfinite(), expected[1].isfinite())
     assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
@@ -149,7 +148,7 @@ def test_an_input_that_no_output_sees_reaches_no_gradient(special):
     dz = activation(1, 8, 2, 2, dtype=torch.float32)
     args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 3, 3), 2, NO_PADDING, True, True)
     dz_u, grad_weight, _ = depthwise_backward(*args)
-    expected = in_float64(reference.depthwise_backward, args)
+    expected = oracle.depthwise_backward(*args)
     assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 
@@ -178,7 +177,7 @@ def test_5x5_with_optional_arguments(output):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.usefixtures("one_program")
-def test_5x5_specials_go_where_the_reference_sends_them(stride):
+def test_5x5_specials_go_where_pytorch_sends_them(stride):
     """Those of dz at the border too, which no padding multiplies; of inputs, see the kernel, away from it."""
     u = activation(1, 8, 11, 11, dtype=torch.float32)
     u[0, 1, 5, 5], u[0, 2, 6, 5] = float("nan"), float("inf")
@@ -188,7 +187,7 @@ def test_5x5_specials_go_where_the_reference_sends_them(stride):
     weight = torch.rand(8, 1, 5, 5) + 0.5
     args = (dz, None, None, u, random_bn(8, u.dtype), Act.RELU, False, weight, stride, (2, 2, 2, 2), True, True)
     dz_u, grad_weight, grad_bn = depthwise_backward(*args)
-    expected = in_float64(reference.depthwise_backward, args)
+    expected = oracle.depthwise_backward(*args)
     assert_same_specials(dz_u, expected[0])
     assert torch.equal(grad_weight[:3].isfinite(), expected[1][:3].isfinite())
     assert torch.equal(grad_bn.isfinite(), expected[2].isfinite())
@@ -202,7 +201,7 @@ def test_5x5_an_input_that_no_output_sees_reaches_no_gradient(special):
     dz = activation(1, 8, 2, 2, dtype=torch.float32)
     args = (dz, None, None, u, None, Act.LINEAR, False, torch.randn(8, 1, 5, 5), 2, NO_PADDING, True, True)
     dz_u, grad_weight, _ = depthwise_backward(*args)
-    expected = in_float64(reference.depthwise_backward, args)
+    expected = oracle.depthwise_backward(*args)
     assert_close(dz_u, expected[0], TOLERANCE[torch.float32])
     assert_close(grad_weight, expected[1], ACC_TOLERANCE[torch.float32])
 

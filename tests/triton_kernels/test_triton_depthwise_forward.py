@@ -1,9 +1,10 @@
-"""Depthwise convolution in Triton, forward and inference, against the reference in float64."""
+"""Depthwise convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from itertools import product
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -15,14 +16,12 @@ from cpu_ops import (
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
 )
 
 from mobilenet_ext import contract
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_forward import depthwise_forward, depthwise_inference
@@ -66,8 +65,8 @@ def check_forward(
     args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
     y, bn_y = depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.depthwise_forward, args)[0], TOLERANCE[dtype], "y")
-    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), 1e-5)
+    assert_close(y, oracle.depthwise_forward(*args)[0], TOLERANCE[dtype], "y")
+    of_stored = oracle.batch_bn(y, gamma, beta, 1e-5)
     if y.numel() > channels:  # the statistics of single values are rounding errors
         for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
             assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
@@ -148,7 +147,7 @@ def test_a_column_outside_the_image_may_overflow():
     weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
     args = (u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
-    expected_y, expected_bn = in_float64(reference.depthwise_forward, args)
+    expected_y, expected_bn = oracle.depthwise_forward(*args)
     assert torch.equal(y.double(), expected_y)
     assert torch.equal(bn[:1].double(), expected_bn[:1]) and not bn[contract.BN_VAR].any()
 
@@ -182,9 +181,9 @@ def test_5x5_inference(stride, padding):
     """And that NaN and Inf at the border reach the outputs that see them, and no others."""
     x = activation(1, 8, 6, 7, dtype=torch.float16)
     args = (x, random_bn(8, x.dtype), Act.RELU, torch.rand(8, 1, 5, 5).half() + 0.5, stride, padding)
-    assert_close(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0], TOLERANCE[x.dtype])
+    assert_close(depthwise_inference(*args), oracle.depthwise_inference(*args), TOLERANCE[x.dtype])
     x[0, 1, 0, 0], x[0, 2, 5, 6], x[0, 3, 0, 6] = float("nan"), float("inf"), -float("inf")
-    assert_same_specials(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0])
+    assert_same_specials(depthwise_inference(*args), oracle.depthwise_inference(*args))
 
 
 @pytest.mark.usefixtures("one_program")
@@ -201,19 +200,19 @@ def test_inference(act, geometry, dtype, with_bn, channels):
     args = (x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), *geometry)
     out = depthwise_inference(*args)
     assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, in_float64(reference.depthwise_inference, args)[0], TOLERANCE[dtype])
+    assert_close(out, oracle.depthwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("act, dtype", [*product([Act.RELU], DTYPES), *product(Act, [torch.float32])], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
+def test_specials_go_where_pytorch_sends_them(act, dtype, stride):
     """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
     args = (u, random_bn(8, dtype), act, weight, stride, ONE, None, None, 1e-5, True)
     y, _ = depthwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
+    assert_same_specials(y, oracle.depthwise_forward(*args)[0])
     assert y.isnan().any() and (act == Act.RELU6 or y.isinf().any())
 
 
@@ -231,7 +230,7 @@ def test_an_empty_batch():
     args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
-    torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
+    torch.testing.assert_close(bn.double(), oracle.depthwise_forward(*args)[1])
 
 
 def test_squares_that_overflow():

@@ -1,7 +1,8 @@
-"""Normalising and activating in Triton, alone and with pooling, against the reference in float64."""
+"""Normalising and activating in Triton, alone and with pooling, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from combinations import combinations
@@ -11,12 +12,10 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     is_channels_last_dense,
     random_bn,
 )
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, GRAD_ROWS, Act
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.activation import gates
@@ -45,15 +44,15 @@ def check(
         y, bn[BN_MEAN] = y + mean, bn[BN_MEAN] + mean
     out = norm_act_forward(y, bn, act, pool)
     assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(reference.norm_act_forward, (y, bn, act, pool)), TOLERANCE[dtype])
+    assert_close(out, oracle.norm_act_forward(y, bn, act, pool), TOLERANCE[dtype])
     dz, grad_bn = norm_act_backward(grad, y, bn, act, batch_stats, pool)
-    expected, _ = in_float64(reference.norm_act_backward, (grad, y, bn, act, batch_stats, pool))
+    expected, _ = oracle.norm_act_backward(grad, y, bn, act, batch_stats, pool)
     assert dz.dtype == dtype and is_channels_last_dense(dz)
     if gates(act) and not pool:
         assert torch.equal(dz.double(), expected)
     else:
         assert_close(dz, expected, TOLERANCE[dtype])
-    of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), batch_stats)
+    of_stored = oracle.grad_bn(dz, y, bn, batch_stats)
     for row in range(GRAD_ROWS):
         assert_close(grad_bn[row], of_stored[row], ACC_TOLERANCE[dtype], str(row))
 
@@ -100,9 +99,9 @@ def test_nan_and_inf(act: Act, dtype: torch.dtype, pool: bool) -> None:
     y[0, 3, 2, 2] = -float("inf")
     grad[0, 4, 0, 0], grad[0, 5, 0, 0] = float("inf"), float("nan")
     args = (y, bn, act, pool)
-    assert_same_specials(norm_act_forward(*args), *in_float64(reference.norm_act_forward, args))
+    assert_same_specials(norm_act_forward(*args), oracle.norm_act_forward(*args))
     args = (grad, y, bn, act, True, pool)
-    expected = in_float64(reference.norm_act_backward, args)
+    expected = oracle.norm_act_backward(*args)
     for ours, theirs in zip(norm_act_backward(*args), expected, strict=True):
         assert_same_specials(ours, theirs)
 
@@ -114,4 +113,4 @@ def test_empty_batch(pool: bool) -> None:
     assert out.shape == ((0, 8, 1, 1) if pool else y.shape)
     args = (out, y, bn, Act.RELU, True, pool)
     dz, grad_bn = norm_act_backward(*args)
-    assert dz.shape == y.shape and torch.equal(grad_bn, reference.norm_act_backward(*args)[1])
+    assert dz.shape == y.shape and torch.equal(grad_bn.double(), oracle.norm_act_backward(*args)[1])

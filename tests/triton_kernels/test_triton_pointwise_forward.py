@@ -1,10 +1,11 @@
-"""Pointwise convolution in Triton, forward and inference, against the reference in float64."""
+"""Pointwise convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
@@ -16,7 +17,6 @@ from cpu_ops import (
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
@@ -24,7 +24,6 @@ from cpu_ops import (
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, NO_PADDING, Act
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
@@ -86,8 +85,8 @@ def check_forward(
     assert y.dtype == dtype and is_channels_last_dense(y)
     # In 16 bits it comes from two roundings: of an operand, and of itself.
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 1.5)
-    assert_close(y, in_float64(reference.pointwise_forward, (*args, True, bias))[0], bound, "y")
-    of_stored = reference._batch_bn(y.double(), *(None if v is None else v.double() for v in (gamma, beta)), 1e-5)
+    assert_close(y, oracle.pointwise_forward(*args, True, bias)[0], bound, "y")
+    of_stored = oracle.batch_bn(y, gamma, beta, 1e-5)
     assert bn.shape == (BN_ROWS, outputs) and bn.dtype == torch.float32
     for row in range(BN_ROWS):
         assert_close(bn[row], of_stored[row], ACC_TOLERANCE[dtype], f"bn[{row}]")
@@ -120,7 +119,7 @@ def test_inference(act: Act, dtype: torch.dtype, bn: bool, channels_and_outputs:
     args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, NO_PADDING)
     y = pointwise_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.pointwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": (0, 0, 1, 0)}])
@@ -142,7 +141,7 @@ def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     u = activation(2, 1, 12, 13, dtype=torch.float32, mean=1e4)
     weight = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1, 1)
     y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, True)
-    expected = reference._batch_bn(y.double(), None, None, 1e-5)
+    expected = oracle.batch_bn(y, None, None, 1e-5)
     assert_close(bn[BN_VAR], expected[BN_VAR], 1e-5, "variance")
     assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
 
@@ -155,7 +154,7 @@ def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.Fix
     weight = weight_of(8, 3, torch.float32)
     args = (u, random_bn(8, torch.float32), act, weight, 1, NO_PADDING, None, None, 1e-5, True)
     y, bn = pointwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.pointwise_forward, args)[0])
+    assert_same_specials(y, oracle.pointwise_forward(*args)[0])
     if not y.isfinite().all():
         assert not bn[BN_VAR].isfinite().any()  # a variance that a gradient scaler notices
 
@@ -163,8 +162,8 @@ def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.Fix
 def test_empty_batch() -> None:
     u, bn_u, weight = torch.empty(0, 8, 4, 4), random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
     args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, True)
-    for actual, expected in zip(pointwise_forward(*args), reference.pointwise_forward(*args), strict=True):
-        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(pointwise_forward(*args), oracle.pointwise_forward(*args), strict=True):
+        torch.testing.assert_close(actual.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,8 +180,8 @@ def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.Fi
     request.getfixturevalue(blocks_of)
     u, bn_u, weight = activation(2, 40, 12, 12, dtype=dtype), random_bn(40, dtype), weight_of(40, 24, dtype)
     args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    expected = in_float64(reference.pointwise_forward, args)[0]
-    own = torch.nn.functional.conv2d(reference._norm_act(u, bn_u, Act.RELU).to(dtype), weight)
+    expected = oracle.pointwise_forward(*args)[0]
+    own = torch.nn.functional.conv2d(oracle.norm_act(u, bn_u, Act.RELU).to(dtype), weight)
     assert relative_error(pointwise_forward(*args)[0], expected) <= 1.5 * relative_error(own, expected)
 
 
