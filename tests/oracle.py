@@ -13,18 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain import one_thread
+from plain import MODULES, one_thread
 from torch import Tensor
 
 from mobilenet_ext.contract import NO_PADDING, Act, Padding
-
-ACTIVATIONS = {
-    Act.LINEAR: lambda z: z,
-    Act.RELU: F.relu,
-    Act.RELU6: F.relu6,
-    Act.HARDSWISH: F.hardswish,
-    Act.SILU: F.silu,
-}
 
 
 def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +37,7 @@ def _channels(vector: Tensor) -> Tensor:
 
 @_exactly
 def activate(z: Tensor, act: Act) -> Tensor:
-    return ACTIVATIONS[act](z)
+    return MODULES[act]()(z)
 
 
 @_exactly
@@ -53,7 +45,7 @@ def activate_backward(z: Tensor, da: Tensor, act: Act) -> Tensor:
     """``da`` times the derivative. At NaN, where PyTorch's vectorised code of some differs from its scalar code, it is
     the scalar code's: what is not on one side of a corner passes the gradient."""
     z.requires_grad_()
-    (dz,) = torch.autograd.grad(ACTIVATIONS[act](z), z, da)
+    (dz,) = torch.autograd.grad(MODULES[act]()(z), z, da)
     return torch.where(z.isnan(), da, dz) if act in (Act.RELU6, Act.HARDSWISH) else dz
 
 
@@ -88,17 +80,22 @@ def batch_bn(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -
 def grad_bn(dz: Tensor, y: Tensor, bn: Tensor, batch_stats: bool) -> Tensor:
     """What the backward of a normalisation needs, of its gradient and input as they were stored.
 
-    ``dy`` is the derivative by y alone and, with batch statistics, those by mean and variance: they change by
-    ``1 / count`` and ``2 (y - mean) / count`` with each y.
+    ``dy`` is the derivative by y alone and, with batch statistics, those by mean and variance, which change by
+    ``1 / count`` and ``2 (y - mean) / count`` with each y. Those two have gamma as a factor, which is no part of their
+    sums here, so that an infinite one makes no NaN of them.
     """
-    mean, scale, beta, rstd, var = (row.requires_grad_() for row in bn.clone().unbind())
-    gamma, eps = (scale / rstd).detach().requires_grad_(), (rstd**-2 - var).detach()
-    z = (y - _channels(mean)) * _channels(gamma / (var + eps).sqrt()) + _channels(beta)
-    by_gamma, by_beta, by_mean, by_var = torch.autograd.grad(z, (gamma, beta, mean, var), dz)
-    share = 1 / max(y.numel() // y.shape[1], 1) if batch_stats else 0
-    zero = torch.zeros_like(mean)
-    through_statistics = (2 * share * by_var, share * by_mean) if batch_stats else (zero, zero)
-    return torch.stack([scale, through_statistics[0], mean, through_statistics[1], by_gamma, by_beta])
+    mean, scale, _, rstd, var = bn
+    eps, gamma = rstd**-2 - var, scale / rstd
+    leaves = [t.clone().requires_grad_() for t in (torch.ones_like(mean), torch.zeros_like(mean), mean, var)]
+    factor, summand, of_mean, of_var = map(_channels, leaves)
+    z = (y - of_mean) / (of_var + _channels(eps)).sqrt() * factor + summand
+    by_gamma, by_beta, by_mean, by_var = torch.autograd.grad(z, leaves, dz)
+    if batch_stats:
+        count = max(y.numel() // y.shape[1], 1)
+        y_coefficient, constant = 2 * gamma * by_var / count, gamma * by_mean / count
+    else:
+        y_coefficient = constant = torch.zeros_like(mean)
+    return torch.stack([scale, y_coefficient, mean, constant, by_gamma, by_beta])
 
 
 @_exactly
@@ -222,7 +219,7 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: Act, pool: bool) -> Tensor:
 def norm_act_backward(
     grad: Tensor, y: Tensor, bn_y: Tensor, act: Act, batch_stats: bool, pool: bool
 ) -> tuple[Tensor, Tensor]:
-    da = (grad / y[0, 0].numel()).expand(y.shape) if pool else grad
+    da = (grad / (y.shape[2] * y.shape[3])).expand(y.shape) if pool else grad
     dz = activate_backward(normalise(y, bn_y), da, act)
     return dz, grad_bn(dz, y, bn_y, batch_stats)
 

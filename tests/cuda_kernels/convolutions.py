@@ -7,14 +7,14 @@ from itertools import product
 import oracle
 import pytest
 import torch
+from conv_inputs import ALL_SIDES
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
-    activation,
     assert_close,
+    assert_grad_bn,
+    assert_statistics,
     is_channels_last_dense,
-    random_bn,
-    random_grad_bn,
     same_bits,
 )
 from torch import Tensor
@@ -22,10 +22,7 @@ from torch import Tensor
 from mobilenet_ext import ops
 from mobilenet_ext.contract import NO_PADDING, Act
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])
 EPS = 1e-5
-ALL_SIDES = (1, 1, 1, 1)
 # Left, right, top and bottom. The third is TensorFlow's "same" of an even size at stride 2.
 PADDINGS = [NO_PADDING, ALL_SIDES, (0, 1, 0, 1), (2, 0, 1, 2)]
 # Of depthwise convolutions: kernel, stride and padding.
@@ -33,38 +30,15 @@ GEOMETRIES = [
     *product([3], [1, 2], PADDINGS),
     *product([5], [1, 2], [NO_PADDING, (2, 2, 2, 2), (1, 2, 1, 2), (2, 0, 1, 2)]),
 ]
-ACTS = [act.name.lower() for act in Act]
-INPUTS = [*ACTS, "plain"]  # a convolution's input on load: act(norm(u)), or u
 # How the weight's gradient may differ: operands next to the middle of two values that can be stored go to either.
 PRODUCT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
 for_each_kernel = pytest.mark.parametrize("kernel", [3, 5])
-for_each_act = pytest.mark.parametrize("act", Act, ids=ACTS)
-
-
-def norm_act(kind: str, channels: int, dtype: torch.dtype) -> tuple[Tensor | None, Act]:
-    """bn_u and act_u of an input of this kind."""
-    return (None, Act.LINEAR) if kind == "plain" else (random_bn(channels, dtype), Act[kind.upper()])
+for_each_act = pytest.mark.parametrize("act", Act, ids=lambda act: act.name.lower())
 
 
 def affine(channels: int) -> tuple[Tensor, Tensor]:
     return torch.rand(channels) + 0.5, torch.randn(channels)
-
-
-def output_inputs(
-    n: int, channels: int, height: int, width: int, dtype: torch.dtype, kind: str = "statistics"
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dz, y and grad_bn_y of an output: with batch "statistics", with "running" ones, or not normalised ("plain")."""
-    dz, y = (activation(n, channels, height, width, dtype=dtype) for _ in range(2))
-    grad_bn_y = random_grad_bn(channels, dtype)
-    return {"statistics": (dz, y, grad_bn_y), "running": (dz, None, grad_bn_y), "plain": (dz, None, None)}[kind]
-
-
-def check_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
-    """bn_y is the normalisation by the statistics of y as stored."""
-    of_stored = oracle.batch_bn(y, gamma, beta, EPS)
-    for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
-        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[y.dtype], name)
 
 
 def check_forward(
@@ -78,7 +52,7 @@ def check_forward(
     assert y.dtype == u.dtype and is_channels_last_dense(y) and bn_y.dtype == torch.float32
     assert_close(y, expected_forward(op, *args, bias), allowed or TOLERANCE[u.dtype], "y")
     if y.numel() > y.shape[1]:  # the statistics of single values are rounding errors
-        check_statistics(bn_y, y, gamma, beta)
+        assert_statistics(bn_y, y, gamma, beta, EPS)
     alone, none = getattr(ops, op)(*args, gamma, beta, EPS, False, bias)
     assert same_bits(alone, y) and none.shape == (0,) and none.dtype == torch.float32
 
@@ -112,9 +86,7 @@ def check_backward(op: str, *args, allowed: float = 0.0) -> None:
     if bn_u is None:
         assert grad_bn_u.shape == (0,)
     else:
-        of_stored = oracle.grad_bn(dz_u, u, bn_u, batch_stats_u)
-        for row, name in enumerate(["dz coefficient", "y coefficient", "mean", "constant", "gamma", "beta"]):
-            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[u.dtype], name)
+        assert_grad_bn(grad_bn_u, dz_u, u, bn_u, batch_stats_u)
 
     only_weight = backward(*args, False, True)
     assert only_weight[0].shape == (0,) and only_weight[0].dtype == u.dtype and only_weight[2].shape == (0,)

@@ -8,19 +8,9 @@ import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
-from convolutions import (
-    ACTS,
-    ALL_SIDES,
-    DTYPES,
-    FLOAT32_AND_16_BITS,
-    GEOMETRIES,
-    INPUTS,
-    check_backward,
-    for_each_kernel,
-    norm_act,
-    output_inputs,
-)
-from cpu_ops import activation, assert_close, assert_same_specials, misaligned, same_bits
+from conv_inputs import ALL_SIDES, DEPTHWISE, DTYPES, FLOAT32_AND_16_BITS, backward_inputs
+from convolutions import GEOMETRIES, check_backward, for_each_kernel
+from cpu_ops import INPUTS, assert_close, assert_same_specials, misaligned, same_bits
 
 from mobilenet_ext import ops
 from mobilenet_ext.contract import (
@@ -30,23 +20,21 @@ from mobilenet_ext.contract import (
     GRAD_DZ_COEFFICIENT,
     GRAD_GAMMA,
     GRAD_Y_COEFFICIENT,
+    Act,
     Padding,
     conv_output_size,
 )
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-CASES = [(1, (2, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (2, 13, 26))]  # channels, N, H and W
+CASES = [*DEPTHWISE, (40, (2, 13, 26))]
 TILED = (40, (3, 21, 17))  # several chunks of rows per image, several tasks per program
 
 
-def inputs(dtype, channels, size, kernel, stride, padding, *, kind="relu", output="statistics") -> tuple:
+def inputs(dtype, channels, size, kernel, stride, padding, *, act: Act | None = Act.RELU, output="statistics") -> tuple:
     """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
     n, h, w = size
-    of_y = output_inputs(n, channels, *conv_output_size(h, w, kernel, stride, padding), dtype, output)
-    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
-    u = activation(n, channels, h, w, dtype=dtype)
-    return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, stride, padding)
+    return backward_inputs((n, channels, h, w), (channels, 1, kernel, kernel), dtype, stride, padding, act, output)
 
 
 @in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
@@ -58,10 +46,10 @@ def test_backward(geometry: tuple[int, int, Padding], dtype: torch.dtype) -> Non
 
 
 @combinations(
-    "kind, output, kernel, stride, channels", INPUTS, ["statistics", "running", "plain"], [3, 5], [1, 2], [8, 3]
+    "act, output, kernel, stride, channels", INPUTS, ["statistics", "running", "plain"], [3, 5], [1, 2], [8, 3]
 )
-def test_inputs_and_outputs(kernel: int, channels: int, stride: int, output: str, kind: str) -> None:
-    args = inputs(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, kind=kind, output=output)
+def test_inputs_and_outputs(kernel: int, channels: int, stride: int, output: str, act: Act | None) -> None:
+    args = inputs(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, act=act, output=output)
     check_backward("depthwise_backward", *args)
 
 
@@ -91,16 +79,16 @@ def test_misaligned(stride: int, kernel: int) -> None:
 
 
 @combinations(
-    "geometry, where, kind, special",
+    "geometry, where, act, special",
     [*GEOMETRIES[:8], (5, 1, (2, 0, 1, 2)), (5, 2, (1, 2, 1, 2))],
     ["dz", "y", "u", "weight"],
-    ACTS,
+    Act,
     [float("nan"), float("inf"), -float("inf")],
 )
-def test_nan_and_inf(geometry: tuple[int, int, Padding], where: str, kind: str, special: float) -> None:
+def test_nan_and_inf(geometry: tuple[int, int, Padding], where: str, act: Act, special: float) -> None:
     """In the middle and in the corners: they reach what they are multiplied with, and nothing else."""
-    args = inputs(torch.float32, 8, (1, 8, 7), *geometry, kind=kind)
-    dz, y, grad_bn, u, bn, act, _, weight, *_ = args
+    args = inputs(torch.float32, 8, (1, 8, 7), *geometry, act=act)
+    dz, y, grad_bn, u, bn, _, _, weight, *_ = args
     x = {"dz": dz, "y": y, "u": u, "weight": weight}[where]
     x[0, 0, 0, 0] = x[-1, 0, -1, -1] = special
     if where != "weight":

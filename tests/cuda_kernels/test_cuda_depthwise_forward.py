@@ -8,20 +8,10 @@ import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
-from convolutions import (
-    ALL_SIDES,
-    DTYPES,
-    EPS,
-    FLOAT32_AND_16_BITS,
-    GEOMETRIES,
-    INPUTS,
-    check_forward,
-    check_inference,
-    for_each_act,
-    for_each_kernel,
-    norm_act,
-)
+from conv_inputs import ALL_SIDES, DEPTHWISE, DTYPES, FLOAT32_AND_16_BITS, forward_inputs
+from convolutions import EPS, GEOMETRIES, check_forward, check_inference, for_each_act, for_each_kernel
 from cpu_ops import (
+    INPUTS,
     activation,
     assert_close,
     assert_same_specials,
@@ -38,16 +28,16 @@ from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act, Padding, conv_output_si
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (2, 13, 26))]  # channels, N, H and W
+CASES = [*DEPTHWISE, (40, (2, 13, 26))]
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def check(dtype, channels, size, kernel, stride, padding, *, kind="relu", with_affine=True, place=lambda x: x) -> None:
+def check(
+    dtype, channels, size, kernel, stride, padding, *, act: Act | None = Act.RELU, with_affine=True, place=lambda x: x
+) -> None:
     n, h, w = size
-    u = place(activation(n, channels, h, w, dtype=dtype))
-    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
-    args = (u, *norm_act(kind, channels, dtype), weight, stride, padding)
-    check_forward("depthwise_forward", *args, with_affine=with_affine)
+    u, *rest = forward_inputs((n, channels, h, w), (channels, 1, kernel, kernel), dtype, stride, padding, act)
+    check_forward("depthwise_forward", place(u), *rest, with_affine=with_affine)
 
 
 @in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
@@ -65,12 +55,12 @@ def test_several_tiles_per_program(dtype: torch.dtype, stride: int, kernel: int)
     check(dtype, 72, (9, 34, 31), kernel, stride, ALL_SIDES)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("act", INPUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [8, 3])
 @for_each_kernel
-def test_inputs(kernel: int, channels: int, stride: int, kind: str) -> None:
-    check(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, kind=kind, with_affine=kind == "linear")
+def test_inputs(kernel: int, channels: int, stride: int, act: Act | None) -> None:
+    check(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, act=act, with_affine=act == Act.LINEAR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

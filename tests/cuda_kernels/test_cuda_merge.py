@@ -8,7 +8,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from convolutions import DTYPES
+from conv_inputs import DTYPES
 
 from mobilenet_ext import ops
 

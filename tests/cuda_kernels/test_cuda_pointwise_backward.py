@@ -8,21 +8,13 @@ import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
-from convolutions import (
-    ACTS,
-    DTYPES,
-    FLOAT32_AND_16_BITS,
-    INPUTS,
-    check_backward,
-    expected_backward,
-    norm_act,
-    output_inputs,
-)
-from cpu_ops import activation, assert_close, assert_same_specials, misaligned, relative_error, same_bits
+from conv_inputs import DTYPES, FLOAT32_AND_16_BITS, backward_inputs
+from convolutions import check_backward, expected_backward
+from cpu_ops import INPUTS, assert_close, assert_same_specials, misaligned, relative_error, same_bits
 from torch import Tensor
 
 from mobilenet_ext import ops
-from mobilenet_ext.contract import NO_PADDING
+from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -39,13 +31,10 @@ SHAPES = [
 TILED = [(2, 136, 264, 15, 17), (3, 40, 72, 13, 15), (1, 264, 136, 21, 13)]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, kind="relu", output="statistics") -> tuple:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, act: Act | None = Act.RELU, output="statistics") -> tuple:
     """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
     n, channels, outputs, h, w = shape
-    of_y = output_inputs(n, outputs, h, w, dtype, output)
-    u = activation(n, channels, h, w, dtype=dtype)
-    weight = (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / outputs**0.5).to(dtype)
-    return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, 1, NO_PADDING)
+    return backward_inputs((n, channels, h, w), (outputs, channels, 1, 1), dtype, act=act, output=output)
 
 
 @in_turn("shape, dtype", [*SHAPES, *TILED], *FLOAT32_AND_16_BITS)
@@ -53,9 +42,9 @@ def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_backward("pointwise_backward", *inputs(shape, dtype))
 
 
-@combinations("kind, output, dtype, shape", INPUTS, ["statistics", "running", "plain"], DTYPES, [SHAPES[0], SHAPES[3]])
-def test_inputs_and_outputs(shape: tuple[int, ...], dtype: torch.dtype, output: str, kind: str) -> None:
-    check_backward("pointwise_backward", *inputs(shape, dtype, kind=kind, output=output))
+@combinations("act, output, dtype, shape", INPUTS, ["statistics", "running", "plain"], DTYPES, [SHAPES[0], SHAPES[3]])
+def test_inputs_and_outputs(shape: tuple[int, ...], dtype: torch.dtype, output: str, act: Act | None) -> None:
+    check_backward("pointwise_backward", *inputs(shape, dtype, act=act, output=output))
 
 
 def test_running_statistics() -> None:
@@ -84,7 +73,7 @@ def test_tf32(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
-    args = inputs((2, 48, 80, 9, 11), dtype, kind="plain", output="plain")
+    args = inputs((2, 48, 80, 9, 11), dtype, act=None, output="plain")
     dz, u, weight = args[0], args[3], args[7]
     ours = ops.pointwise_backward(*args, True, True)[:2]
 
@@ -98,11 +87,11 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
         assert relative_error(mine, wanted) <= 1.5 * relative_error(plain, wanted) + 1e-7
 
 
-@combinations("kind, special, dtype, outputs", ACTS, [float("nan"), float("inf"), -float("inf")], DTYPES, [16, 13])
-def test_nan_and_inf(special: float, kind: str, outputs: int, dtype: torch.dtype) -> None:
+@combinations("act, special, dtype, outputs", Act, [float("nan"), float("inf"), -float("inf")], DTYPES, [16, 13])
+def test_nan_and_inf(special: float, act: Act, outputs: int, dtype: torch.dtype) -> None:
     """They reach what they are multiplied with, and nothing else; a NaN passes the gradient through a clamp."""
     for where in (0, 1, 3, 7):  # dz, y, u, weight
-        args = inputs((1, 24, outputs, 9, 17), dtype, kind=kind)
+        args = inputs((1, 24, outputs, 9, 17), dtype, act=act)
         x = args[where]
         x[0, 1, 0, 0] = special
         if where != 7:

@@ -8,12 +8,13 @@ import oracle
 import pytest
 import torch
 from combinations import combinations, in_turn
+from conv_inputs import ALL_SIDES, DEPTHWISE, DTYPES, FLOAT32_AND_16_BITS, forward_inputs
 from cpu_ops import (
-    ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    assert_statistics,
     check_overflowed,
     copying_weight,
     is_channels_last_dense,
@@ -26,11 +27,7 @@ from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_forward import depthwise_forward, depthwise_inference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT32_AND_16_BITS = (DTYPES[0], DTYPES[1:])  # which differ in no more than the conversions
-CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
-ONE = (1, 1, 1, 1)  # on each side
-GEOMETRIES = list(product([1, 2], [NO_PADDING, ONE]))
+GEOMETRIES = list(product([1, 2], [NO_PADDING, ALL_SIDES]))
 UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first is TensorFlow's "same"
 
 
@@ -53,23 +50,19 @@ def fits(size: tuple[int, int, int], padding: Padding) -> bool:
 
 
 def check_forward(
-    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True, kernel=3, alone=False
+    dtype, channels, size, stride, padding, *, act: Act | None = Act.RELU, affine=True, kernel=3, alone=False
 ) -> None:
     """``alone``: y without its statistics, too."""
     n, h, w = size
-    u = activation(n, channels, h, w, dtype=dtype)
-    bn = random_bn(channels, dtype) if normalise else None
-    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+    args = forward_inputs((n, channels, h, w), (channels, 1, kernel, kernel), dtype, stride, padding, act)
     gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
-    args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
+    args = (*args, gamma, beta, 1e-5, True, bias)
     y, bn_y = depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     assert_close(y, oracle.depthwise_forward(*args)[0], TOLERANCE[dtype], "y")
-    of_stored = oracle.batch_bn(y, gamma, beta, 1e-5)
     if y.numel() > channels:  # the statistics of single values are rounding errors
-        for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
-            assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+        assert_statistics(bn_y, y, gamma, beta, 1e-5)
     if alone:
         again, without = depthwise_forward(*args[:-2], False, bias)
         assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
@@ -78,7 +71,7 @@ def check_forward(
 @in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
 def test_forward(geometry, dtype):
     stride, padding = geometry
-    for channels, size in CASES:
+    for channels, size in DEPTHWISE:
         if fits(size, padding):
             check_forward(dtype, channels, size, stride, padding)
 
@@ -102,7 +95,7 @@ def test_an_image_smaller_than_its_padding(stride):
     check_forward(torch.bfloat16, 8, (2, 1, 1), stride, (1, 2, 2, 0))
 
 
-@combinations("act, dtype, geometry", Act, DTYPES[:2], [(1, ONE), (2, NO_PADDING)])
+@combinations("act, dtype, geometry", Act, DTYPES[:2], [(1, ALL_SIDES), (2, NO_PADDING)])
 def test_every_activation_on_load(act, dtype, geometry):
     check_forward(dtype, 8, (1, 5, 6), *geometry, act=act)
 
@@ -110,13 +103,15 @@ def test_every_activation_on_load(act, dtype, geometry):
 def test_an_activation_without_a_normalisation_is_refused():
     u = activation(1, 8, 3, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
-        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
+        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, ALL_SIDES, None, None, 1e-5, True)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("given", [False, True])
 def test_forward_with_and_without_optional_arguments(given, stride):
-    check_forward(torch.float32, 8, (2, 5, 5), stride, ONE, normalise=given, affine=given, alone=True)
+    check_forward(
+        torch.float32, 8, (2, 5, 5), stride, ALL_SIDES, act=Act.RELU if given else None, affine=given, alone=True
+    )
 
 
 def test_statistics_survive_a_large_mean(monkeypatch):
@@ -124,7 +119,7 @@ def test_statistics_survive_a_large_mean(monkeypatch):
     u = activation(1, 8, 100, 2, dtype=torch.float32) + 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     assert torch.equal(y, u)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
 
@@ -136,7 +131,7 @@ def test_statistics_survive_an_outlier_before_them(monkeypatch):
     u[:, :, 0] = 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-6)
 
 
@@ -145,7 +140,7 @@ def test_a_column_outside_the_image_may_overflow():
     u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(8, 1, 3, 3).half()
     weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
-    args = (u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     expected_y, expected_bn = oracle.depthwise_forward(*args)
     assert torch.equal(y.double(), expected_y)
@@ -210,7 +205,7 @@ def test_specials_go_where_pytorch_sends_them(act, dtype, stride):
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
-    args = (u, random_bn(8, dtype), act, weight, stride, ONE, None, None, 1e-5, True)
+    args = (u, random_bn(8, dtype), act, weight, stride, ALL_SIDES, None, None, 1e-5, True)
     y, _ = depthwise_forward(*args)
     assert_same_specials(y, oracle.depthwise_forward(*args)[0])
     assert y.isnan().any() and (act == Act.RELU6 or y.isinf().any())
@@ -222,12 +217,12 @@ def test_all_candidates_agree(monkeypatch, stride):
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
-        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ONE)
+        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ALL_SIDES)
 
 
 def test_an_empty_batch():
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
-    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ALL_SIDES, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
     torch.testing.assert_close(bn.double(), oracle.depthwise_forward(*args)[1])
@@ -235,5 +230,5 @@ def test_an_empty_batch():
 
 def test_squares_that_overflow():
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     check_overflowed(bn, y)
