@@ -50,9 +50,10 @@ def test_values_and_derivatives_of_an_activation(act: Act) -> None:
     z = torch.cat([torch.tensor(SPECIAL), torch.linspace(-8, 8, 1001)]).double().view(-1, 1, 1, 1)
     da = torch.linspace(-2, 2, len(z)).double().view(-1, 1, 1, 1)
     bn = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double().view(5, 1)
-    a, (dz, _) = ops.norm_act_forward(z, bn, act, False), ops.norm_act_backward(da, z, bn, act, False, False)
-    torch.testing.assert_close(a, oracle.activate(z, act), equal_nan=True)
-    torch.testing.assert_close(dz, oracle.activate_backward(z, da, act), equal_nan=True)
+    a = ops.norm_act_forward(z, bn, act, False, None, 0.1)
+    dz, _ = ops.norm_act_backward(da, z, bn, act, False, False, None, True, 0.1)
+    torch.testing.assert_close(a, oracle.activate(z, act, 0.1), equal_nan=True)
+    torch.testing.assert_close(dz, oracle.activate_backward(z, da, act, 0.1), equal_nan=True)
 
 
 def test_zero_stays_zero() -> None:
