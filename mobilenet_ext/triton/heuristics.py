@@ -339,8 +339,8 @@ def _limit(itemsize: int, ieee: bool, gpu: Gpu, num_warps: int, waves: int) -> C
 
 @cache
 def pointwise_backward(
-    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, need_input: bool, need_weight: bool, tma: bool,
-    gpu: Gpu,
+    rows: int, channels: int, outputs: int, itemsize: int, ieee: bool, gate: bool, need_input: bool, need_weight: bool,
+    tma: bool, gpu: Gpu,
 ) -> tuple[Config, ...]:  # fmt: skip
     """For the gradients of input and weight: in one pass over the data where a program can hold all of dW, else apart.
 
@@ -353,7 +353,7 @@ def pointwise_backward(
         by_weight = (32, 64, 64, 8, 2, 2)
         one_pass = [] if ieee else [(32, 64, 32, 8, 2, 1)]
     elif gpu.is_hopper:
-        stored_dy, stored_a = True, channels > 256
+        stored_dy, stored_a = True, channels > 256 and not gate
         by_input = (64, 64, 64, 4, 4, 2)
         by_weight = (64, 128, 256, 8, 4, 1) if stored_a else (64, 256, 128, 8, 3, 1)
         one_pass = [(16, 64, 32, 4, 3, 4), (32, 128, 64, 4, 3, 2), (32, 128, 128, 8, 3, 1)]
