@@ -80,9 +80,11 @@ def _run(
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_backward(
-        rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", gate is not None,
-        need_input, need_weight, gate is None and gates(act_u) and hopper.fits(weight, u, dz), gpu.of(u),
+        rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", need_input, need_weight,
+        gate is None and gates(act_u) and hopper.fits(weight, u, dz), gpu.of(u),
     )  # fmt: skip
+    if gate is not None:  # the pass that stores an operand knows of no gate
+        candidates = tuple(config for config in candidates if not (config["weight"] and config["weight"]["STORED_A"]))
     act = compiled(act_u, slope_u)
     unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
     sizes = (rows, height * width if gate is not None else None, k // unit, outputs // out_unit)

@@ -106,7 +106,7 @@ def _run(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
         gate is None and hopper.fits(weight, u), gpu.of(u),
     )  # fmt: skip
-    if gate is not None:
+    if gate is not None:  # the pass that stores an operand knows of no gate
         candidates = tuple(config for config in candidates if not config["STORED_A"])
     acts = (compiled(act_u, slope_u), compiled(act_y, slope_y))
 
