@@ -128,15 +128,17 @@ def _kernel(
             acc = acc + load_bias(bias_ptr, n_mma, n_mma < outputs)
         if bn_y_ptr is not None:
             acc = norm_act(acc, tile_norm(bn_y_ptr, outputs, n0, BLOCK_N, mma), True, ACT_Y)
-        if residual_ptr is not None:  # by the way that the output goes, the other way round
-            for part in gl.static_range(BLOCK_M // PART):
-                row_inside = (part * PART + m < rows - tile * BLOCK_M)[:, None]
-                offsets = (part * PART + m)[:, None] * outputs + n[None, :]
+        # The way that the output goes, the other way round; a row of a thread at a time: the product has the registers.
+        if residual_ptr is not None:
+            lane = gl.arange(0, LANES, layout=gl.SliceLayout(1, layout))
+            for part in gl.static_range(BLOCK_M // LANES):
+                row_inside = (part * LANES + lane < rows - tile * BLOCK_M)[:, None]
+                offsets = (part * LANES + lane)[:, None] * outputs + n[None, :]
                 residual = gl.load(
                     residual_ptr + tile.to(gl.int64) * BLOCK_M * outputs + offsets,
                     mask=row_inside & column_inside[None, :], other=0.0,
                 )  # fmt: skip
-                y_tile.slice(part * PART, PART).store(residual)
+                y_tile.slice(part * LANES, LANES).store(residual)
             acc = acc + y_tile.load(mma).to(gl.float32)
         y_tile.store(rounded(acc, dtype))
         left = gl.minimum(rows - tile * BLOCK_M, BLOCK_M)
