@@ -35,10 +35,11 @@ def plain_units(acts: tuple[Act, ...]) -> nn.Sequential:
 def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> list[chain.Unit]:
     """The same as tensors and settings; running statistics are left alone."""
     units = []
-    for kind, (conv, bn, _), act in zip(KINDS, plain, acts, strict=False):
+    for kind, (conv, bn, activation), act in zip(KINDS, plain, acts, strict=False):
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
         shape = (kind, conv.stride[0], padding_of(conv))
-        units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value))
+        slope = getattr(activation, "negative_slope", 0.0)
+        units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value, slope))
     return units
 
 
