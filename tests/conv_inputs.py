@@ -14,7 +14,7 @@ ALL_SIDES = (1, 1, 1, 1)
 Size = tuple[int, int, int, int]  # N, C, H and W
 
 # (channels, (n, h, w)) of depthwise convolutions
-DEPTHWISE = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]
+DEPTHWISE = [(1, (2, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]
 # (n, channels, filters, h, w, stride, padding) of dense ones
 Dense = tuple[int, int, int, int, int, int, Padding]
 DENSE: list[Dense] = [
@@ -67,6 +67,15 @@ def forward_inputs(
     return *source, random_weight(*weight_shape, dtype=dtype), stride, padding
 
 
+def output_inputs(
+    n: int, channels: int, h: int, w: int, dtype: torch.dtype, output: str = "statistics"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dz, y and grad_bn_y of an output: normalised with batch "statistics", with "running" ones, or not ("plain")."""
+    dz, y = (activation(n, channels, h, w, dtype=dtype) for _ in range(2))
+    grad_bn_y = random_grad_bn(channels, dtype)
+    return {"statistics": (dz, y, grad_bn_y), "running": (dz, None, grad_bn_y), "plain": (dz, None, None)}[output]
+
+
 def backward_inputs(
     size: Size,
     weight_shape: Size,
@@ -77,15 +86,9 @@ def backward_inputs(
     output: str = "statistics",
     batch_stats: bool = True,
 ) -> tuple:
-    """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding.
-
-    ``output``: normalised with batch "statistics", with "running" ones, or not ("plain").
-    """
+    """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
     filters, _, kernel, _ = weight_shape
-    out = (size[0], filters, *conv_output_size(*size[2:], kernel, stride, padding))
-    dz, y = (activation(*out, dtype=dtype) for _ in range(2))
-    grad_bn_y = random_grad_bn(filters, dtype)
-    of_y = {"statistics": (dz, y, grad_bn_y), "running": (dz, None, grad_bn_y), "plain": (dz, None, None)}[output]
+    of_y = output_inputs(size[0], filters, *conv_output_size(*size[2:], kernel, stride, padding), dtype, output)
     *source, weight, stride, padding = forward_inputs(size, weight_shape, dtype, stride, padding, act)
     return *of_y, *source, batch_stats, weight, stride, padding
 

@@ -109,10 +109,10 @@ def output_grad(dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None) -> Tenso
     return dy if y is None else dy + y_coefficient * (y - mean) + constant
 
 
-def _conv(a: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
+def _conv(a: Tensor, weight: Tensor, stride: int, padding: Padding | int) -> Tensor:
     """What two sides have in common is the convolution's own padding, whose taps PyTorch leaves out: there a weight or
     gradient that is not finite reaches nothing."""
-    left, right, top, bottom = padding
+    left, right, top, bottom = (padding,) * 4 if isinstance(padding, int) else padding
     rows, columns = min(top, bottom), min(left, right)
     a = F.pad(a, [left - columns, right - columns, top - rows, bottom - rows])
     return F.conv2d(a, weight, stride=stride, padding=(rows, columns), groups=a.shape[1] // weight.shape[1])
@@ -125,7 +125,7 @@ def conv_forward(
     act_u: Act,
     weight: Tensor,
     stride: int,
-    padding: Padding,
+    padding: Padding | int,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
     eps: float = 1e-5,
@@ -149,7 +149,7 @@ def conv_backward(
     batch_stats_u: bool,
     weight: Tensor,
     stride: int,
-    padding: Padding,
+    padding: Padding | int,
     need_input: bool = True,
     need_weight: bool = True,
     slope_u: float = 0.0,
@@ -204,7 +204,7 @@ def conv_inference(
     act_y: Act,
     weight: Tensor,
     stride: int,
-    padding: Padding,
+    padding: Padding | int,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
     slope_y: float = 0.0,
@@ -297,7 +297,7 @@ def block_inference(
     depthwise_act: Act,
     depthwise_weight: Tensor,
     stride: int,
-    padding: Padding,
+    padding: Padding | int,
     pointwise_bn: Tensor,
     pointwise_act: Act,
     pointwise_weight: Tensor,

@@ -227,7 +227,7 @@ def test_only_a_plan_is_taken_for_one():
     kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     dense = ["dense_inference"]
     padding = [1, 1, 1, 1]
-    plan = kernels.make_plan(dense, [bn, weight], [1, 2, *padding])
+    plan = kernels.make_plan(dense, [bn, weight], [1, 2, *padding], [0.0])
     assert torch.equal(kernels.run_plan(x, plan), kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
     for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
         with pytest.raises(RuntimeError, match=message):
@@ -252,4 +252,7 @@ def test_only_a_plan_is_taken_for_one():
         (dense, [bn], [1, 1, *padding], "tensors: too few"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            kernels.make_plan(ops, tensors, settings)
+            kernels.make_plan(ops, tensors, settings, [0.0] * len(ops))
+    for slopes, message in (([], "slopes: too few"), ([0.0, 0.0], "slopes: more")):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.make_plan(dense, [bn, weight], [1, 1, *padding], slopes)

@@ -80,7 +80,7 @@ def test_forward(geometry, dtype):
 @pytest.mark.usefixtures("small_tiles")
 def test_forward_over_several_tiles(geometry, dtype):
     """Linear in float32: the padding is 0 where a normalised 0 is not."""
-    check_forward(dtype, 24, (3, 6, 5), *geometry, act=Act.LINEAR if dtype == torch.float32 else Act.RELU)
+    check_forward(dtype, 24, (5, 6, 5), *geometry, act=Act.LINEAR if dtype == torch.float32 else Act.RELU)
 
 
 @pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)

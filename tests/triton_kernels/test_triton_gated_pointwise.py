@@ -1,8 +1,9 @@
 """Pointwise convolutions with a gate (squeeze-excite) in Triton, and the gradient at a pooled output beside the whole
-one, which a gate needs, against the reference in float64."""
+one, which a gate needs, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 import triton
@@ -14,7 +15,6 @@ from cpu_ops import (
     assert_close,
     assert_same_specials,
     assert_statistics,
-    in_float64,
     is_channels_last_dense,
     random_bn,
     random_grad_bn,
@@ -22,7 +22,6 @@ from cpu_ops import (
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act
 from mobilenet_ext.triton import gpu, heuristics, merge, ops
 from mobilenet_ext.triton.merge import store_image_sums
@@ -91,12 +90,12 @@ def test_forward(choice: str, dtype: torch.dtype, size: tuple, monkeypatch: pyte
     args = (u, random_bn(K, dtype), Act.HARDSWISH, gate, weight, gamma, beta, 1e-5, True, bias)
     y, bn = ops["gated_pointwise_forward"](*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    check(y, in_float64(reference.gated_pointwise_forward, args)[0], dtype, "y")
+    check(y, oracle.gated_pointwise_forward(*args)[0], dtype, "y")
     assert_statistics(bn, y, gamma, beta, 1e-5)
 
     residual = activation(n, OUTPUTS, h, w, dtype=dtype)
     args = (u, gate, random_bn(OUTPUTS, dtype), Act.LEAKY_RELU, weight, None, residual, 0.2)
-    check(ops["gated_pointwise_inference"](*args), *in_float64(reference.gated_pointwise_inference, args), dtype, "out")
+    check(ops["gated_pointwise_inference"](*args), oracle.gated_pointwise_inference(*args), dtype, "out")
 
 
 @images
@@ -111,7 +110,7 @@ def test_backward(choice: str, dtype: torch.dtype, size: tuple, monkeypatch: pyt
     da, grad_weight, grad_gate = ops["gated_pointwise_backward"](*args)
     assert da.dtype == dtype and is_channels_last_dense(da)
     assert grad_gate.shape == gate.shape and grad_gate.dtype == grad_weight.dtype == torch.float32
-    expected = in_float64(reference.gated_pointwise_backward, args)
+    expected = oracle.gated_pointwise_backward(*args)
     for ours, theirs, name in zip((da, grad_weight, grad_gate), expected, ("da", "weight", "gate"), strict=True):
         check(ours, theirs, dtype, name)
 
@@ -124,14 +123,14 @@ def test_optional_arguments(case: str, bn: bool) -> None:
     source = (u, random_bn(K, dtype), Act.SILU) if bn else (u, None, Act.LINEAR)
     forward = (*source, gate, weight, None, None, 1e-5, False)
     y, nothing = ops["gated_pointwise_forward"](*forward)
-    check(y, in_float64(reference.gated_pointwise_forward, forward)[0], dtype, "y")
+    check(y, oracle.gated_pointwise_forward(*forward)[0], dtype, "y")
     assert nothing.shape == (0,)
     output = (torch.randn_like(y), y if case == "both" else None, None)
     if case != "neither":
         output = (*output[:2], random_grad_bn(OUTPUTS, dtype))
     for needs in ((True, True), (True, False), (False, True)):
         args = (*output, *source, gate, weight, *needs)
-        expected = in_float64(reference.gated_pointwise_backward, args)
+        expected = oracle.gated_pointwise_backward(*args)
         for ours, theirs in zip(ops["gated_pointwise_backward"](*args), expected, strict=True):
             if theirs.numel() == 0:
                 assert ours.shape == (0,)
@@ -144,14 +143,14 @@ def test_error_in_16_bits(dtype: torch.dtype) -> None:
     """At most 1.5 times that of PyTorch's own path, which rounds what is between to 16 bits."""
     u, gate, weight = activation(3, K, 5, 5, dtype=dtype), gate_of(3, K, dtype), weight_of(dtype)
     bn, dz = random_bn(K, dtype), activation(3, OUTPUTS, 5, 5, dtype=dtype)
-    a = reference._norm_act(u, bn, Act.RELU, 0.0).to(dtype).requires_grad_()
+    a = oracle.norm_act(u, bn, Act.RELU).to(dtype).requires_grad_()
     factor, filters = gate.clone().requires_grad_(), weight.clone().requires_grad_()
     own_y = torch.nn.functional.conv2d(a * factor, filters)
     own = (own_y, *torch.autograd.grad(own_y, (a, filters, factor), dz))
     forward = (u, bn, Act.RELU, gate, weight, None, None, 1e-5, False)
     backward = (dz, None, None, u, bn, Act.RELU, gate, weight, True, True)
-    expected = in_float64(reference.gated_pointwise_forward, forward)[:1]
-    expected += in_float64(reference.gated_pointwise_backward, backward)
+    expected = oracle.gated_pointwise_forward(*forward)[:1]
+    expected += oracle.gated_pointwise_backward(*backward)
     actual = ops["gated_pointwise_forward"](*forward)[:1] + ops["gated_pointwise_backward"](*backward)
     for ours, theirs, true in zip(actual, own, expected, strict=True):
         assert relative_error(ours, true) <= 1.5 * relative_error(theirs, true)
@@ -163,10 +162,10 @@ def test_what_is_not_finite_stays_in_its_image() -> None:
     dz, bn = activation(5, OUTPUTS, 2, 3, dtype=dtype), random_bn(K, dtype)
     u[1, 2, 1, 1], dz[3, 4, 0, 2], gate[4, 6] = float("nan"), float("inf"), float("-inf")
     args = (u, bn, Act.RELU, gate, weight, None, None, 1e-5, False)
-    expected = in_float64(reference.gated_pointwise_forward, args)[0]
+    expected = oracle.gated_pointwise_forward(*args)[0]
     assert_same_specials(ops["gated_pointwise_forward"](*args)[0], expected)
     args = (dz, None, None, u, bn, Act.RELU, gate, weight, True, True)
-    expected = in_float64(reference.gated_pointwise_backward, args)
+    expected = oracle.gated_pointwise_backward(*args)
     for ours, theirs in zip(ops["gated_pointwise_backward"](*args), expected, strict=True):
         assert_same_specials(ours, theirs)
 
@@ -219,8 +218,8 @@ def test_gradient_of_a_pooled_output_too(act: Act, size: tuple, dtype: torch.dty
     args = (grad, y, bn, act, True, False, grad_pooled)
     dz, grad_bn = ops["norm_act_backward"](*args)
     assert dz.dtype == dtype and is_channels_last_dense(dz)
-    assert_close(dz, in_float64(reference.norm_act_backward, args)[0], TOLERANCE[dtype])
-    of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), True)
+    assert_close(dz, oracle.norm_act_backward(*args)[0], TOLERANCE[dtype])
+    of_stored = oracle.grad_bn(dz, y, bn, True)
     assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
     nothing, alone = ops["norm_act_backward"](*args, False)
     assert nothing.shape == (0,) and torch.equal(alone, grad_bn)

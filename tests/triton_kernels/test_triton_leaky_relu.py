@@ -1,10 +1,11 @@
-"""LeakyReLU in every Triton kernel that activates, against the reference in float64.
+"""LeakyReLU in every Triton kernel that activates, against the oracle.
 
 The slopes are those by which a kernel could go wrong that takes the derivative from the activation's output.
 """
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from cpu_ops import (
@@ -13,13 +14,11 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     random_bn,
     random_grad_bn,
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics, ops
 
@@ -52,22 +51,21 @@ def filters(outputs: int, inputs: int, kernel: int, dtype: torch.dtype) -> Tenso
 
 def check(op: str, args: tuple, dtype: torch.dtype, roundings: float = 1.0) -> None:
     """``roundings``: to 16 bits, one after the other, that a result comes from."""
-    expected = in_float64(getattr(reference, op), args)[0]
-    actual = ops[op](*args)
+    actual, expected = (x[0] if isinstance(x, tuple) else x for x in (ops[op](*args), getattr(oracle, op)(*args)))
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else roundings)
-    assert_close(actual[0] if isinstance(actual, tuple) else actual, expected, bound, op)
+    assert_close(actual, expected, bound, op)
 
 
 def check_backward(op: str, args: tuple, dtype: torch.dtype) -> None:
     """All that a convolution's backward gives; ``grad_bn_u`` is of dz_u as stored."""
     *rest, slope = args
     dz_u, grad_weight, grad_bn_u = ops[op](*args)
-    expected = in_float64(getattr(reference, op), args)
+    expected = getattr(oracle, op)(*args)
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 1.5)
     assert_close(dz_u, expected[0], bound, "dz_u")
     assert_close(grad_weight, expected[1], bound, "grad_weight")
     u, bn_u = rest[3:5]
-    assert_close(grad_bn_u, reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True), 1e-4, "grad_bn_u")
+    assert_close(grad_bn_u, oracle.grad_bn(dz_u, u, bn_u, True), 1e-4, "grad_bn_u")
 
 
 def product(m: int, n: int, k: int, **constants: bool) -> heuristics.Config:
@@ -127,7 +125,7 @@ def test_norm_act(dtype: torch.dtype, slope: float) -> None:
         args = (grad, y, bn, LEAKY, True, pool, None, True, slope)
         check("norm_act_backward", args, dtype)
         dz, grad_bn = ops["norm_act_backward"](*args)
-        of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), True)
+        of_stored = oracle.grad_bn(dz, y, bn, True)
         assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
 
 
@@ -157,10 +155,10 @@ def test_infinity(slope: float) -> None:
     y[0, 1, 2, 3], y[1, 2, 0, 0], y[1, 3, 0, 0] = -float("inf"), float("inf"), float("nan")
     args = (y, bn, LEAKY, False, None, slope)
     out = ops["norm_act_forward"](*args)
-    assert_same_specials(out, *in_float64(reference.norm_act_forward, args))
+    assert_same_specials(out, oracle.norm_act_forward(*args))
     assert out[0, 1, 2, 3].isnan() if slope == 0 else out[0, 1, 2, 3].isinf()
     grad = torch.full_like(y, float("inf"))
     args = (grad, y, bn, LEAKY, True, False, None, True, slope)
-    dz, expected = ops["norm_act_backward"](*args)[0], in_float64(reference.norm_act_backward, args)[0]
+    dz, expected = ops["norm_act_backward"](*args)[0], oracle.norm_act_backward(*args)[0]
     assert_same_specials(dz, expected)
     assert slope or dz.isnan().any()
