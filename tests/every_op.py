@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
 SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, H, W
 ACTS = (Act.RELU, Act.RELU6, Act.HARDSWISH, Act.SILU)  # one for each shape
+SLOPE = 0.2  # of leaky ReLU
 FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
 
 
@@ -88,8 +89,18 @@ def calls(
             "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, False, True)
         )
         yield Call("pointwise_inference", (u, bn(k), act, pointwise, 1, 0))
+        yield Call("pointwise_inference", (u, bn(k), Act.LEAKY_RELU, pointwise, 1, 0, None, image(n, k, h, w), SLOPE))
+        gate = image(n, c, 1, 1)
+        yield Call("gated_pointwise_forward", (u, bn_u, act, gate, pointwise, *with_affine(k)))
+        for bn_of, act_of in ((bn_u, act), (None, Act.LINEAR)):
+            of_output = (image(n, k, h, w), y, grad_bn)
+            yield Call("gated_pointwise_backward", (*of_output, u, bn_of, act_of, gate, pointwise, True, True))
+        yield Call("gated_pointwise_inference", (u, gate, bn(k), act, pointwise, None, image(n, k, h, w)))
         yield Call("norm_act_forward", (u, bn_u, act, False))
+        yield Call("norm_act_forward", (u, bn_u, Act.LEAKY_RELU, False, image(n, c, h, w), SLOPE))
         yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, act, True, False))
+        yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, act, True, False, image(n, c, 1, 1)))
+        yield Call("norm_act_backward", (image(n, c, h, w), u, bn_u, Act.LEAKY_RELU, True, False, None, False, SLOPE))
         yield Call("norm_act_forward", (u, bn_u, act, True))
         yield Call("norm_act_backward", (image(n, c, 1, 1), u, bn_u, act, True, True))
         for stride in (1, 2):
@@ -101,8 +112,11 @@ def calls(
                 "depthwise_backward",
                 (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, 1, True, True),
             )
+            residual = image(n, k, *out)
             yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1))
+            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1, None, image(n, c, *out)))
             yield Call("block_inference", (u, bn_u, act, depthwise, stride, 1, bn(k), act, pointwise))
+            yield Call("block_inference", (u, bn_u, act, depthwise, stride, 1, bn(k), act, pointwise, None, residual))
             yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *with_affine(k)))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(
@@ -110,6 +124,7 @@ def calls(
                 (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, 1, True, True),
             )
             yield Call("dense_inference", (u, bn(k), act, dense, stride, 1))
+            yield Call("dense_inference", (u, bn(k), act, dense, stride, 1, None, residual))
     mean, var = random(24).to(device), random(24).abs().to(device)
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 

@@ -86,7 +86,7 @@ def check_forward(
 
 def expected_forward(op: str, u, bn_u, act_u, weight, stride, padding, bias=None) -> Tensor:
     """y, of operands as the op rounds them."""
-    a = reference._norm_act(u.double(), as_double(bn_u), act_u)
+    a = reference._norm_act(u.double(), as_double(bn_u), act_u, 0.0)
     if op == "pointwise_forward":
         a = a.to(u.dtype)
     args = (a, None, Act.LINEAR, weight, stride, padding, None, None, EPS, False, bias)
@@ -134,11 +134,11 @@ def expected_backward(op: str, *args) -> tuple[Tensor, Tensor]:
     dz, y, grad_bn_y, u, bn_u, act_u, _, *rest = map(as_double, args)
     dtype = args[0].dtype
     dy = reference._conv_output_grad(dz, y, grad_bn_y).to(dtype).double()
-    a = reference._norm_act(u, bn_u, act_u).to(dtype).double()
+    a = reference._norm_act(u, bn_u, act_u, 0.0).to(dtype).double()
     plain = (dy, None, None, a, None, Act.LINEAR, False, *rest, True, True)
     da, grad_weight, _ = getattr(reference, op)(*plain)
     if op == "dense_backward":  # only the weight's gradient is a product on tensor cores
         return exact[0], grad_weight
     if bn_u is not None:
-        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da)
+        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da, 0.0)
     return da, grad_weight

@@ -21,7 +21,8 @@ REASON = "no CUDA toolkit is found" if TOOLKIT is None else None if TOOLS else "
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 ARCHITECTURES = (75, 80, 90)
-PRODUCTS = ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference")
+POINTWISE = ("pointwise_forward", "pointwise_backward", "gated_pointwise_forward", "gated_pointwise_backward")
+PRODUCTS = (*POINTWISE, "dense_forward", "dense_backward", "block_inference")
 FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", "gpu", *PRODUCTS)
 
 Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
@@ -77,7 +78,7 @@ def test_no_maximum_loses_a_nan(kernels: Kernels) -> None:
         ("depthwise_backward", r"stride_[12]<float, 4>", 128),
         ("depthwise_backward", r"stride_[12]<(__half|__nv_bfloat16), 4>", 64),  # eight channels are too many registers
         ("depthwise_backward", r"five_by_five<float, 2, .*", 64),
-        ("norm_act", r"(forward|backward)<.*, [48](, \w+)?>", 128),
+        ("norm_act", r"(forward|backward)<.*, [48](, \w+)*>", 128),
     ],
 )
 def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int) -> None:
@@ -131,7 +132,7 @@ def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> No
             assert code.matching("HMMA.*"), name
 
 
-@pytest.mark.parametrize("file", ["pointwise_forward", "pointwise_backward"])
+@pytest.mark.parametrize("file", POINTWISE)
 def test_products_move_128_bits_at_once(kernels: Kernels, file: str) -> None:
     """Where the channel count allows it. (The other products load weights of nine taps one by one.)"""
     looked_at = 0
