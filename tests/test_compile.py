@@ -69,6 +69,7 @@ def test_training_and_eval(compiler):
         torch.testing.assert_close(compiled(image()), twin(image()))
 
 
+@pytest.mark.slow
 def test_whole_network():
     torch.manual_seed(0)
     model = randomise_(mx.MobileNetV1(10, 0.25)).double()
@@ -256,13 +257,13 @@ def mode_and_momentum(convert, graphs):
     "use",
     [
         equal_blocks_in_a_row,
-        equal_blocks_of_one_function,
-        blocks_of_two_strides,
         loaded_parameters,
-        replaced_buffers,
         three_networks,
-        copies_of_a_network,
         mode_and_momentum,
+        pytest.param(equal_blocks_of_one_function, marks=pytest.mark.slow),
+        pytest.param(blocks_of_two_strides, marks=pytest.mark.slow),
+        pytest.param(replaced_buffers, marks=pytest.mark.slow),
+        pytest.param(copies_of_a_network, marks=pytest.mark.slow),
     ],
 )
 def test_as_few_compilations_as_the_plain_modules(use):

@@ -238,8 +238,9 @@ def test_opcheck_of_layer_ops(backend64: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", LAYER_CASES)
-def test_opcheck_of_a_layer_op_that_is_given_nchw(backend64: str, op: str) -> None:
-    """Layer ops take any strides; their fake kernels must give those of the real output."""
+def test_opcheck_of_a_layer_op_that_is_given_nchw(op: str) -> None:
+    """Layer ops take any strides; their fake kernels must give those of the real output. No
+    backend sees such strides."""
     for args in LAYER_CASES[op](torch.float32):
         given = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
         torch.library.opcheck(getattr(OPS, op).default, with_gradients(given))

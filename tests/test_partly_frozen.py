@@ -226,7 +226,7 @@ def test_autocast(cpu_backend, freeze: Callable):
 
 
 @pytest.mark.parametrize("freeze", [freeze_front, freeze_front_of_two_kinds, learn_batch_norms])
-def test_compile(backend64, freeze: Callable):
+def test_compile(freeze: Callable):
     torch._dynamo.reset()
     model = features()
     freeze(model)

@@ -142,8 +142,8 @@ def test_a_folder_without_locks_is_used_with_a_note(
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("last.pt", 1), ("last.pt", 3), ("best.pt", 1), ("config.json", 1), ("metrics.jsonl", 1), ("events.out", 1),
-     ("curves.png", 1)],
+    [("last.pt", 1), ("config.json", 1), ("metrics.jsonl", 1), ("events.out", 1),
+     *(pytest.param(*other, marks=pytest.mark.slow) for other in (("last.pt", 3), ("best.pt", 1), ("curves.png", 1)))],
 )  # fmt: skip
 def test_what_a_killed_run_leaves_half_written_is_gone_after_the_next(
     whole: tuple[Path, Path], tmp_path: Path, name: str, count: int
