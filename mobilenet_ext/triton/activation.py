@@ -1,8 +1,8 @@
 """Activations, their derivatives, and the normalisation before them: applied to what is loaded, and to what is stored.
 
 A new activation is a branch in ``activate`` and one in ``activate_backward``, and a name in ``gates`` where its
-derivative is 0 or 1; no other file knows one. ``ACT`` is an ``Act`` of ``contract.py``. A ``norm`` is the mean, scale
-and shift of some channels, each ``[1, C]``, and z is ``(u - mean)*scale + shift``.
+derivative is 0 or 1; no other file knows one. ``ACT`` is what ``compiled`` makes of an ``Act`` of ``contract.py``. A
+``norm`` is the mean, scale and shift of some channels, each ``[1, C]``, and z is ``(u - mean)*scale + shift``.
 """
 
 from __future__ import annotations
@@ -19,47 +19,75 @@ RELU = tl.constexpr(int(Act.RELU))
 RELU6 = tl.constexpr(int(Act.RELU6))
 HARDSWISH = tl.constexpr(int(Act.HARDSWISH))
 SILU = tl.constexpr(int(Act.SILU))
+LEAKY_RELU = tl.constexpr(int(Act.LEAKY_RELU))
+
+
+CompiledAct = int | tuple[int, float]
+
+
+def compiled(act: int, slope: float) -> CompiledAct:
+    """The ``ACT`` of a kernel: a number, of a leaky_relu with its slope beside it.
+
+    One value, so that no kernel knows of slopes; compiled in, because a network has one slope, if any.
+    """
+    return (int(act), float(slope)) if act == Act.LEAKY_RELU else int(act)
+
+
+@triton.constexpr_function
+def _kind(ACT):
+    return ACT if isinstance(ACT, int) else ACT[0]
+
+
+@triton.constexpr_function
+def _slope(ACT):
+    return ACT[1]
 
 
 @triton.constexpr_function
 def gates(ACT):
     """Whether the derivative is 0 or 1 everywhere, as a = act(z) tells: a gradient passes as it is, or not at all."""
-    return ACT in (Act.LINEAR, Act.RELU, Act.RELU6)
+    return _kind(ACT) in (Act.LINEAR, Act.RELU, Act.RELU6)
 
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
     """act(z). Every activation maps 0 to 0, and NaN to NaN."""
-    if ACT == LINEAR:
+    if _kind(ACT) == LINEAR:
         return z
-    elif ACT == RELU:
+    elif _kind(ACT) == RELU:
         # A plain maximum, and a select on z > 0, compile to an instruction that loses NaN.
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == RELU6:
+    elif _kind(ACT) == RELU6:
         return tl.clamp(z, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == HARDSWISH:
+    elif _kind(ACT) == HARDSWISH:
         # One saturating multiply-add. It makes 0 of NaN, which the product with z makes NaN again.
         return z * tl.clamp(z * (1 / 6) + 0.5, 0.0, 1.0)
-    elif ACT == SILU:
+    elif _kind(ACT) == SILU:
         return z * _sigmoid(z)
+    elif _kind(ACT) == LEAKY_RELU:
+        return tl.where(z > 0, z, z * _slope(ACT))
     else:
         tl.static_assert(False, "unknown ACT")
 
 
 @triton.jit
 def activate_backward(z, da, ACT: tl.constexpr):
-    """dz, the gradient at z, of that at act(z). A NaN in z passes the gradient on, as in PyTorch."""
-    if ACT == LINEAR:
+    """dz, the gradient at z, of that at act(z). A NaN in z passes the gradient on (in a leaky_relu:
+    times its slope), as in PyTorch."""
+    if _kind(ACT) == LINEAR:
         return da
-    elif ACT == RELU:
+    elif _kind(ACT) == RELU:
         return tl.where(z <= 0, 0.0, da)
-    elif ACT == RELU6:
+    elif _kind(ACT) == RELU6:
         return tl.where((z <= 0) | (z >= 6), 0.0, da)
-    elif ACT == HARDSWISH:
+    elif _kind(ACT) == HARDSWISH:
         return tl.where(z <= -3, 0.0, da * tl.where(z < 3, z * (1 / 3) + 0.5, 1.0))
-    elif ACT == SILU:
+    elif _kind(ACT) == SILU:
         sigmoid = _sigmoid(z)
         return da * (sigmoid * (z * (1 - sigmoid) + 1))
+    elif _kind(ACT) == LEAKY_RELU:
+        da = da.to(tl.float32)  # in 16 bits the slope would be rounded too
+        return tl.where(z > 0, da, da * _slope(ACT))
     else:
         tl.static_assert(False, "unknown ACT")
 
@@ -74,7 +102,8 @@ def _sigmoid(z):
 def activate_backward_by_output(a, u, norm, da, ACT: tl.constexpr):
     """``activate_backward`` at z = normalise(u, norm) where a = act(z) is at hand.
 
-    Where a tells the derivative z is not computed: that would cost a multiply-add per value.
+    Where a tells the derivative z is not computed: that would cost a multiply-add per value. (That of a leaky_relu does
+    not: its slope may be 0 or less.)
     """
     if gates(ACT):
         return activate_backward(a, da, ACT)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilenet_ext.contract import NO_PADDING, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics
-from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.activation import compiled, load_norm, norm_act
 from mobilenet_ext.triton.depthwise_forward import depthwise_inference
 from mobilenet_ext.triton.formulas import rounded
 from mobilenet_ext.triton.patches import tile_origin
@@ -26,40 +26,46 @@ from mobilenet_ext.triton.pointwise_forward import pointwise_inference
 def block_inference(
     x: Tensor, depthwise_bn: Tensor, depthwise_act: int, depthwise_weight: Tensor, stride: int,
     padding: Padding, pointwise_bn: Tensor, pointwise_act: int, pointwise_weight: Tensor, packed: Tensor | None = None,
+    residual: Tensor | None = None, depthwise_slope: float = 0.0, pointwise_slope: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """A depthwise 3x3 (padding 0 or 1) and a pointwise ``_inference``; the weights are taken as they are."""
     n, channels, height, width = x.shape
     filters = pointwise_weight.shape[0]
     out_h, out_w = conv_output_size(height, width, 3, stride, padding)
     pad_left, _, pad_top, _ = padding
+    acts = (compiled(depthwise_act, depthwise_slope), compiled(pointwise_act, pointwise_slope))
     problem = (n, out_h, out_w, channels, filters, stride, x.dtype.itemsize, gpu.of(x))
 
     def launch(config: heuristics.Config) -> Tensor:
         if config == heuristics.TWO_KERNELS:
-            a = depthwise_inference(x, depthwise_bn, depthwise_act, depthwise_weight, stride, padding)
-            return pointwise_inference(a, pointwise_bn, pointwise_act, pointwise_weight, 1, NO_PADDING)
+            a = depthwise_inference(
+                x, depthwise_bn, depthwise_act, depthwise_weight, stride, padding, slope_y=depthwise_slope
+            )
+            return pointwise_inference(
+                a, pointwise_bn, pointwise_act, pointwise_weight, 1, NO_PADDING, None, residual, pointwise_slope
+            )
         y = torch.empty((n, filters, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         if y.numel() == 0:
             return y
         unit, filter_unit = math.gcd(channels, 8), math.gcd(filters, 8)
         tiles = n * heuristics.cdiv(out_h, config["BLOCK_H"]) * heuristics.cdiv(out_w, config["BLOCK_W"])
         _kernel[(heuristics.cdiv(filters, config["BLOCK_N"]) * tiles,)](
-            x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y,
+            x, depthwise_bn, depthwise_weight, pointwise_bn, pointwise_weight, y, residual,
             height, width, out_h, out_w, channels // unit, filters // filter_unit, pad_left, pad_top,
-            UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, DEPTHWISE_ACT=depthwise_act, POINTWISE_ACT=pointwise_act,
+            UNIT=unit, N_UNIT=filter_unit, STRIDE=stride, DEPTHWISE_ACT=acts[0], POINTWISE_ACT=acts[1],
             PRECISION=gpu.product_precision(x.dtype), **config,
         )  # fmt: skip
         return y
 
-    acts = (int(depthwise_act), int(pointwise_act))
-    return autotune.run("block_inference", (*problem, *acts), heuristics.block_inference(*problem), launch)
+    flags = (*acts, residual is None)
+    return autotune.run("block_inference", (*problem, *flags), heuristics.block_inference(*problem), launch)
 
 
 @triton.jit(
     do_not_specialize=["height", "width", "out_height", "out_width", "C_units", "N_units", "pad_left", "pad_top"]
 )
 def _kernel(
-    x_ptr, depthwise_bn_ptr, depthwise_weight_ptr, pointwise_bn_ptr, pointwise_weight_ptr, y_ptr,
+    x_ptr, depthwise_bn_ptr, depthwise_weight_ptr, pointwise_bn_ptr, pointwise_weight_ptr, y_ptr, residual_ptr,
     height, width, out_height, out_width, C_units, N_units, pad_left, pad_top,
     UNIT: tl.constexpr, N_UNIT: tl.constexpr, STRIDE: tl.constexpr, DEPTHWISE_ACT: tl.constexpr,
     POINTWISE_ACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +108,10 @@ def _kernel(
         a = rounded(norm_act(a, norm, True, DEPTHWISE_ACT), x_ptr.dtype.element_ty)
         y = formulas.dot(weight, tl.trans(a), y, PRECISION)
     norm = load_norm(pointwise_bn_ptr, filters, n, n_inside)
-    y = rounded(norm_act(tl.trans(y), norm, True, POINTWISE_ACT), y_ptr.dtype.element_ty)
-    y_base = y_ptr + ((image * out_height + row) * out_width + column) * filters
+    y = norm_act(tl.trans(y), norm, True, POINTWISE_ACT)
+    first_pixel = ((image * out_height + row) * out_width + column) * filters
     y_offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters + n[None, :]
-    tl.store(y_base + y_offsets, y, mask=inside & n_inside[None, :])
+    y_inside = inside & n_inside[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + first_pixel + y_offsets, mask=y_inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + first_pixel + y_offsets, rounded(y, y_ptr.dtype.element_ty), mask=y_inside)

@@ -23,6 +23,7 @@ from mobilenet_ext.triton.patches import load_patches, tile_origin, weight_offse
 def dense_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
     batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
+    slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, an empty tensor); empty are also those not needed. ``bn_u`` must be None."""
     check_plain_input(bn_u, act_u)

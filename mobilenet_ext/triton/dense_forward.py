@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mobilenet_ext.contract import Act, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, formulas, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.activation import CompiledAct, compiled, load_norm, norm_act
 from mobilenet_ext.triton.checks import check_plain_input
 from mobilenet_ext.triton.formulas import rounded
 from mobilenet_ext.triton.merge import store_statistics
@@ -25,11 +25,11 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 def dense_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None, slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor; ``bn_u`` must be None."""
     check_plain_input(bn_u, act_u)
-    y, partial = _run("dense_forward", u, weight, stride, padding, bias, None, Act.LINEAR, stats)
+    y, partial = _run("dense_forward", u, weight, stride, padding, bias, None, int(Act.LINEAR), None, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -42,14 +42,18 @@ def dense_inference(
     stride: int,
     padding: Padding,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_y: float = 0.0,
 ) -> Tensor:
-    """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
-    return _run("dense_inference", x, weight, stride, padding, None, bn_y, act_y, False)[0]
+    """The convolution's output, with ``bn_y`` normalised, activated, and with ``residual`` added to; the weight is
+    taken as it is, not packed."""
+    act_y = compiled(act_y, slope_y)
+    return _run("dense_inference", x, weight, stride, padding, None, bn_y, act_y, residual, False)[0]
 
 
 def _run(
     op: str, u: Tensor, weight: Tensor, stride: int, padding: Padding, bias: Tensor | None, bn_y: Tensor | None,
-    act_y: int, stats: bool,
+    act_y: CompiledAct, residual: Tensor | None, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
     filters = weight.shape[0]
@@ -65,13 +69,15 @@ def _run(
         kernel, programs = config["kernel"], config["PROGRAMS"]
         partial = merge.empty_statistics(u, programs, filters) if stats else None
         _kernel[(heuristics.cdiv(filters, kernel["BLOCK_N"]), programs)](
-            u, weight, bias, y, partial, bn_y, n, height, width, out_h, out_w, filters // unit, pad_left, pad_top,
+            u, weight, bias, y, partial, bn_y, residual,
+            n, height, width, out_h, out_w, filters // unit, pad_left, pad_top,
             CHANNELS=channels, UNIT=unit, STRIDE=stride, ACT_Y=act_y, PRECISION=gpu.product_precision(u.dtype),
             **kernel,
         )  # fmt: skip
         return y, partial
 
-    return autotune.run(op, (*problem, int(act_y), bias is None), heuristics.dense_forward(*problem), launch)
+    flags = (act_y, bias is None, residual is None)
+    return autotune.run(op, (*problem, *flags), heuristics.dense_forward(*problem), launch)
 
 
 @triton.jit
@@ -84,7 +90,7 @@ def _load_weight(weight_ptr, k, n, n_inside, CHANNELS: tl.constexpr):
     do_not_specialize=["images", "height", "width", "out_height", "out_width", "N_units", "pad_left", "pad_top"]
 )
 def _kernel(
-    u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
+    u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr, residual_ptr,
     images, height, width, out_height, out_width, N_units, pad_left, pad_top,
     CHANNELS: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -121,10 +127,14 @@ def _kernel(
             y = formulas.dot(patches, weight, y, PRECISION)
         # Loaded for each tile: the product needs the registers.
         y = add_bias(y, load_bias(bias_ptr, n, n_inside), bias_ptr is not None)
-        stored = rounded(norm_act(y, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
-        base = y_ptr + ((image * out_height + row) * out_width + column) * filters
+        y = norm_act(y, norm_y, bn_y_ptr is not None, ACT_Y)
+        first_pixel = ((image * out_height + row) * out_width + column) * filters
         offsets = (m // BLOCK_W * out_width + m % BLOCK_W) * filters
-        tl.store(base + offsets + n[None, :], stored, mask=inside & n_inside[None, :])
+        mask = inside & n_inside[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + first_pixel + offsets + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        stored = rounded(y, y_ptr.dtype.element_ty)
+        tl.store(y_ptr + first_pixel + offsets + n[None, :], stored, mask=mask)
         if STATS:
             count += tl.where(inside, 1.0, 0.0)
             value = stored.to(tl.float32)

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from mobilenet_ext.contract import Padding
 from mobilenet_ext.triton import autotune, depthwise_backward_5x5, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import load_norm, norm_act, norm_act_inside
+from mobilenet_ext.triton.activation import compiled, load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
 from mobilenet_ext.triton.depthwise import gradient, load_filter, load_outputs, store_dz, store_filter
 from mobilenet_ext.triton.formulas import load_gradient_coefficients, where_also
@@ -54,9 +54,11 @@ from mobilenet_ext.triton.merge import store_sums
 def depthwise_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
     batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
+    slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, grad_bn_u); those that are not wanted, and the last without ``bn_u``, are empty."""
     check_input(bn_u, act_u)
+    act_u = compiled(act_u, slope_u)
     n, channels, height, width = u.shape
     pad_left, _, pad_top, _ = padding
     grad_weight = u.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
@@ -89,7 +91,7 @@ def depthwise_backward(
         return dz_u, grad_weight, merge.gradients(sums, bn_u, batch_stats_u, count, partial, grad_weight)
 
     flags = (y is not None, want_sums, need_weight)
-    problem = (n, channels, height, width, size, stride, *padding, str(u.dtype), int(act_u), *flags)
+    problem = (n, channels, height, width, size, stride, *padding, str(u.dtype), act_u, *flags)
     candidates = heuristics.depthwise_backward(channels, u.dtype.itemsize, size)
     return autotune.run("depthwise_backward", problem, candidates, launch)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilenet_ext.contract import Act, Padding, conv_output_size
 from mobilenet_ext.triton import autotune, gpu, heuristics, merge
-from mobilenet_ext.triton.activation import load_norm, norm_act, norm_act_inside
+from mobilenet_ext.triton.activation import CompiledAct, compiled, load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
 from mobilenet_ext.triton.depthwise import load_filter
 from mobilenet_ext.triton.formulas import move_squares, rounded, where_also
@@ -29,11 +29,12 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 def depthwise_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None, slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
     check_input(bn_u, act_u)
-    y, partial = _run("depthwise_forward", u, bn_u, act_u, weight, stride, padding, bias, None, Act.LINEAR, stats)
+    act_u, act_y = compiled(act_u, slope_u), int(Act.LINEAR)
+    y, partial = _run("depthwise_forward", u, bn_u, act_u, weight, stride, padding, bias, None, act_y, None, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -46,14 +47,18 @@ def depthwise_inference(
     stride: int,
     padding: Padding,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_y: float = 0.0,
 ) -> Tensor:
-    """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
-    return _run("depthwise_inference", x, None, Act.LINEAR, weight, stride, padding, None, bn_y, act_y, False)[0]
+    """The convolution's output, with ``bn_y`` normalised, activated, and with ``residual`` added to; the weight is
+    taken as it is, not packed."""
+    act_u, act_y = int(Act.LINEAR), compiled(act_y, slope_y)
+    return _run("depthwise_inference", x, None, act_u, weight, stride, padding, None, bn_y, act_y, residual, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding,
-    bias: Tensor | None, bn_y: Tensor | None, act_y: int, stats: bool,
+    op: str, u: Tensor, bn_u: Tensor | None, act_u: CompiledAct, weight: Tensor, stride: int, padding: Padding,
+    bias: Tensor | None, bn_y: Tensor | None, act_y: CompiledAct, residual: Tensor | None, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, channels, height, width = u.shape
     size = weight.shape[2]
@@ -73,13 +78,13 @@ def _run(
         rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, config["waves"])
         partial = merge.empty_statistics(u, programs, channels) if stats else None
         _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
-            u, bn_u, weight, bias, y, partial, bn_y,
+            u, bn_u, weight, bias, y, partial, bn_y, residual,
             n, height, width, channels // unit, out_h, out_w, pad_left, pad_top, rows,
             UNIT=unit, KERNEL=size, STRIDE=stride, ACT_U=act_u, ACT_Y=act_y, **kernel,
         )  # fmt: skip
         return y, partial
 
-    flags = (int(act_u), int(act_y), bn_u is not None, bias is not None, stats)
+    flags = (act_u, act_y, bn_u is not None, bias is not None, residual is not None, stats)
     problem = (n, channels, height, width, size, stride, *padding, str(u.dtype), *flags)
     return autotune.run(op, problem, candidates, launch)
 
@@ -130,7 +135,7 @@ def _add_row(sums, a, filter, ROW: tl.constexpr, KERNEL: tl.constexpr, STRIDE: t
     do_not_specialize=["images", "height", "width", "C_units", "out_height", "out_width", "pad_left", "pad_top", "rows"]
 )
 def _kernel(
-    u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr,
+    u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr, residual_ptr,
     images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -185,7 +190,10 @@ def _kernel(
                 image_inside = (image_column >= 0) & image_inside
             column_inside = column_inside + (inside & image_inside[:, None],)
         in_ptr = u_ptr + (((image * height + first_row) * width + in_column) * channels)[:, None] + c[None, :]
-        out_ptr = y_ptr + (((image * out_height + row) * out_width + column) * channels)[:, None] + c[None, :]
+        out_pixel = (((image * out_height + row) * out_width + column) * channels)[:, None]
+        out_ptr = y_ptr + out_pixel + c[None, :]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + out_pixel + c[None, :]
         second_inside = second_inside[:, None] & channel_inside[None, :]
 
         # Each row is loaded a step before its use. The rows before the loop are those that no output row above this
@@ -221,7 +229,10 @@ def _kernel(
                     sums = _add_row(sums, a, filter, KERNEL - 2 + i, KERNEL, STRIDE, COLUMNS)
             y0 = sums[0][0]
             y0 = add_bias(y0, bias, bias_ptr is not None)
-            y0 = rounded(norm_act(y0, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
+            y0 = norm_act(y0, norm_y, NORM_Y, ACT_Y)
+            if residual_ptr is not None:
+                y0 += tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
+            y0 = rounded(y0, y_ptr.dtype.element_ty)
             tl.store(out_ptr, y0, mask=inside)
             if STATS:
                 if ((step - row) & (step - row - 1)) == 0:
@@ -236,7 +247,10 @@ def _kernel(
                 count += first_counts
             if COLUMNS == 2:
                 y1 = add_bias(sums[0][1], bias, bias_ptr is not None)
-                y1 = rounded(norm_act(y1, norm_y, NORM_Y, ACT_Y), y_ptr.dtype.element_ty)
+                y1 = norm_act(y1, norm_y, NORM_Y, ACT_Y)
+                if residual_ptr is not None:
+                    y1 += tl.load(residual_ptrs + channels, mask=second_inside, other=0.0).to(tl.float32)
+                y1 = rounded(y1, y_ptr.dtype.element_ty)
                 tl.store(out_ptr + channels, y1, mask=second_inside)
                 if STATS:
                     difference = tl.where(second_inside, y1.to(tl.float32) - offset, 0.0)
@@ -245,6 +259,8 @@ def _kernel(
                     count += second_counts
             sums = sums[1:]
             out_ptr += out_width * channels
+            if residual_ptr is not None:
+                residual_ptrs += out_width * channels
 
     if STATS:
         # Lanes are merged by their means and M2s; one without a value counts nothing. Means are differences from the

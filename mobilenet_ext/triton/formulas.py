@@ -134,6 +134,28 @@ def store_tile(ptr, tile, rows, channels, c, value, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def images_of(tile, pixels, BLOCK_M: tl.constexpr):
+    """The image of a tile's first row (int64), and how many images after it that of each row is, [BLOCK_M]."""
+    row0 = as_int64(tile) * BLOCK_M
+    image = row0 // pixels
+    return image, ((row0 - image * pixels).to(tl.int32) + tl.arange(0, BLOCK_M)) // pixels
+
+
+@triton.jit
+def gated(a, gate_ptr, tile, rows, pixels, channels, c, BLOCK_M: tl.constexpr):
+    """A tile ``a`` of a [rows, channels] matrix, of images of so many pixels, times a [images, channels] gate; 0
+    outside. Without a gate ``a`` itself."""
+    if gate_ptr is None:
+        return a
+    else:
+        image, later = images_of(tile, pixels, BLOCK_M)
+        left = tl.minimum(rows - as_int64(tile) * BLOCK_M, BLOCK_M).to(tl.int32)
+        mask = (tl.arange(0, BLOCK_M) < left)[:, None] & (c < channels)[None, :]
+        ptr = gate_ptr + image * channels + (later[:, None] * channels + c[None, :])
+        return a * tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def fold_rows(x, IN_REGISTERS: tl.constexpr):
     """A tile's rows added up, all of them: ``[1, 1, C]``.
 

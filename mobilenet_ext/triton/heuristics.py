@@ -347,19 +347,22 @@ def pointwise_backward(
     Before sm_90 (with less shared memory than that has) tensor cores take both operands from registers, and the weight
     in them leaves less room.
     """
-    stored_dy = stored_a = False
+    stored_dy = False
+    # Of the weight's gradient, each with whether a normalised operand is stored before the product: ``by_weight``.
     if itemsize == 4:
         by_input = (32, 16, 64, 8, 2, 2) if ieee else (64, 32, 64, 8, 3, 2)
-        by_weight = (32, 64, 64, 8, 2, 2)
+        by_weight = [((32, 64, 64, 8, 2, 2), False)]
         one_pass = [] if ieee else [(32, 64, 32, 8, 2, 1)]
     elif gpu.is_hopper:
-        stored_dy, stored_a = True, channels > 256
+        stored_dy = True
         by_input = (64, 64, 64, 4, 4, 2)
-        by_weight = (64, 128, 256, 8, 4, 1) if stored_a else (64, 256, 128, 8, 3, 1)
+        by_weight = [((64, 256, 128, 8, 3, 1), False)]
+        if channels > 256:
+            by_weight = [((64, 128, 256, 8, 4, 1), True), *by_weight]
         one_pass = [(16, 64, 32, 4, 3, 4), (32, 128, 64, 4, 3, 2), (32, 128, 128, 8, 3, 1)]
     else:
         by_input = (64, 32, 128, 8, 3, 2)
-        by_weight = (32, 128, 128, 8, 3, 2)
+        by_weight = [((32, 128, 128, 8, 3, 2), False)]
         one_pass = [(64, 32, 32, 8, 2, 1), (64, 64, 32, 4, 2, 2)]
         if gpu.shared_memory > 200 * 1024:
             one_pass += [(64, 128, 64, 8, 2, 1), (16, 128, 128, 8, 5, 1)]
@@ -384,11 +387,12 @@ def pointwise_backward(
                 both = kernel(shape, WHOLE_N=True, FOLD=False)
                 candidates.append({"STORED_DY": False, "input": both, "weight": None})
                 break
-    candidates.append({
-        "STORED_DY": stored_dy and need_input,  # for the weight alone the pass was not measured to pay
-        "input": kernel(by_input, WHOLE_N=False, FOLD=False) if need_input else None,
-        "weight": {**kernel(by_weight), "STORED_A": stored_a} if need_weight else None,
-    })  # fmt: skip
+    for shape, stored_a in by_weight if need_weight else by_weight[:1]:
+        candidates.append({
+            "STORED_DY": stored_dy and need_input,  # for the weight alone the pass was not measured to pay
+            "input": kernel(by_input, WHOLE_N=False, FOLD=False) if need_input else None,
+            "weight": {**kernel(shape), "STORED_A": stored_a} if need_weight else None,
+        })  # fmt: skip
     if tma:
         return (*_backward_tma(rows, channels, outputs, need_input, need_weight, gpu), *candidates)
     return tuple(candidates)

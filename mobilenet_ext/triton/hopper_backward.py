@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mobilenet_ext.triton import heuristics, hopper
-from mobilenet_ext.triton.activation import activate_backward, centred, load_norm, normalise
+from mobilenet_ext.triton.activation import CompiledAct, activate_backward, centred, load_norm, normalise
 from mobilenet_ext.triton.formulas import load_gradient_coefficients, output_gradient, rounded
 from mobilenet_ext.triton.hopper import (
     accumulator,
@@ -29,7 +29,7 @@ from mobilenet_ext.triton.merge import store_sums
 
 
 def launch_input(
-    dy: Tensor, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, dz_u: Tensor, sums: Tensor | None,
+    dy: Tensor, u: Tensor, bn_u: Tensor | None, act_u: CompiledAct, weight: Tensor, dz_u: Tensor, sums: Tensor | None,
     programs: int, kernel: heuristics.Config,
 ) -> None:  # fmt: skip
     """Writes dz_u, and with ``sums`` the sums of each program's rows."""
@@ -43,7 +43,7 @@ def launch_input(
 
 
 def launch_weight(
-    dy: Tensor, u: Tensor, bn_u: Tensor | None, act_u: int, weight_partial: Tensor, programs: int,
+    dy: Tensor, u: Tensor, bn_u: Tensor | None, act_u: CompiledAct, weight_partial: Tensor, programs: int,
     kernel: heuristics.Config,
 ) -> None:  # fmt: skip
     """Writes the dW of each program's rows."""
@@ -58,8 +58,8 @@ def launch_weight(
 
 
 def launch_one_pass(
-    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor,
-    dz_u: Tensor, sums: Tensor | None, weight_partial: Tensor, programs: int, kernel: heuristics.Config,
+    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: CompiledAct,
+    weight: Tensor, dz_u: Tensor, sums: Tensor | None, weight_partial: Tensor, programs: int, kernel: heuristics.Config,
 ) -> None:  # fmt: skip
     """Writes dz_u, with ``sums`` the sums of each program's rows, and their dW; a block is all of the weight."""
     n, k, height, width = u.shape

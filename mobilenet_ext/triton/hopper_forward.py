@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from mobilenet_ext.triton import heuristics, hopper
-from mobilenet_ext.triton.activation import norm_act
+from mobilenet_ext.triton.activation import CompiledAct, norm_act
 from mobilenet_ext.triton.formulas import finite, move_squares, rounded
 from mobilenet_ext.triton.hopper import accumulator, barriers, by_rows, copy_step, sum_of_lanes, tile_norm
 from mobilenet_ext.triton.merge import store_statistics
@@ -16,8 +16,8 @@ from mobilenet_ext.triton.rows import load_bias
 
 
 def launch(
-    u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bias: Tensor | None, bn_y: Tensor | None, act_y: int,
-    y: Tensor, partial: Tensor | None, programs: int, kernel: heuristics.Config,
+    u: Tensor, bn_u: Tensor | None, weight: Tensor, bias: Tensor | None, bn_y: Tensor | None, residual: Tensor | None,
+    acts: tuple[CompiledAct, CompiledAct], y: Tensor, partial: Tensor | None, programs: int, kernel: heuristics.Config,
 ) -> None:  # fmt: skip
     """Writes y, and with ``partial`` the statistics of each program's rows."""
     n, k, height, width = u.shape
@@ -25,7 +25,7 @@ def launch(
     block_m, block_n, block_k = kernel["BLOCK_M"], kernel["BLOCK_N"], kernel["BLOCK_K"]
     _kernel[(programs * heuristics.cdiv(outputs, block_n),)](
         hopper.tiles_of(u, rows, k, (block_m, block_k)), bn_u, hopper.tiles_of(weight, outputs, k, (block_n, block_k)),
-        bias, bn_y, y, partial, rows, k // 8, outputs // 8, ACT_U=act_u, ACT_Y=act_y, **kernel,
+        bias, bn_y, residual, y, partial, rows, k // 8, outputs // 8, ACT_U=acts[0], ACT_Y=acts[1], **kernel,
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def _norm_act(u_tile, bn_ptr, channels, c0, ACT: gl.constexpr, layout: gl.conste
 
 @gluon.jit(do_not_specialize=["rows", "units", "out_units"])
 def _kernel(
-    u_desc, bn_u_ptr, weight_desc, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
+    u_desc, bn_u_ptr, weight_desc, bias_ptr, bn_y_ptr, residual_ptr, y_ptr, partial_ptr, rows, units, out_units,
     ACT_U: gl.constexpr, ACT_Y: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -128,6 +128,18 @@ def _kernel(
             acc = acc + load_bias(bias_ptr, n_mma, n_mma < outputs)
         if bn_y_ptr is not None:
             acc = norm_act(acc, tile_norm(bn_y_ptr, outputs, n0, BLOCK_N, mma), True, ACT_Y)
+        # The way that the output goes, the other way round; a row of a thread at a time: the product has the registers.
+        if residual_ptr is not None:
+            lane = gl.arange(0, LANES, layout=gl.SliceLayout(1, layout))
+            for part in gl.static_range(BLOCK_M // LANES):
+                row_inside = (part * LANES + lane < rows - tile * BLOCK_M)[:, None]
+                offsets = (part * LANES + lane)[:, None] * outputs + n[None, :]
+                residual = gl.load(
+                    residual_ptr + tile.to(gl.int64) * BLOCK_M * outputs + offsets,
+                    mask=row_inside & column_inside[None, :], other=0.0,
+                )  # fmt: skip
+                y_tile.slice(part * LANES, LANES).store(residual)
+            acc = acc + y_tile.load(mma).to(gl.float32)
         y_tile.store(rounded(acc, dtype))
         left = gl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         if STATS:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mobilenet_ext.contract import BN_ROWS, GRAD_ROWS
 from mobilenet_ext.triton import heuristics
-from mobilenet_ext.triton.formulas import where_also
+from mobilenet_ext.triton.formulas import as_int64, images_of, where_also
 from mobilenet_ext.triton.rows import (
     BN_MEAN,
     BN_RSTD,
@@ -102,6 +102,23 @@ def gradients(
     return grad_bn
 
 
+def empty_image_sums(like: Tensor, tiles: int, images: int, channels: int) -> Tensor:
+    """Where tiles of rows leave the sums of each image's rows, with ``store_image_sums``."""
+    return like.new_empty((tiles + images, channels), dtype=torch.float32)
+
+
+def image_sums(partial: Tensor, images: int, pixels: int, block_m: int) -> Tensor:
+    """The sums over each image, float32 [images, channels, 1, 1], of what the tiles of ``block_m`` rows left."""
+    channels = partial.shape[1]
+    if images * pixels == 0:
+        return partial.new_zeros(images, channels, 1, 1)
+    sums = partial.new_empty(images, channels, 1, 1)
+    config = heuristics.merge(channels, heuristics.cdiv(pixels, block_m))
+    grid = (images, heuristics.cdiv(channels, config["BLOCK_C"]))
+    _image_sums[grid](partial, sums, pixels, channels, BLOCK_M=block_m, **config)
+    return sums
+
+
 @triton.jit
 def store_statistics(ptr, program, channels, offsets, mask, count, mean, mean_rest, m2):
     """Leaves a program's statistics of the channels ``offsets``."""
@@ -118,6 +135,20 @@ def store_sums(ptr, program, channels, offsets, mask, sum_dz, sum_dz_centred):
     ptr += program * SUM_ROWS * channels
     tl.store(ptr + SUM_DZ * channels + offsets, sum_dz, mask=mask)
     tl.store(ptr + SUM_DZ_CENTRED * channels + offsets, sum_dz_centred, mask=mask)
+
+
+@triton.jit
+def store_image_sums(ptr, tile, rows, pixels, channels, offsets, mask, x, BLOCK_M: tl.constexpr):
+    """Leaves the sums over a tile's rows of ``x``, [BLOCK_M, len(offsets)], for each image that has some of them.
+
+    An image goes on into the next tile, or the next image begins in this one, or both: so the tile's number and the
+    image's added up are a place that no other such pair has, and the places of an image lie side by side.
+    """
+    image, later = images_of(tile, pixels, BLOCK_M)
+    last = (tl.minimum(rows, (as_int64(tile) + 1) * BLOCK_M) - 1) // pixels
+    ptr += (tile + image) * channels
+    for i in range(0, (last - image + 1).to(tl.int32)):
+        tl.store(ptr + i * channels + offsets, tl.sum(tl.where((later == i)[:, None], x, 0.0), 0), mask=mask)
 
 
 @triton.jit
@@ -198,6 +229,20 @@ def _sum_rows(ptr, programs, stride, offsets, mask, BLOCK_P: tl.constexpr, BLOCK
         row_ptr = ptr + rows.to(tl.int64) * stride + offsets[None, :]
         acc += tl.load(row_ptr, mask=(rows < programs) & mask[None, :], other=0.0)
     return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["pixels", "channels"])
+def _image_sums(
+    partial_ptr, sums_ptr, pixels, channels, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < channels
+    first = image * pixels // BLOCK_M
+    tiles = ((image + 1) * pixels - 1) // BLOCK_M - first + 1
+    partial_ptr += (image + first) * channels
+    total = _sum_rows(partial_ptr, tiles.to(tl.int32), channels, c, mask, BLOCK_P, BLOCK_C)
+    tl.store(sums_ptr + image * channels + c, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["programs", "channels", "weight_programs", "elements", "channel_blocks"])

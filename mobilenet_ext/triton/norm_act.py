@@ -13,6 +13,7 @@ from mobilenet_ext.triton import autotune, gpu, heuristics, merge
 from mobilenet_ext.triton.activation import (
     activate_backward,
     centred,
+    compiled,
     gates,
     load_norm,
     norm_act,
@@ -23,8 +24,13 @@ from mobilenet_ext.triton.formulas import as_int64, rounded, tiles_of
 from mobilenet_ext.triton.merge import store_sums
 
 
-def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
-    """act(norm(y)), or with ``pool`` its mean over each image."""
+def norm_act_forward(
+    y: Tensor, bn_y: Tensor, act: int, pool: bool, residual: Tensor | None = None, slope: float = 0.0
+) -> Tensor:
+    """act(norm(y)) + residual, or with ``pool`` the mean of act(norm(y)) over each image."""
+    if pool and residual is not None:
+        raise ValueError("residual: expected None where the output is pooled")
+    act = compiled(act, slope)
     n, channels, height, width = y.shape
     pixels, unit, multiprocessors = height * width, math.gcd(channels, 8), gpu.of(y).multiprocessors
     size = (n, channels, 1, 1) if pool else y.shape
@@ -36,7 +42,7 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
     def launch(config: heuristics.Config) -> Tensor:
         kernel = config["kernel"]
         grid = (heuristics.cdiv(n * pixels, kernel["BLOCK_M"]), heuristics.cdiv(channels, kernel["BLOCK_C"]))
-        _forward[grid](y, bn_y, out, n * pixels, channels // unit, **constants, **kernel)
+        _forward[grid](y, bn_y, residual, out, n * pixels, channels // unit, **constants, **kernel)
         return out
 
     def launch_pool(config: heuristics.Config) -> Tensor:
@@ -48,39 +54,51 @@ def norm_act_forward(y: Tensor, bn_y: Tensor, act: int, pool: bool) -> Tensor:
     if pool:
         problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
         candidates = heuristics.norm_act_pool(*problem)
-        return autotune.run("norm_act_pool_forward", (*problem, int(act)), candidates, launch_pool)
+        return autotune.run("norm_act_pool_forward", (*problem, act), candidates, launch_pool)
     problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
-    return autotune.run("norm_act_forward", (*problem, int(act)), heuristics.norm_act(*problem), launch)
+    flags = (act, residual is None)
+    return autotune.run("norm_act_forward", (*problem, *flags), heuristics.norm_act(*problem), launch)
 
 
 def norm_act_backward(
-    grad: Tensor, y: Tensor, bn_y: Tensor, act: int, batch_stats: bool, pool: bool
-) -> tuple[Tensor, Tensor]:
-    """(dz, grad_bn_y) from the gradient of ``norm_act_forward``."""
+    grad: Tensor, y: Tensor, bn_y: Tensor, act: int, batch_stats: bool, pool: bool, grad_pooled: Tensor | None = None,
+    need_dz: bool = True, slope: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dz, grad_bn_y) from the gradient of ``norm_act_forward``, or from those of both its outputs, whole and pooled;
+    a dz that is not wanted is empty."""
+    if pool and grad_pooled is not None:
+        raise ValueError("grad_pooled: expected None where grad is that of the pooled output")
+    act = compiled(act, slope)
     n, channels, height, width = y.shape
     pixels, unit, multiprocessors = height * width, math.gcd(channels, 8), gpu.of(y).multiprocessors
-    dz = torch.empty_like(y, memory_format=torch.channels_last)
-    sizes = (n, pixels, channels // unit) if pool else (n * pixels, channels // unit)
-    backward = _pool_backward if pool else _backward
+    dz = torch.empty_like(y, memory_format=torch.channels_last) if need_dz else y.new_empty(0)
+    of_pooled = pool or grad_pooled is not None
+    if of_pooled:
+        backward, sizes = _pool_backward, (n, pixels, channels // unit)
+        gradients = (None, grad) if pool else (grad, grad_pooled)
+    else:
+        backward, sizes, gradients = _backward, (n * pixels, channels // unit), (grad,)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor]:
         kernel, programs = config["kernel"], config["PROGRAMS"] if y.numel() else 0
         sums = merge.empty_sums(y, programs, channels)
         if programs:
             grid = (heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)
-            backward[grid](grad, y, bn_y, dz, sums, *sizes, UNIT=unit, ACT=act, **kernel)
+            backward[grid](*gradients, y, bn_y, dz if need_dz else None, sums, *sizes, UNIT=unit, ACT=act, **kernel)
         return dz, merge.gradients(sums, bn_y, batch_stats, n * pixels, None, bn_y)
 
-    if pool:
+    if of_pooled:
         problem = (n, pixels, channels, y.dtype.itemsize, multiprocessors)
-        return autotune.run("norm_act_pool_backward", (*problem, int(act)), heuristics.norm_act_pool(*problem), launch)
-    problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
-    return autotune.run("norm_act_backward", (*problem, int(act)), heuristics.norm_act(*problem), launch)
+        op, candidates = "norm_act_pool_backward", heuristics.norm_act_pool(*problem)
+    else:
+        problem = (n * pixels, channels, y.dtype.itemsize, multiprocessors)
+        op, candidates = "norm_act_backward", heuristics.norm_act(*problem)
+    return autotune.run(op, (*problem, act, pool, need_dz), candidates, launch)
 
 
 @triton.jit(do_not_specialize=["rows", "C_units"])
 def _forward(
-    y_ptr, bn_ptr, out_ptr, rows, C_units,
+    y_ptr, bn_ptr, residual_ptr, out_ptr, rows, C_units,
     UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channels = C_units * UNIT
@@ -93,6 +111,8 @@ def _forward(
     offsets = m * channels + c[None, :]
     y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
     out = norm_act(y, load_norm(bn_ptr, channels, c, channel_inside), True, ACT)
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + base + offsets, rounded(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -115,8 +135,9 @@ def _backward(
         base = first_row * channels
         grad = tl.load(grad_ptr + base + offsets, mask=mask, other=0.0)
         y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-        dz = rounded(activate_backward(normalise(y, norm), grad, ACT), dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + base + offsets, dz, mask=mask)
+        dz = rounded(activate_backward(normalise(y, norm), grad, ACT), y_ptr.dtype.element_ty)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + base + offsets, dz, mask=mask)
         dz = dz.to(tl.float32)
         if not gates(ACT):  # else it is 0 outside the mask, as grad is
             dz = tl.where(mask, dz, 0.0)
@@ -149,9 +170,13 @@ def _pool_forward(
 
 @triton.jit(do_not_specialize=["images", "pixels", "C_units"])
 def _pool_backward(
-    grad_ptr, y_ptr, bn_ptr, dz_ptr, sums_ptr, images, pixels, C_units,
+    grad_ptr, grad_pooled_ptr, y_ptr, bn_ptr, dz_ptr, sums_ptr, images, pixels, C_units,
     UNIT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """From the gradient at the mean over each image, and with ``grad_ptr`` also that at each pixel."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    # A gradient that passes as it is, is rounded before it is spread over the pixels.
+    EARLY: tl.constexpr = gates(ACT) and grad_ptr is None
     channels = C_units * UNIT
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_inside = c < channels
@@ -166,14 +191,18 @@ def _pool_backward(
         first = tile % chunks * BLOCK_M
         mask = (m < pixels - first) & channel_inside[None, :]
         base = (image * pixels + first) * channels
-        grad = tl.load(grad_ptr + image * channels + c, mask=channel_inside, other=0.0).to(tl.float32) / pixels
-        if gates(ACT):  # then it is rounded before it is spread over the pixels
-            grad = rounded(grad, dz_ptr.dtype.element_ty).to(tl.float32)
+        da = tl.load(grad_pooled_ptr + image * channels + c, mask=channel_inside, other=0.0).to(tl.float32) / pixels
+        if EARLY:
+            da = rounded(da, dtype).to(tl.float32)
+        da = da[None, :]
+        if grad_ptr is not None:
+            da += tl.load(grad_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + base + offsets, mask=mask, other=0.0)
-        dz = tl.where(mask, activate_backward(normalise(y, norm), grad[None, :], ACT), 0.0)
-        stored = rounded(dz, dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + base + offsets, stored, mask=mask)
-        if not gates(ACT):
+        dz = tl.where(mask, activate_backward(normalise(y, norm), da, ACT), 0.0)
+        stored = rounded(dz, dtype)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + base + offsets, stored, mask=mask)
+        if not EARLY:
             dz = stored.to(tl.float32)
         sum_dz += dz
         sum_dz_centred += dz * centred(y, norm)

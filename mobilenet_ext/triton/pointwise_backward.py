@@ -24,12 +24,22 @@ from torch import Tensor
 
 from mobilenet_ext.contract import Padding
 from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_backward, merge
-from mobilenet_ext.triton.activation import activate_backward, centred, gates, load_norm, norm_act_inside, normalise
+from mobilenet_ext.triton.activation import (
+    activate_backward,
+    centred,
+    compiled,
+    gates,
+    load_norm,
+    norm_act,
+    norm_act_inside,
+    normalise,
+)
 from mobilenet_ext.triton.checks import check_input, check_pointwise
 from mobilenet_ext.triton.formulas import (
     as_int64,
     dot,
     fold_rows,
+    gated,
     load_gradient_coefficients,
     load_tile,
     output_gradient,
@@ -37,17 +47,33 @@ from mobilenet_ext.triton.formulas import (
     store_tile,
     tiles_of,
 )
-from mobilenet_ext.triton.merge import store_sums
+from mobilenet_ext.triton.merge import store_image_sums, store_sums
 from mobilenet_ext.triton.norm_act import norm_act_forward
 
 
 def pointwise_backward(
     dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int,
     batch_stats_u: bool, weight: Tensor, stride: int, padding: Padding, need_input: bool, need_weight: bool,
+    slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz_u, grad_weight, grad_bn_u); those that are not wanted, and the last without ``bn_u``, are empty."""
-    check_input(bn_u, act_u)
     check_pointwise(stride, padding)
+    return _run(dz, y, grad_bn_y, u, bn_u, act_u, slope_u, batch_stats_u, None, weight, need_input, need_weight)
+
+
+def gated_pointwise_backward(
+    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int, gate: Tensor,
+    weight: Tensor, need_input: bool, need_weight: bool, slope_u: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(da, grad_weight, grad_gate); those that are not wanted are empty."""
+    return _run(dz, y, grad_bn_y, u, bn_u, act_u, slope_u, False, gate, weight, need_input, need_weight)
+
+
+def _run(
+    dz: Tensor, y: Tensor | None, grad_bn_y: Tensor | None, u: Tensor, bn_u: Tensor | None, act_u: int, slope_u: float,
+    batch_stats_u: bool, gate: Tensor | None, weight: Tensor, need_input: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_input(bn_u, act_u)
     if grad_bn_y is None:
         y = None  # dy is dz
     n, k, height, width = u.shape
@@ -55,37 +81,44 @@ def pointwise_backward(
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_backward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", need_input, need_weight,
-        gates(act_u) and hopper.fits(weight, u, dz), gpu.of(u),
+        gate is None and gates(act_u) and hopper.fits(weight, u, dz), gpu.of(u),
     )  # fmt: skip
+    if gate is not None:  # the pass that stores an operand knows of no gate
+        candidates = tuple(config for config in candidates if not (config["weight"] and config["weight"]["STORED_A"]))
+    act = compiled(act_u, slope_u)
     unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
-    sizes = (rows, k // unit, outputs // out_unit)
+    sizes = (rows, height * width if gate is not None else None, k // unit, outputs // out_unit)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor, Tensor]:
         by_input, by_weight = config["input"], config["weight"]
-        constants = {"UNIT": unit, "OUT_UNIT": out_unit, "ACT_U": act_u, "PRECISION": precision}
+        constants = {"UNIT": unit, "OUT_UNIT": out_unit, "ACT_U": act, "PRECISION": precision}
         dz_u = torch.empty_like(u, memory_format=torch.channels_last) if need_input else u.new_empty(0)
         grad_weight = torch.empty(weight.shape if need_weight else 0, dtype=torch.float32, device=u.device)
-        sums = weight_partial = None
+        sums = weight_partial = gate_partial = None
         gradient = (dz, y, grad_bn_y)
         if rows and config["STORED_DY"] and grad_bn_y is not None:
             gradient = (_stored_gradient(dz, y, grad_bn_y), None, None)
         if by_input is not None:
             programs, kernel = by_input["PROGRAMS"], by_input["kernel"]
-            if bn_u is not None:
+            if gate is not None:
+                tiles = heuristics.cdiv(rows, kernel["BLOCK_M"])
+                gate_partial = merge.empty_image_sums(u, tiles, n, k)
+            elif bn_u is not None:
                 sums = merge.empty_sums(u, programs, k)
             if by_weight is None and need_weight:
                 weight_partial = grad_weight.new_empty(programs, outputs, k)
             dy = torch.empty_like(dz) if by_weight is not None and gradient[1] is not None else None
             if rows and by_input["TMA"] and by_weight is None and need_weight:
                 hopper_backward.launch_one_pass(
-                    *gradient, u, bn_u, act_u, weight, dz_u, sums, weight_partial, programs, kernel
+                    *gradient, u, bn_u, act, weight, dz_u, sums, weight_partial, programs, kernel
                 )
             elif rows and by_input["TMA"]:
-                hopper_backward.launch_input(gradient[0], u, bn_u, act_u, weight, dz_u, sums, programs, kernel)
+                hopper_backward.launch_input(gradient[0], u, bn_u, act, weight, dz_u, sums, programs, kernel)
             elif rows:
                 _input[(programs * heuristics.cdiv(k, kernel["BLOCK_K"]),)](
-                    *gradient, u, bn_u, weight, dz_u, sums, dy, weight_partial, *sizes, **constants, **kernel
-                )
+                    *gradient, u, bn_u, gate, weight, dz_u, sums, gate_partial, dy, weight_partial, *sizes,
+                    **constants, **kernel,
+                )  # fmt: skip
             if dy is not None:
                 gradient = (dy, None, None)
         if by_weight is not None:
@@ -93,17 +126,22 @@ def pointwise_backward(
             weight_partial = grad_weight.new_empty(programs, outputs, k)
             blocks = heuristics.cdiv(outputs, kernel["BLOCK_N"]) * heuristics.cdiv(k, kernel["BLOCK_K"])
             if rows:
-                stored = by_weight["STORED_A"] and bn_u is not None
-                operand = (norm_act_forward(u, bn_u, act_u, False), None) if stored else (u, bn_u)
+                operand = (u, bn_u)
+                if by_weight["STORED_A"] and bn_u is not None:
+                    operand = (norm_act_forward(u, bn_u, act_u, False, None, slope_u), None)
                 if by_weight["TMA"]:
-                    hopper_backward.launch_weight(gradient[0], *operand, act_u, weight_partial, programs, kernel)
+                    hopper_backward.launch_weight(gradient[0], *operand, act, weight_partial, programs, kernel)
                 else:
-                    _weight[(programs * blocks,)](*gradient, *operand, weight_partial, *sizes, **constants, **kernel)
-        grad_bn_u = merge.gradients(sums, bn_u, batch_stats_u, rows, weight_partial, grad_weight)
-        return dz_u, grad_weight, grad_bn_u
+                    _weight[(programs * blocks,)](
+                        *gradient, *operand, gate, weight_partial, *sizes, **constants, **kernel
+                    )
+        of_input = merge.gradients(sums, bn_u, batch_stats_u, rows, weight_partial, grad_weight)
+        if gate_partial is not None:
+            of_input = merge.image_sums(gate_partial, n, height * width, by_input["kernel"]["BLOCK_M"])
+        return dz_u, grad_weight, of_input
 
-    flags = (y is None, grad_bn_y is None, bn_u is None, need_input, need_weight)
-    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), *flags)
+    flags = (y is None, grad_bn_y is None, bn_u is None, gate is None, need_input, need_weight)
+    problem = (rows, k, outputs, str(u.dtype), precision, act, *flags)
     return autotune.run("pointwise_backward", problem, candidates, launch)
 
 
@@ -154,17 +192,19 @@ def _row_inside(tile, rows, BLOCK_M: tl.constexpr):
     return (tl.arange(0, BLOCK_M) < left)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows", "units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "units", "out_units"])
 def _input(
-    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_ptr, dz_u_ptr, sums_ptr, dy_ptr, weight_partial_ptr,
-    rows, units, out_units, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr,
+    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, gate_ptr, weight_ptr, dz_u_ptr, sums_ptr, gate_partial_ptr, dy_ptr,
+    weight_partial_ptr, rows, pixels, units, out_units, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_N: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
-    """dz_u with its sums. With ``dy_ptr``: also dy. With ``weight_partial_ptr`` (only if a block holds all of the
-    weight): also dW, over the program's rows."""
+    """dz_u with its sums; with a gate da, and what it adds to the gate's gradient. With ``dy_ptr``: also dy. With
+    ``weight_partial_ptr`` (only if a block holds all of the weight): also dW, over the program's rows."""
     BATCH_STATS: tl.constexpr = y_ptr is not None
+    NORM_U: tl.constexpr = bn_u_ptr is not None
+    READS_U: tl.constexpr = NORM_U or gate_ptr is not None
     WEIGHT: tl.constexpr = weight_partial_ptr is not None
     channels = units * UNIT
     outputs = out_units * OUT_UNIT
@@ -188,7 +228,7 @@ def _input(
 
     for tile in range(program, tiles_of(rows, BLOCK_M), programs):
         row_inside = _row_inside(tile, rows, BLOCK_M)
-        if WHOLE_N and (bn_u_ptr is not None or WEIGHT):
+        if WHOLE_N and (READS_U or WEIGHT):
             u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
         da = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         if WHOLE_N:
@@ -198,7 +238,8 @@ def _input(
                 dy = rounded(output_gradient(dy, y, coefficients, row_inside, BATCH_STATS), dtype)
             da = dot(dy, weight, da, PRECISION)
             if WEIGHT:
-                a = rounded(norm_act_inside(u, norm_u, row_inside, bn_u_ptr is not None, ACT_U), dtype)
+                a = norm_act_inside(u, norm_u, row_inside, NORM_U, ACT_U)
+                a = rounded(gated(a, gate_ptr, tile, rows, pixels, channels, k, BLOCK_M), dtype)
                 grad_weight = dot(tl.trans(dy), a, grad_weight, PRECISION)
         else:
             for n0 in range(0, outputs, BLOCK_N):
@@ -212,10 +253,14 @@ def _input(
                 if dy_ptr is not None:
                     store_tile(dy_ptr, tile, tl.where(block == 0, rows, 0), outputs, n0 + n, dy, BLOCK_M)
                 da = dot(dy, weight, da, PRECISION)
-            if bn_u_ptr is not None:  # not before the products, which need the registers
+            if READS_U:  # not before the products, which need the registers
                 u = load_tile(u_ptr, tile, rows, channels, k, BLOCK_M)
 
-        if bn_u_ptr is not None:
+        if gate_ptr is not None:
+            products = da * norm_act(u, norm_u, NORM_U, ACT_U)
+            store_image_sums(gate_partial_ptr, tile, rows, pixels, channels, k, k < channels, products, BLOCK_M)
+            da = gated(da, gate_ptr, tile, rows, pixels, channels, k, BLOCK_M)
+        elif NORM_U:
             da = activate_backward(normalise(u, norm_u), da, ACT_U)
         dz_u = rounded(da, dtype)
         store_tile(dz_u_ptr, tile, rows, channels, k, dz_u, BLOCK_M)
@@ -235,10 +280,10 @@ def _input(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "units", "out_units"])
 def _weight(
-    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_partial_ptr,
-    rows, units, out_units, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr,
+    dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, gate_ptr, weight_partial_ptr,
+    rows, pixels, units, out_units, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -264,8 +309,9 @@ def _weight(
         if grad_bn_ptr is not None:
             y = _load_y(y_ptr, dy, tile, rows, outputs, n, BLOCK_M)
             dy = rounded(output_gradient(dy, y, coefficients, row_inside, BATCH_STATS), dtype)
-        if bn_u_ptr is not None:
-            a = rounded(norm_act_inside(a, norm_u, row_inside, True, ACT_U), dtype)
+        if bn_u_ptr is not None or gate_ptr is not None:
+            a = norm_act_inside(a, norm_u, row_inside, bn_u_ptr is not None, ACT_U)
+            a = rounded(gated(a, gate_ptr, tile, rows, pixels, channels, k, BLOCK_M), dtype)
         grad_weight = dot(tl.trans(dy), a, grad_weight, PRECISION)
     weight_partial_ptr += program.to(tl.int64) * outputs * channels
     mask = (n < outputs)[:, None] & (k < channels)[None, :]

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from mobilenet_ext.contract import Act, Padding
 from mobilenet_ext.triton import autotune, gpu, heuristics, hopper, hopper_forward, merge
-from mobilenet_ext.triton.activation import load_norm, norm_act
+from mobilenet_ext.triton.activation import compiled, load_norm, norm_act
 from mobilenet_ext.triton.checks import check_input, check_pointwise
 from mobilenet_ext.triton.formulas import (
     as_int64,
     dot,
     finite,
     fold_rows,
+    gated,
     load_tile,
     move_squares,
     rounded,
@@ -44,12 +45,27 @@ from mobilenet_ext.triton.rows import add_bias, load_bias
 
 def pointwise_forward(
     u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, stride: int, padding: Padding, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None, slope_u: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and with ``stats`` its normalisation, else an empty float32 tensor."""
-    check_input(bn_u, act_u)
     check_pointwise(stride, padding)
-    y, partial = _run("pointwise_forward", u, bn_u, act_u, weight, bias, None, Act.LINEAR, stats)
+    return _forward(u, bn_u, act_u, slope_u, None, weight, gamma, beta, eps, stats, bias)
+
+
+def gated_pointwise_forward(
+    u: Tensor, bn_u: Tensor | None, act_u: int, gate: Tensor, weight: Tensor, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None = None, slope_u: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with a factor ``gate`` of each image and channel of the input."""
+    return _forward(u, bn_u, act_u, slope_u, gate, weight, gamma, beta, eps, stats, bias)
+
+
+def _forward(
+    u: Tensor, bn_u: Tensor | None, act_u: int, slope_u: float, gate: Tensor | None, weight: Tensor,
+    gamma: Tensor | None, beta: Tensor | None, eps: float, stats: bool, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_input(bn_u, act_u)
+    y, partial = _run(u, bn_u, act_u, slope_u, gate, weight, bias, None, Act.LINEAR, 0.0, None, stats)
     bn_y = merge.statistics(partial, gamma, beta, eps) if stats else u.new_empty(0, dtype=torch.float32)
     return y, bn_y
 
@@ -62,52 +78,75 @@ def pointwise_inference(
     stride: int,
     padding: Padding,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_y: float = 0.0,
 ) -> Tensor:
-    """The convolution's output, with ``bn_y`` normalised, and activated; the weight is taken as it is, not packed."""
+    """The convolution's output, with ``bn_y`` normalised, activated, and with ``residual`` added to; the weight is
+    taken as it is, not packed."""
     check_pointwise(stride, padding)
-    return _run("pointwise_inference", x, None, Act.LINEAR, weight, None, bn_y, act_y, False)[0]
+    return _run(x, None, Act.LINEAR, 0.0, None, weight, None, bn_y, act_y, slope_y, residual, False)[0]
+
+
+def gated_pointwise_inference(
+    x: Tensor, gate: Tensor, bn_y: Tensor | None, act_y: int, weight: Tensor, packed: Tensor | None = None,
+    residual: Tensor | None = None, slope_y: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The same with a factor ``gate`` of each image and channel of the input."""
+    return _run(x, None, Act.LINEAR, 0.0, gate, weight, None, bn_y, act_y, slope_y, residual, False)[0]
 
 
 def _run(
-    op: str, u: Tensor, bn_u: Tensor | None, act_u: int, weight: Tensor, bias: Tensor | None, bn_y: Tensor | None,
-    act_y: int, stats: bool,
+    u: Tensor, bn_u: Tensor | None, act_u: int, slope_u: float, gate: Tensor | None, weight: Tensor,
+    bias: Tensor | None, bn_y: Tensor | None, act_y: int, slope_y: float, residual: Tensor | None, stats: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     n, k, height, width = u.shape
     rows, outputs = n * height * width, weight.shape[0]
     precision = gpu.product_precision(u.dtype)
     candidates = heuristics.pointwise_forward(
         rows, k, outputs, u.element_size(), u.dtype == torch.float32 and precision == "ieee", bn_u is not None,
-        hopper.fits(weight, u), gpu.of(u),
+        gate is None and hopper.fits(weight, u), gpu.of(u),
     )  # fmt: skip
+    if gate is not None:  # the pass that stores an operand knows of no gate
+        candidates = tuple(config for config in candidates if not config["STORED_A"])
+    acts = (compiled(act_u, slope_u), compiled(act_y, slope_y))
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((n, outputs, height, width), dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
         programs, kernel = config["PROGRAMS"], config["kernel"]
         partial = merge.empty_statistics(u, programs, outputs) if stats else None
         if rows:
-            operand = (norm_act_forward(u, bn_u, act_u, False), None) if config["STORED_A"] else (u, bn_u)
+            operand = (u, bn_u)
+            if config["STORED_A"]:
+                operand = (norm_act_forward(u, bn_u, act_u, False, None, slope_u), None)
             if config["TMA"]:
-                hopper_forward.launch(*operand, act_u, weight, bias, bn_y, act_y, y, partial, programs, kernel)
+                hopper_forward.launch(*operand, weight, bias, bn_y, residual, acts, y, partial, programs, kernel)
             else:
                 unit, out_unit = math.gcd(k, 8), math.gcd(outputs, 8)
                 _kernel[(programs * heuristics.cdiv(outputs, kernel["BLOCK_N"]),)](
-                    *operand, weight, bias, bn_y, y, partial, rows, k // unit, outputs // out_unit,
-                    UNIT=unit, OUT_UNIT=out_unit, ACT_U=act_u, ACT_Y=act_y, PRECISION=precision, **kernel,
+                    *operand, gate, weight, bias, bn_y, residual, y, partial, rows,
+                    height * width if gate is not None else None, k // unit, outputs // out_unit,
+                    UNIT=unit, OUT_UNIT=out_unit, ACT_U=acts[0], ACT_Y=acts[1], PRECISION=precision, **kernel,
                 )  # fmt: skip
         return y, partial
 
-    problem = (rows, k, outputs, str(u.dtype), precision, int(act_u), int(act_y), bn_u is None, bias is None, stats)
-    return autotune.run(op, problem, candidates, launch)
+    present = tuple(optional is not None for optional in (bn_u, gate, bias, bn_y, residual))
+    problem = (rows, k, outputs, str(u.dtype), precision, *acts, *present, stats)
+    return autotune.run("pointwise_forward", problem, candidates, launch)
 
 
-@triton.jit(do_not_specialize=["rows", "units", "out_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "units", "out_units"])
 def _kernel(
-    u_ptr, bn_u_ptr, weight_ptr, bias_ptr, bn_y_ptr, y_ptr, partial_ptr, rows, units, out_units,
+    u_ptr, bn_u_ptr, gate_ptr, weight_ptr, bias_ptr, bn_y_ptr, residual_ptr, y_ptr, partial_ptr,
+    rows, pixels, units, out_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
+    """``pixels``: those of an image, with a gate."""
+    NORM_U: tl.constexpr = bn_u_ptr is not None
+    ON_LOAD: tl.constexpr = NORM_U or gate_ptr is not None
     STATS: tl.constexpr = partial_ptr is not None
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
     channels = units * UNIT
     outputs = out_units * OUT_UNIT
     blocks = tl.cdiv(outputs, BLOCK_N)
@@ -139,22 +178,27 @@ def _kernel(
             a = next_u
             # The next tile is on its way while this one is worked on.
             next_u = load_tile(u_ptr, tile + programs, rows, channels, k, BLOCK_M)
-            if bn_u_ptr is not None:
-                a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
+            if ON_LOAD:
+                a = norm_act(a, norm_u, NORM_U, ACT_U)
+                a = rounded(gated(a, gate_ptr, tile, rows, pixels, channels, k, BLOCK_M), dtype)
             acc = dot(a, weight, acc, PRECISION)
         else:
             for k0 in range(0, channels, BLOCK_K):
                 inside = k < channels - k0
                 weight = tl.load(weight_ptrs + k0, mask=inside[:, None] & column_inside[None, :], other=0.0)
                 a = load_tile(u_ptr, tile, rows, channels, k0 + k, BLOCK_M)
-                if bn_u_ptr is not None:
+                if ON_LOAD:
                     norm_u = load_norm(bn_u_ptr, channels, k0 + k, inside)
-                    a = rounded(norm_act(a, norm_u, True, ACT_U), a.dtype)
+                    a = norm_act(a, norm_u, NORM_U, ACT_U)
+                    a = rounded(gated(a, gate_ptr, tile, rows, pixels, channels, k0 + k, BLOCK_M), dtype)
                 acc = dot(a, weight, acc, PRECISION)
 
         # Loaded for each tile: the product needs the registers.
         acc = add_bias(acc, load_bias(bias_ptr, n, column_inside), bias_ptr is not None)
-        y = rounded(norm_act(acc, norm_y, bn_y_ptr is not None, ACT_Y), y_ptr.dtype.element_ty)
+        acc = norm_act(acc, norm_y, bn_y_ptr is not None, ACT_Y)
+        if residual_ptr is not None:
+            acc += load_tile(residual_ptr, tile, rows, outputs, n, BLOCK_M).to(tl.float32)
+        y = rounded(acc, dtype)
         store_tile(y_ptr, tile, rows, outputs, n, y, BLOCK_M)
         if STATS:
             left = tl.minimum(rows - as_int64(tile) * BLOCK_M, BLOCK_M).to(tl.int32)

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import mobilenet_ext.triton
 from mobilenet_ext.contract import Act
 from mobilenet_ext.triton import gpu
+from mobilenet_ext.triton.activation import compiled
 
 
 class Architecture(NamedTuple):
@@ -78,7 +79,7 @@ def with_activation(launch: Launch, act: Act) -> Launch | None:
     """The launch with ``act`` in place of ReLU; None if there is none in it."""
     names = list(launch.signature)
     relus = [key for key, value in launch.constants.items() if "ACT" in names[key[0]] and value == Act.RELU]
-    constants = {**launch.constants, **dict.fromkeys(relus, act.value)}
+    constants = {**launch.constants, **dict.fromkeys(relus, compiled(act, slope=0.01))}
     return launch._replace(constants=constants) if relus else None
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mobilenet_ext.contract import Act
-from mobilenet_ext.triton.activation import activate, activate_backward, activate_backward_by_output, gates
+from mobilenet_ext.triton.activation import activate, activate_backward, activate_backward_by_output, compiled, gates
 
 INF, NAN = float("inf"), float("nan")
 CORNERS = [-INF, -1e30, -104, -88, -6, -3, -2.5, -1e-40, -0.0, 0, 1e-40, 0.5, 3, 6, 88, 1e30, INF, NAN]
@@ -27,20 +27,22 @@ def _kernel(z_ptr, da_ptr, a_ptr, dz_ptr, by_output_ptr, SIZE: tl.constexpr, ACT
     tl.store(by_output_ptr + i, activate_backward_by_output(a, z, (0.0, 1.0, 0.0), da, ACT))
 
 
-def run(act: int, da: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def run(act: int, da: torch.Tensor | None = None, slope: float = 0.1) -> tuple[torch.Tensor, ...]:
     da = torch.randn(len(Z)) if da is None else da
     a, dz, by_output = (torch.empty_like(Z) for _ in range(3))
-    _kernel[(1,)](Z, da, a, dz, by_output, SIZE=len(Z), ACT=act)
+    _kernel[(1,)](Z, da, a, dz, by_output, SIZE=len(Z), ACT=compiled(act, slope))
     return da, a, dz, by_output
 
 
-@pytest.mark.parametrize("act", Act)
-def test_value_and_derivative(act: Act) -> None:
-    da, a, dz, by_output = run(act)
+@pytest.mark.parametrize(
+    ("act", "slope"), [*((act, 0.1) for act in Act), *((Act.LEAKY_RELU, slope) for slope in (0.0, -0.5, 1.0, 3.0))]
+)
+def test_value_and_derivative(act: Act, slope: float) -> None:
+    da, a, dz, by_output = run(act, slope=slope)
     # A gate's values are exact, of the others a few roundings.
     tolerance = {"rtol": 0, "atol": 0} if gates(act) else {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(a.double(), oracle.activate(Z, act), equal_nan=True, **tolerance)
-    expected = oracle.activate_backward(Z, da, act)
+    torch.testing.assert_close(a.double(), oracle.activate(Z, act, slope), equal_nan=True, **tolerance)
+    expected = oracle.activate_backward(Z, da, act, slope)
     torch.testing.assert_close(dz.double(), expected, equal_nan=True, **tolerance)
     torch.testing.assert_close(by_output, dz, rtol=0, atol=0, equal_nan=True)
 

@@ -264,10 +264,10 @@ def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", [Act.RELU6, Act.HARDSWISH, Act.SILU], ids=str)
+@pytest.mark.parametrize("act", [Act.RELU6, Act.HARDSWISH, Act.SILU, Act.LEAKY_RELU], ids=str)
 def test_other_activations(act: Act, workers: ProcessPoolExecutor) -> None:
-    """In the launches of the widest network. Hardswish and SiLU need a few registers more than ReLU, for which the
-    launch parameters were measured, so that a few values are kept in local memory."""
+    """In the launches of the widest network. All but ReLU6 need a few registers more than ReLU, for which the launch
+    parameters were measured, so that a few values are kept in local memory."""
     (architecture,) = (a for a in ARCHITECTURES if a.name == FIRST)
     launches = record(architecture, tuple(product(NUMBERS, (1.0,)))).values()
     mine = [other for launch in launches if (other := machine_code.with_activation(launch, act))]
