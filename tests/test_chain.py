@@ -36,9 +36,9 @@ def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> lis
     """The same as tensors and settings; running statistics are left alone."""
     units = []
     for kind, (conv, bn, activation), act in zip(KINDS, plain, acts, strict=False):
+        slope = activation.negative_slope if act == Act.LEAKY_RELU else 0.0
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
         shape = (kind, conv.stride[0], padding_of(conv))
-        slope = getattr(activation, "negative_slope", 0.0)
         units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value, slope))
     return units
 
