@@ -82,6 +82,10 @@ def expected_backward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return oracle.product_backward(*args)
 
 
+def first_output(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
 # How a convolution takes its input: as it is, or normalised and activated.
 INPUTS = [None, *Act]
 

@@ -186,7 +186,7 @@ def test_who_follows_is_shown_the_operations(graphs: list[Graph]) -> None:
 
 
 def test_parameters_that_need_gradients_get_them(graphs: list[Graph]) -> None:
-    model = nn.Sequential(mx.nn.FusedSequential(mx.nn.DepthwiseConvBNReLU(3), nn.Conv2d(3, 4, 1)))
+    model = nn.Sequential(mx.nn.FusedSequential(mx.nn.DepthwiseConvBNReLU(3), nn.Conv2d(3, 4, 1, 2)))
     both = Both(randomise_(model).eval())
     both(images()), both(images())
     both.change(lambda model: model[0][1].requires_grad_())

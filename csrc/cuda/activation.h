@@ -18,10 +18,13 @@ struct Activation {
   // linear and relu
   float lower;   // a = z, but at least this
   float corner;  // up to this z the derivative is 0; NaN: nowhere, not even at -Inf
+  // leaky_relu
+  float slope;
 };
 
-inline Activation activation_of(Act act) {
-  return act == Act::linear ? Activation{act, -INFINITY, NAN} : Activation{act, 0.0f, 0.0f};
+inline Activation activation_of(const NormAct& norm_act) {
+  const bool linear = norm_act.act == Act::linear;
+  return {norm_act.act, linear ? -INFINITY : 0.0f, linear ? NAN : 0.0f, float(norm_act.slope)};
 }
 
 __device__ __forceinline__ float sigmoid(float z) {
@@ -40,6 +43,9 @@ __device__ __forceinline__ void activate(float (&z)[N], const Activation& act) {
   } else if (act.act == Act::hardswish) {
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] *= saturate((z[i] + 3.0f) * (1.0f / 6.0f));
+  } else if (act.act == Act::leaky_relu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = z[i] > 0.0f ? z[i] : z[i] * act.slope;
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] *= sigmoid(z[i]);
@@ -47,7 +53,7 @@ __device__ __forceinline__ void activate(float (&z)[N], const Activation& act) {
 }
 
 // da becomes da times the derivative at z, as PyTorch has it: 0 at a clamp's corners and before hardswish's, and da
-// where z is NaN, but of silu.
+// where z is NaN, but of silu and leaky_relu.
 template <int N>
 __device__ __forceinline__ void activate_backward(const float (&z)[N], float (&da)[N], const Activation& act) {
   if (act.act <= Act::relu) {
@@ -62,6 +68,9 @@ __device__ __forceinline__ void activate_backward(const float (&z)[N], float (&d
       const float slope = z[i] < 3.0f ? fmaf(z[i], 1.0f / 3.0f, 0.5f) : 1.0f;
       da[i] = z[i] <= -3.0f ? 0.0f : da[i] * slope;
     }
+  } else if (act.act == Act::leaky_relu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) da[i] = z[i] > 0.0f ? da[i] : da[i] * act.slope;
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -78,7 +87,7 @@ struct NormActParameters {
 };
 
 inline NormActParameters parameters_of(const NormAct& norm_act) {
-  return {static_cast<const float*>(norm_act.bn), activation_of(norm_act.act)};
+  return {static_cast<const float*>(norm_act.bn), activation_of(norm_act)};
 }
 
 // Whether a tensor is loaded or stored as it is.

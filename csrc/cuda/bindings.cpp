@@ -28,12 +28,16 @@ struct Backend {
   void forward(Conv conv, const ForwardArgs& args) const {
     constexpr Forward* kLaunchers[kConvs] = {depthwise_forward, pointwise_forward, dense_forward};  // by Conv
     constexpr const char* kNames[kConvs] = {"depthwise_forward", "pointwise_forward", "dense_forward"};
+    if (args.gate != nullptr)
+      return Runtime::check(gated_pointwise_forward(args, runtime.launch()), "gated_pointwise_forward");
     Runtime::check(kLaunchers[int(conv)](args, runtime.launch()), kNames[int(conv)]);
   }
 
   void backward(Conv conv, const BackwardArgs& args) const {
     constexpr Backward* kLaunchers[kConvs] = {depthwise_backward, pointwise_backward, dense_backward};
     constexpr const char* kNames[kConvs] = {"depthwise_backward", "pointwise_backward", "dense_backward"};
+    if (args.gate != nullptr)
+      return Runtime::check(gated_pointwise_backward(args, runtime.launch()), "gated_pointwise_backward");
     Runtime::check(kLaunchers[int(conv)](args, runtime.launch()), kNames[int(conv)]);
   }
 

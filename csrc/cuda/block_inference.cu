@@ -1,4 +1,5 @@
-// A depthwise-separable block for inference in one kernel: y = act(norm(weight a)), a = act(norm(depthwise 3x3(x))).
+// A depthwise-separable block for inference in one kernel: y = act(norm(weight a)) + residual, with a =
+// act(norm(depthwise 3x3(x))).
 //
 // The depthwise result is never stored: a thread computes it, a pack of channels of a pixel at a time, straight into
 // shared memory as the left operand of the tiled product. Its nine inputs come from the L1 and L2, where the pixels
@@ -118,7 +119,7 @@ struct Start {
         parameters_of(args.depthwise),
         static_cast<const T*>(args.depthwise_weight),
         static_cast<const T*>(args.pointwise_weight),
-        {static_cast<T*>(args.y), nullptr, parameters_of(args.pointwise),
+        {static_cast<T*>(args.y), nullptr, parameters_of(args.pointwise), static_cast<const T*>(args.residual),
          tiling_of<S>(g.n * g.out_h * g.out_w, g.c_in, g.c_out, launch)},
         int(g.c_in),
         int(g.h),
@@ -154,6 +155,7 @@ cudaError_t two_kernels(const BlockArgs& args, const Launch& launch) {
   second.weight = args.pointwise_weight;
   second.y = args.y;
   second.output = args.pointwise;
+  second.residual = args.residual;
   return pointwise_forward(second, launch);
 }
 
@@ -165,7 +167,8 @@ cudaError_t block_inference(const BlockArgs& args, const Launch& launch) {
   const int64_t rows = g.n * g.out_h * g.out_w;
   if (rows == 0) return cudaSuccess;
   if (g.c_in > kMaxChannels || g.c_out > 256 || rows >= int64_t(1) << 31) return two_kernels(args, launch);
-  const void* const pointers[] = {args.x, args.depthwise.bn, args.pointwise.bn, args.pointwise_weight, args.y};
+  const void* const pointers[] = {args.x, args.depthwise.bn, args.pointwise.bn, args.pointwise_weight,
+                                  args.y, args.residual};
   return choose_shape(args.dtype, rows, g.c_in, g.c_out, pointers, launch, Start{args, launch});
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ void add_bias(const float* bias, int column, int colu
   }
 }
 
-// Stores act(norm(y)). kWide: rows of y are multiples of 16 bytes, and y, bias and bn aligned.
+// Stores act(norm(y)) + residual. kWide: rows of y are multiples of 16 bytes, and y, bias, bn and residual aligned.
 template <class S, bool kWide>
 struct NormActOutput {
   using T = typename S::T;
@@ -32,6 +32,7 @@ struct NormActOutput {
     T* y;
     const float* bias;
     NormActParameters norm_act;
+    const T* residual;  // null: 0
     Tiling tiling;
   };
   struct Extra {};
@@ -61,6 +62,12 @@ struct NormActOutput {
       for (int i = 0; i < S::kWidth; ++i) d[i] = norm.z(d[i], i);
     }
     activate(d, args.norm_act.act);
+    if (args.residual != nullptr) {  // not earlier: registers are taken
+      const auto residual =
+          load_channels<kWide, S::kWidth>(args.residual + row * args.tiling.columns, column, args.tiling.columns);
+#pragma unroll
+      for (int i = 0; i < S::kWidth; ++i) d[i] += to_float(residual.v[i]);
+    }
     store_channels<kWide>(args.y + row * args.tiling.columns, column, args.tiling.columns, round_pack<T>(d));
   }
 };
@@ -210,7 +217,8 @@ cudaError_t start_convolution(void (*with_statistics)(Source, const T*, typename
   T* const y = static_cast<T*>(f.y);
   if (!f.statistics.wanted())
     return launch_product<S>(with_norm_act, tiling, NormActOutput<S, kWide>::kSharedBytes, on, source, weight,
-                             typename NormActOutput<S, kWide>::Arguments{y, bias, parameters_of(f.output), tiling});
+                             typename NormActOutput<S, kWide>::Arguments{y, bias, parameters_of(f.output),
+                                                                         static_cast<const T*>(f.residual), tiling});
   float* const partial = on.temporary<float>(size_t(tiling.programs) * STATISTICS_ROWS * tiling.columns);
   const cudaError_t error =
       launch_product<S>(with_statistics, tiling, StatisticsOutput<S, kWide>::kSharedBytes, on, source, weight,

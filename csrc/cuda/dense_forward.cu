@@ -32,7 +32,8 @@ cudaError_t dense_forward(const ForwardArgs& args, const Launch& on) {
   return with_kind(args.dtype, on, [&](auto kind) {
     using T = typename decltype(kind)::T;
     using S = Shape<T, typename decltype(kind)::Math, false, 64>;
-    const bool wide = args.g.c_out % kPack<T> == 0 && aligned(args.y) && aligned(args.bias) && aligned(args.output.bn);
+    const bool wide = args.g.c_out % kPack<T> == 0 && aligned(args.y) && aligned(args.bias) &&
+                      aligned(args.output.bn) && aligned(args.residual);
     return wide ? start<S, true>(args, on) : start<S, false>(args, on);
   });
 }

@@ -18,13 +18,14 @@ struct Problem {
   const void* u;
   NormActParameters norm_act;  // of u, or of y
   const void* weight;
-  const float* bias;  // null: 0
+  const float* bias;     // null: 0
+  const void* residual;  // null: 0
   void* y;
   float* partial;  // null: no statistics
 };
 
 // T: dtype; P: channels per thread. kOnLoad: the normalisation and activation are those of u, and statistics of y may
-// be wanted; else they are those of y.
+// be wanted; else they are those of y, and a residual may come after them.
 template <class T, int P, int kKernel, int kStride, bool kOnLoad>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p) {
   constexpr int kTaps = kKernel * kKernel;
@@ -129,6 +130,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2) forward(const Problem p)
         if (!kOnLoad) {
           if (column_inside) {
             norm_act(sums[0][o]);
+            if (p.residual != nullptr) {  // from where y goes
+              const int64_t offset = out + o * channels - static_cast<T*>(p.y);
+              const Packed residual = Packed::load(static_cast<const T*>(p.residual) + offset);
+#pragma unroll
+              for (int i = 0; i < P; ++i) sums[0][o][i] += to_float(residual.v[i]);
+            }
             round_pack<T>(sums[0][o]).store(out + o * channels);
           }
         } else {
@@ -165,7 +172,7 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const Geometry& g = args.g;
   const int packs = int(g.c_in / P);
   const int lanes = int(g.stride == 1 ? (g.out_w + 1) / 2 : g.out_w);
-  const bool on_load = is_identity(args.output);
+  const bool on_load = is_identity(args.output) && args.residual == nullptr;
   Problem p{};
   p.grid = depthwise_grid(packs, g.n, int(g.out_h), lanes, args.statistics.wanted(), on);
   p.height = int(g.h);
@@ -179,6 +186,7 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
   p.norm_act = parameters_of(on_load ? args.input : args.output);
   p.weight = args.weight;
   p.bias = static_cast<const float*>(args.bias);
+  p.residual = args.residual;
   p.y = args.y;
   const int programs = g.n * g.out_h * g.out_w == 0 ? 0 : p.grid.programs;
   if (args.statistics.wanted()) p.partial = on.temporary<float>(size_t(programs) * STATISTICS_ROWS * g.c_in);
@@ -198,7 +206,8 @@ cudaError_t start(const ForwardArgs& args, const Launch& on) {
 template <class T, int kKernel>
 cudaError_t start_typed(const ForwardArgs& args, const Launch& on) {
   constexpr int kWide = kKernel == 3 ? kPack<T> : 4;
-  const bool wide = args.g.c_in % kWide == 0 && aligned(args.u) && aligned(args.y) && aligned(args.bias);
+  const bool wide =
+      args.g.c_in % kWide == 0 && aligned(args.u) && aligned(args.y) && aligned(args.bias) && aligned(args.residual);
   return wide ? start<T, kWide, kKernel>(args, on) : start<T, 1, kKernel>(args, on);
 }
 

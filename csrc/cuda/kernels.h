@@ -37,8 +37,8 @@ struct Launch {
 using Forward = cudaError_t(const ForwardArgs& args, const Launch& launch);
 using Backward = cudaError_t(const BackwardArgs& args, const Launch& launch);
 
-Forward depthwise_forward, pointwise_forward, dense_forward;
-Backward depthwise_backward, pointwise_backward, dense_backward;
+Forward depthwise_forward, pointwise_forward, dense_forward, gated_pointwise_forward;
+Backward depthwise_backward, pointwise_backward, dense_backward, gated_pointwise_backward;
 cudaError_t norm_act_forward(const NormActArgs& args, const Launch& launch);
 cudaError_t norm_act_backward(const NormActArgs& args, const Launch& launch);
 cudaError_t block_inference(const BlockArgs& args, const Launch& launch);

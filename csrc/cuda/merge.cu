@@ -103,6 +103,16 @@ __global__ void __launch_bounds__(kColumns* kLanes)
   grad_bn[GRAD_BETA * channels + c] = sum_dz;
 }
 
+__global__ void __launch_bounds__(kColumns* kLanes)
+    images_kernel(const float* partial, int part_rows, int64_t pixels, int channels, int channel_blocks, float* sums) {
+  const int64_t image = blockIdx.x / channel_blocks;
+  const int c = int(blockIdx.x % channel_blocks) * kColumns + threadIdx.x;
+  const int64_t first = image * pixels / part_rows, end = ((image + 1) * pixels + part_rows - 1) / part_rows;
+  const float* const mine = partial + (first + image) * channels + c;
+  const float sum = sum_rows(mine, int(end - first), channels, c < channels);
+  if (c < channels && threadIdx.y == 0) sums[image * channels + c] = sum;
+}
+
 __device__ float element(const VectorArg& vector, int i, float otherwise) {
   if (vector.data == nullptr) return otherwise;
   if (vector.dtype == Dtype::f32) return static_cast<const float*>(vector.data)[i];
@@ -139,6 +149,14 @@ cudaError_t merge_gradients(const SumsToMerge& of_bn, const WeightToMerge& of_we
                 of_bn.sums.programs, of_bn.channels, static_cast<const float*>(of_bn.bn), inverse_count,
                 static_cast<float*>(of_bn.grad_bn), of_weight.sums.data, of_weight.sums.programs, of_weight.elements,
                 static_cast<float*>(of_weight.grad_weight), channel_blocks);
+}
+
+cudaError_t merge_images(const float* partial, int part_rows, int64_t images, int64_t pixels, int channels, float* sums,
+                         const Launch& on) {
+  if (images == 0) return cudaSuccess;
+  const int channel_blocks = blocks_for(channels);
+  return launch(images_kernel, dim3(unsigned(images * channel_blocks)), dim3(kColumns, kLanes), kShared, on.stream,
+                partial, part_rows, pixels, channels, channel_blocks, sums);
 }
 
 cudaError_t bn_from_running(const RunningArgs& args, const Launch& on) {

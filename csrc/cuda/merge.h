@@ -52,4 +52,9 @@ struct WeightToMerge {
 // Both in one launch.
 cudaError_t merge_gradients(const SumsToMerge& of_bn, const WeightToMerge& of_weight, const Launch& launch);
 
+// Sums over each image's pixels, [images][channels], from partial sums over the pixels that it has in parts of
+// `part_rows` rows of all images: those of an image in a part are row part + image of `partial`.
+cudaError_t merge_images(const float* partial, int part_rows, int64_t images, int64_t pixels, int channels, float* sums,
+                         const Launch& launch);
+
 }  // namespace mx::cuda

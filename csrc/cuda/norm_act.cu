@@ -1,4 +1,5 @@
-// Normalisation and activation of a tensor, or the mean of that over each image (the network's end); and the gradients.
+// Normalisation and activation of a tensor, and the add where a residual comes in, or the mean over each image; and the
+// gradients.
 #include "activation.h"
 #include "lanes.h"
 
@@ -11,9 +12,9 @@ constexpr int kRowsAtOnce = 4;  // loads under way per thread
 struct Problem {
   int64_t rows;  // of y: images times pixels
   int pixels, channels;
-  const void *y, *grad;
+  const void *y, *residual, *grad, *grad_pooled;
   NormActParameters norm_act;
-  void *out, *dz;
+  void *out, *dz;  // dz null: not wanted
   float* sums;
 };
 
@@ -41,19 +42,22 @@ struct Channels {
 };
 
 // A program takes kRowsAtOnce*lanes rows at a time.
-template <class T, int P>
+template <class T, int P, bool kResidual>
 __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
   const Channels<T, P> channels(p);
   if (!channels.inside) return;
   const T* y = static_cast<const T*>(p.y) + channels.c;
+  const T* residual = static_cast<const T*>(p.residual) + channels.c;
   T* out = static_cast<T*>(p.out) + channels.c;
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
   for (int64_t first = blockIdx.y * step + threadIdx.y; first < p.rows; first += gridDim.y * step) {
-    PackedWords<T, P> packs[kRowsAtOnce];
+    PackedWords<T, P> packs[kRowsAtOnce], residuals[kRowsAtOnce];
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
       const int64_t row = first + k * blockDim.y;
       if (row < p.rows) packs[k] = PackedWords<T, P>::of(Pack<T, P>::load(y + row * p.channels));
+      if (kResidual && row < p.rows)
+        residuals[k] = PackedWords<T, P>::of(Pack<T, P>::load(residual + row * p.channels));
     }
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
@@ -61,6 +65,10 @@ __global__ void __launch_bounds__(kThreads) forward(const Problem p) {
       if (row >= p.rows) continue;
       float a[P];
       channels.make_activation(a, packs[k].pack());
+      if (kResidual) {
+        const Pack<T, P> more = residuals[k].pack();
+        for (int i = 0; i < P; ++i) a[i] += to_float(more.v[i]);
+      }
       round_pack<T>(a).store(out + row * p.channels);
     }
   }
@@ -89,13 +97,14 @@ __global__ void __launch_bounds__(kThreads) pool_forward(const Problem p) {
   }
 }
 
-// dz, and the program's sums of dz and dz*(y - mean). Pooled: the gradient of an image's mean is that of all its
-// pixels.
-template <class T, int P, bool kPool>
+// dz, and the program's sums of dz and dz*(y - mean). The gradient of an image's mean is that of all its pixels: kPool,
+// alone, or kAndPooled, on top of that of each pixel.
+template <class T, int P, bool kPool, bool kAndPooled>
 __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
   const Channels<T, P> channels(p);
   const T* y = static_cast<const T*>(p.y) + channels.c;
   const T* grad = static_cast<const T*>(p.grad) + channels.c;
+  const T* grad_pooled = static_cast<const T*>(p.grad_pooled) + channels.c;
   T* dz = static_cast<T*>(p.dz) + channels.c;
   float sum_dz[P] = {}, sum_dz_centred[P] = {};
   const int64_t step = int64_t(kRowsAtOnce) * blockDim.y;
@@ -117,9 +126,13 @@ __global__ void __launch_bounds__(kThreads) backward(const Problem p) {
       channels.make_z(z, y_pack);
       to_floats(grads[k].pack(), da);
       for (int i = 0; i < P && kPool; ++i) da[i] /= float(p.pixels);
+      if (kAndPooled) {  // from the cache: registers are taken
+        const Pack<T, P> pooled = Pack<T, P>::load(grad_pooled + row / p.pixels * p.channels);
+        for (int i = 0; i < P; ++i) da[i] += to_float(pooled.v[i]) / float(p.pixels);
+      }
       activate_backward(z, da, channels.act);
       const Pack<T, P> stored = round_pack<T>(da);
-      stored.store(dz + row * p.channels);
+      if (p.dz != nullptr) stored.store(dz + row * p.channels);
       for (int i = 0; i < P; ++i) {
         const float value = to_float(stored.v[i]);
         sum_dz[i] += value;
@@ -137,7 +150,9 @@ Problem problem_of(const NormActArgs& args) {
   p.pixels = int(args.hw);
   p.channels = int(args.c);
   p.y = args.y;
+  p.residual = args.residual;
   p.grad = args.grad;
+  p.grad_pooled = args.grad_pooled;
   p.norm_act = parameters_of(args.norm_act);
   p.out = args.out;
   p.dz = args.dz;
@@ -170,7 +185,8 @@ cudaError_t start_forward(const NormActArgs& args, const Launch& on) {
     return launch(pool_forward<T, P>, grid.blocks, grid.threads, grid.shared, on.stream, p);
   }
   const Grid grid = grid_of(packs, p.rows, kRowsAtOnce, 65535, P);
-  return launch(forward<T, P>, grid.blocks, grid.threads, 0, on.stream, p);
+  const auto kernel = args.residual ? forward<T, P, true> : forward<T, P, false>;
+  return launch(kernel, grid.blocks, grid.threads, 0, on.stream, p);
 }
 
 template <class T, int P>
@@ -183,7 +199,9 @@ cudaError_t start_backward(const NormActArgs& args, const Launch& on) {
   const int programs = p.rows == 0 ? 0 : int(grid.blocks.y);
   p.sums = on.temporary<float>(size_t(programs) * SUM_ROWS * p.channels);
   if (programs > 0) {
-    const auto kernel = args.pool ? backward<T, P, true> : backward<T, P, false>;
+    const auto kernel = args.pool          ? backward<T, P, true, false>
+                        : args.grad_pooled ? backward<T, P, false, true>
+                                           : backward<T, P, false, false>;
     const cudaError_t error = launch(kernel, grid.blocks, grid.threads, grid.shared, on.stream, p);
     if (error != cudaSuccess) return error;
   }
@@ -196,7 +214,7 @@ cudaError_t start_backward(const NormActArgs& args, const Launch& on) {
 cudaError_t norm_act_forward(const NormActArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.out);
+    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.out) && aligned(args.residual);
     return wide ? start_forward<T, kPack<T>>(args, on) : start_forward<T, 1>(args, on);
   });
 }
@@ -204,7 +222,8 @@ cudaError_t norm_act_forward(const NormActArgs& args, const Launch& on) {
 cudaError_t norm_act_backward(const NormActArgs& args, const Launch& on) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.grad) && aligned(args.dz);
+    const bool wide = args.c % kPack<T> == 0 && aligned(args.y) && aligned(args.grad) && aligned(args.grad_pooled) &&
+                      aligned(args.dz);
     return wide ? start_backward<T, kPack<T>>(args, on) : start_backward<T, 1>(args, on);
   });
 }

@@ -139,14 +139,20 @@ struct StartInput {
   }
 };
 
-template <class S, bool kWide>
-cudaError_t start_weight(const BackwardArgs& args, Partial& partial, const Launch& on) {
-  using T = typename S::T;
-  const Geometry& g = args.g;
-  const NormActInput<T, kWide> a{static_cast<const T*>(args.u), parameters_of(args.input), int(g.c_in)};
-  return start_weight_product<S>(weight_kernel<S, kWide>, output_gradient_of<T, kWide>(args), a, g.n * g.h * g.w,
-                                 int(g.c_out), a.channels, partial, on);
-}
+struct StartWeight {
+  const BackwardArgs& args;
+  const Launch& on;
+  Partial& sums;
+
+  template <class S, bool kWide>
+  cudaError_t run() const {
+    using T = typename S::T;
+    const Geometry& g = args.g;
+    const NormActInput<T, kWide> a{static_cast<const T*>(args.u), parameters_of(args.input), int(g.c_in)};
+    return start_weight_product<S>(weight_kernel<S, kWide>, output_gradient_of<T, kWide>(args), a, g.n * g.h * g.w,
+                                   int(g.c_out), a.channels, sums, on);
+  }
+};
 
 }  // namespace
 
@@ -161,15 +167,8 @@ cudaError_t pointwise_backward(const BackwardArgs& args, const Launch& on) {
     if (error != cudaSuccess) return error;
   }
   if (args.grad_weight != nullptr) {
-    const cudaError_t error = with_kind(args.dtype, on, [&](auto kind) {
-      using T = typename decltype(kind)::T;
-      using Math = typename decltype(kind)::Math;
-      if (!all_packs<T>(outputs, channels, pointers))
-        return start_weight<WeightShape<T, Math, 64>, false>(args, weight.sums, on);
-      // A narrow side would leave most of a wide square empty.
-      return outputs > 64 && channels > 64 ? start_weight<WeightShape<T, Math, 128>, true>(args, weight.sums, on)
-                                           : start_weight<WeightShape<T, Math, 64>, true>(args, weight.sums, on);
-    });
+    const cudaError_t error =
+        choose_weight_shape(args.dtype, outputs, channels, pointers, on, StartWeight{args, on, weight.sums});
     if (error != cudaSuccess) return error;
   }
   return merge_gradients(sums, weight, on);

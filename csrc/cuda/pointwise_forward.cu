@@ -35,7 +35,7 @@ struct Start {
 }  // namespace
 
 cudaError_t pointwise_forward(const ForwardArgs& args, const Launch& on) {
-  const void* const pointers[] = {args.u, args.input.bn, args.weight, args.bias, args.y, args.output.bn};
+  const void* const pointers[] = {args.u, args.input.bn, args.weight, args.bias, args.y, args.output.bn, args.residual};
   return choose_shape(args.dtype, args.g.n * args.g.h * args.g.w, args.g.c_in, args.g.c_out, pointers, on,
                       Start{args, on});
 }

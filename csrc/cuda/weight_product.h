@@ -203,4 +203,19 @@ cudaError_t start_weight_product(void (*kernel)(SourceDy, SourceA, WeightTiling,
                 partial.data);
 }
 
+// start.run<WeightShape<...>, kWide>() of the shape for a gradient [outputs, depth]; kWide: `pointers`, all that rows
+// are read from, and both channel counts fit packs.
+template <int n, class Start>
+cudaError_t choose_weight_shape(Dtype dtype, int64_t outputs, int64_t depth, const void* const (&pointers)[n],
+                                const Launch& launch, const Start& start) {
+  return with_kind(dtype, launch, [&](auto kind) {
+    using T = typename decltype(kind)::T;
+    using Math = typename decltype(kind)::Math;
+    if (!all_packs<T>(outputs, depth, pointers)) return start.template run<WeightShape<T, Math, 64>, false>();
+    // A narrow side would leave most of a wide square empty.
+    return outputs > 64 && depth > 64 ? start.template run<WeightShape<T, Math, 128>, true>()
+                                      : start.template run<WeightShape<T, Math, 64>, true>();
+  });
+}
+
 }  // namespace mx::cuda

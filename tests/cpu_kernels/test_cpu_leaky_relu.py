@@ -15,6 +15,7 @@ from cpu_ops import (
     assert_close,
     assert_same_specials,
     expected_backward,
+    first_output,
     ops,
     random_bn,
     random_grad_bn,
@@ -59,21 +60,17 @@ def problems(dtype: torch.dtype, slope: float) -> Iterator[tuple[str, tuple[Any,
             yield "norm_act_backward", (grad, u, bn, LEAKY, True, pool, None, True, slope)
 
 
-def first(outputs: Any) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slope", [0.1, 1.5, -0.5])
 def test_every_op(dtype: torch.dtype, slope: float) -> None:
     for op, args in problems(dtype, slope):
-        output, expected = first(getattr(ops, op)(*args)), first(getattr(oracle, op)(*args))
+        output, expected = first_output(getattr(ops, op)(*args)), first_output(getattr(oracle, op)(*args))
         tolerance = TOLERANCE[dtype]
         if rounds_operands(dtype) and ("pointwise" in op or "block" in op):
             tolerance *= 2
         assert_close(output, expected, tolerance, op)
         other = (*args[:-1], slope + 0.25)
-        assert not torch.equal(output, first(getattr(oracle, op)(*other)).to(dtype)), "slope is not used"
+        assert not torch.equal(output, first_output(getattr(oracle, op)(*other)).to(dtype)), "slope is not used"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,8 @@ from emulation import SOURCES
 from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
 
 TOOLKIT = find_cuda_toolkit()
-PRODUCTS = ("pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward", "block_inference")
+POINTWISE = ("pointwise_forward", "pointwise_backward", "gated_pointwise_forward", "gated_pointwise_backward")
+PRODUCTS = (*POINTWISE, "dense_forward", "dense_backward", "block_inference")
 FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", "gpu", *PRODUCTS)
 
 Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import cubins
 import pytest
 import sass
-from cubins import FILES, PRODUCTS, Kernels
+from cubins import FILES, POINTWISE, PRODUCTS, Kernels
 from emulation import SOURCES
 
 pytestmark = pytest.mark.skipif(cubins.why_not() is not None, reason=str(cubins.why_not()))
@@ -54,7 +54,7 @@ def test_no_maximum_loses_a_nan(kernels: Kernels) -> None:
         ("depthwise_backward", r"stride_[12]<float, 4>", 128),
         ("depthwise_backward", r"stride_[12]<(__half|__nv_bfloat16), 4>", 64),  # eight channels are too many registers
         ("depthwise_backward", r"five_by_five<float, 2, .*", 64),
-        ("norm_act", r"(forward|backward)<.*, [48](, \w+)?>", 128),
+        ("norm_act", r"(forward|backward)<.*, [48](, \w+)*>", 128),
     ],
 )
 def test_accesses_are_wide(kernels: Kernels, file: str, pattern: str, bits: int) -> None:
@@ -108,7 +108,7 @@ def test_products_run_on_tensor_cores(kernels: Kernels, architecture: int) -> No
             assert code.matching("HMMA.*"), name
 
 
-@pytest.mark.parametrize("file", ["pointwise_forward", "pointwise_backward"])
+@pytest.mark.parametrize("file", POINTWISE)
 def test_products_move_128_bits_at_once(kernels: Kernels, file: str) -> None:
     """Where the channel count allows it. (The other products load weights of nine taps one by one.)"""
     looked_at = 0

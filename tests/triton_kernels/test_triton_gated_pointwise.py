@@ -143,7 +143,7 @@ def test_error_in_16_bits(dtype: torch.dtype) -> None:
     """At most 1.5 times that of PyTorch's own path, which rounds what is between to 16 bits."""
     u, gate, weight = activation(3, K, 5, 5, dtype=dtype), gate_of(3, K, dtype), weight_of(dtype)
     bn, dz = random_bn(K, dtype), activation(3, OUTPUTS, 5, 5, dtype=dtype)
-    a = oracle.norm_act(u, bn, Act.RELU).to(dtype).requires_grad_()
+    a = oracle.norm_act(u, bn, Act.RELU, 0.0).to(dtype).requires_grad_()
     factor, filters = gate.clone().requires_grad_(), weight.clone().requires_grad_()
     own_y = torch.nn.functional.conv2d(a * factor, filters)
     own = (own_y, *torch.autograd.grad(own_y, (a, filters, factor), dz))

@@ -14,6 +14,7 @@ from cpu_ops import (
     activation,
     assert_close,
     assert_same_specials,
+    first_output,
     random_bn,
     random_grad_bn,
 )
@@ -51,7 +52,7 @@ def filters(outputs: int, inputs: int, kernel: int, dtype: torch.dtype) -> Tenso
 
 def check(op: str, args: tuple, dtype: torch.dtype, roundings: float = 1.0) -> None:
     """``roundings``: to 16 bits, one after the other, that a result comes from."""
-    actual, expected = (x[0] if isinstance(x, tuple) else x for x in (ops[op](*args), getattr(oracle, op)(*args)))
+    actual, expected = first_output(ops[op](*args)), first_output(getattr(oracle, op)(*args))
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else roundings)
     assert_close(actual, expected, bound, op)
 

@@ -1,0 +1,64 @@
+// The gate of a pointwise convolution (squeeze-excite): a factor of its input's activation for each image and channel.
+#pragma once
+#include "operands.h"
+
+namespace mx::cuda {
+
+// Which image a row belongs to, of images of so many pixels.
+struct Images {
+  uint64_t pixels, reciprocal;  // (2^64 - 1)/pixels, rounded down
+
+  MX_HOST_DEVICE int64_t of(int64_t row) const {
+    // The quotient, or one less: of a row below 2^64, what the reciprocal lacks is less than 1.
+    const uint64_t image = uint64_t((unsigned __int128)uint64_t(row) * reciprocal >> 64);
+    return int64_t(image + (uint64_t(row) - image * pixels >= pixels));
+  }
+};
+
+template <class T>
+struct Gate {
+  const T* data;  // [images][channels]
+  Images images;
+  int channels;
+
+  // Those of a row's image.
+  __device__ __forceinline__ const T* of(int64_t row) const { return data + images.of(row) * channels; }
+};
+
+template <class T, class Args>
+Gate<T> gate_of(const Args& args) {
+  const uint64_t pixels = args.g.h * args.g.w;
+  return {static_cast<const T*>(args.gate), {pixels, ~uint64_t(0) / pixels}, int(args.g.c_in)};
+}
+
+// a*gate [rows, channels], with a = act(norm(u)), as a Source (product.h).
+template <class T, bool kWide>
+struct GatedInput {
+  static constexpr int kWidth = kPack<T>;
+  using Ungated = NormActInput<T, kWide>;
+  struct Raw {
+    typename Ungated::Raw u;
+    const T* gate;  // of the image; loaded when it is needed, from the cache: packs would take too many registers
+    static __device__ __forceinline__ Raw zero() { return {Ungated::Raw::zero(), nullptr}; }
+  };
+  using Vectors = typename Ungated::Vectors;
+  Ungated input;
+  Gate<T> gate;
+
+  __device__ __forceinline__ Raw load(int64_t row, int c) const { return {input.load(row, c), gate.of(row)}; }
+  __device__ __forceinline__ Vectors vectors(int c) const { return input.vectors(c); }
+  __device__ __forceinline__ void convert(const Raw& raw, int c, const Vectors& norm, float (&a)[kWidth]) const {
+    if (raw.gate == nullptr) return;
+    const auto factor = load_channels<kWide, kWidth>(raw.gate, c, input.channels);
+    input.convert(raw.u, c, norm, a);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) a[i] *= to_float(factor.v[i]);
+  }
+};
+
+template <class T, bool kWide, class Args>
+GatedInput<T, kWide> gated_input_of(const Args& args) {
+  return {{static_cast<const T*>(args.u), parameters_of(args.input), int(args.g.c_in)}, gate_of<T>(args)};
+}
+
+}  // namespace mx::cuda

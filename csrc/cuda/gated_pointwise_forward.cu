@@ -1,0 +1,44 @@
+// Pointwise convolution of a gated input, forward and inference: y[rows, N] = (act(norm(u))*gate)[rows, K] weight[N,
+// K]^T on the tiled product.
+#include "convolution_product.h"
+#include "gate.h"
+
+namespace mx::cuda {
+namespace {
+
+template <class S>
+using Input = GatedInput<typename S::T, S::kAligned>;
+
+template <class S, class Output, class T = typename S::T>
+__global__ void __launch_bounds__(S::kThreads, 2)
+    kernel(const Input<S> input, const T* weight, const typename Output::Arguments args) {
+  if constexpr (S::kAvailable) {
+    Output output(args);
+    product<S, false>(input, weight, args.tiling, output);
+  } else {
+    not_compiled();
+  }
+}
+
+struct Start {
+  const ForwardArgs& args;
+  const Launch& on;
+
+  template <class S>
+  cudaError_t run() const {
+    return start_convolution<S, S::kAligned>(
+        kernel<S, StatisticsOutput<S, S::kAligned>>, kernel<S, NormActOutput<S, S::kAligned>>,
+        gated_input_of<typename S::T, S::kAligned>(args), int(args.g.c_in), args, on);
+  }
+};
+
+}  // namespace
+
+cudaError_t gated_pointwise_forward(const ForwardArgs& args, const Launch& on) {
+  const void* const pointers[] = {args.u,    args.input.bn, args.gate,      args.weight,
+                                  args.bias, args.y,        args.output.bn, args.residual};
+  return choose_shape(args.dtype, args.g.n * args.g.h * args.g.w, args.g.c_in, args.g.c_out, pointers, on,
+                      Start{args, on});
+}
+
+}  // namespace mx::cuda
