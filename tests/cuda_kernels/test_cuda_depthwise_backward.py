@@ -122,9 +122,9 @@ def test_nan_and_inf(special: float, kind: str, where: str, kernel: int, stride:
         x[0, 2, x.shape[2] // 2, x.shape[3] // 2] = special
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args, True, True)
     dy = reference._conv_output_grad(dz.double(), y.double(), grad_bn.double())
-    a = reference._norm_act(u.double(), bn.double(), act)
+    a = reference._norm_act(u.double(), bn.double(), act, 0.0)
     grad_a, expected_weight = literal_backward(dy, a, weight.double(), stride, padding)
-    expected = reference._ACTIVATE_BACKWARD[act](reference._normalise(u.double(), bn.double()), grad_a)
+    expected = reference._ACTIVATE_BACKWARD[act](reference._normalise(u.double(), bn.double()), grad_a, 0.0)
     assert_same_specials(dz_u, expected)
     assert_same_specials(grad_weight, expected_weight)
     finite = expected_weight.isfinite()
