@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import mobilenet_ext as mx
+from benchmarks import activations, comparison, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks import compare as compare_module
-from benchmarks import comparison, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks.network import DTYPES, Workload
 from benchmarks.peers import NAMES, OURS, is_ours
 
@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         _add_options(command, name)
         command.set_defaults(run=_measure, bench=name)
+    text = "what each activation costs beside ReLU, and a 5x5 kernel beside a 3x3 one"
+    command = commands.add_parser("activations", help=text, description=text)
+    _add_options(command, "activations")
+    command.set_defaults(run=_activations, bench="activations")
     command = commands.add_parser("compare", help="what changed between two results beyond noise")
     command.add_argument("before", type=Path)
     command.add_argument("after", type=Path)
@@ -73,8 +77,9 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
         parser.add_argument("--backend", default="auto", help="of mobilenet_ext [auto]")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="16 bits: autocast "
                         "in training, weights and activations in inference [float32 bfloat16]")  # fmt: skip
-    parser.add_argument("--width", nargs="+", type=_positive(float), default=[1.0], help="multiplier [1]")
-    parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
+    if bench != "activations":
+        parser.add_argument("--width", nargs="+", type=_positive(float), default=[1.0], help="multiplier [1]")
+        parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
     batch = {"inference": "1 32 256, on a CPU 1 32", "curves": CURVES_BATCH}.get(bench, "256, on a CPU 32")
     parser.add_argument("--batch", nargs="+", type=_positive(int), help=f"[{batch}]")
     if bench == "curves":
@@ -96,10 +101,12 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
                             help=f"beside ours, none or some of {', '.join(map(repr, names))} [all]")  # fmt: skip
     if bench == "scaling":
         parser.add_argument("--task", choices=("training", "inference"), default="training")
-    if bench not in ("kernels", "curves"):
+    if bench not in ("kernels", "curves", "activations"):
         parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out, which takes a process "
                             "of its own for each runner")  # fmt: skip
     parser.add_argument("--fp32-precision", choices=("ieee", "tf32"), default="ieee", help="of products on a GPU")
+    if bench == "activations":
+        return  # a table to read, and no result that is kept
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--save", action="store_true", help="write it, with pictures, to benchmarks/results/<device>/")
 
@@ -115,16 +122,31 @@ def _positive(kind: type) -> Any:
     return parse
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _set_up(args: argparse.Namespace, backend: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU")
-    backend, *args.others = args.backend if args.bench == "kernels" else [args.backend]
     mx.backends.set(backend)
     if args.device == "cuda":
         for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
             part.fp32_precision = args.fp32_precision
+
+
+def _activations(args: argparse.Namespace) -> int:
+    _set_up(args, args.backend)
+    effort = comparison.Effort(args.rounds, args.burst)
+    found = limits.measure_limits(args.device, args.dtype, min(5, effort.rounds), min(0.1, effort.burst_s))
+    for dtype, batch in product(args.dtype, args.batch or TRAINING_BATCH[args.device]):
+        for line in activations.measure(batch, dtype, args.device, found[dtype], effort):
+            print(line, flush=True)
+        print()
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    backend, *args.others = args.backend if args.bench == "kernels" else [args.backend]
+    _set_up(args, backend)
     effort = comparison.Effort(
         getattr(args, "rounds", 0), getattr(args, "burst", 0.0), memory=not getattr(args, "no_memory", False)
     )

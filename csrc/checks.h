@@ -82,8 +82,7 @@ inline void check_block(int64_t kernel, const std::vector<int64_t>& padding) {
 }
 
 inline Act act_of(int64_t act, const char* name) {
-  STD_TORCH_CHECK(act >= int(Act::linear) && act <= int(Act::leaky_relu), name, ": expected an Act of csrc/ops.h, got ",
-                  act);
+  STD_TORCH_CHECK(act >= int(Act::linear) && act <= int(kLastAct), name, ": expected an Act of csrc/ops.h, got ", act);
   return Act(act);
 }
 

@@ -44,6 +44,7 @@ namespace mx {
 enum BnRow { BN_MEAN, BN_SCALE, BN_SHIFT, BN_RSTD, BN_VAR, BN_ROWS };
 enum GradBnRow { GRAD_DZ_COEFFICIENT, GRAD_Y_COEFFICIENT, GRAD_MEAN, GRAD_CONSTANT, GRAD_GAMMA, GRAD_BETA, GRAD_ROWS };
 enum class Act : int { linear, relu, relu6, hardswish, silu, leaky_relu };
+constexpr Act kLastAct = Act::leaky_relu;
 
 }  // namespace mx
 

@@ -17,7 +17,9 @@ from mobilenet_ext import ops, storage
 from mobilenet_ext.autograd import as_gradient_of, first_order
 from mobilenet_ext.contract import (
     BN_MEAN,
+    BN_ROWS,
     BN_SCALE,
+    BN_SHIFT,
     BN_VAR,
     GRAD_BETA,
     GRAD_DZ_COEFFICIENT,
@@ -182,7 +184,12 @@ def plan(units: list[InferenceUnit], pool: bool, dtype: torch.dtype, pack: Pack 
             packed = pack(None, None, weight) if pack and kind == "pointwise" else None
             steps.append(Step(ops.INFERENCE[kind], (bn, act, weight, stride, padding, packed, None, slope)))
     if pool:
-        steps.append(Step(ops.norm_act_forward, (_identity_bn(units[-1].bn, dtype), Act.LINEAR.value, True, None, 0.0)))
+        steps.append(
+            Step(
+                ops.norm_act_forward,
+                (bias_bn(units[-1].weight, None).to(acc_dtype(dtype)), Act.LINEAR.value, True, None, 0.0),
+            )
+        )
     return steps
 
 
@@ -217,10 +224,12 @@ def _as_parameter(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _identity_bn(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The normalisation that changes nothing, for activations in ``dtype`` with the channels of ``like``."""
-    bn = torch.zeros_like(like, dtype=acc_dtype(dtype))
+def bias_bn(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The normalisation that does nothing but add ``bias`` to what a layer with ``weight`` gives."""
+    bn = torch.zeros((BN_ROWS, len(weight)), dtype=acc_dtype(weight.dtype), device=weight.device)
     bn[BN_SCALE] = 1
+    if bias is not None:
+        bn[BN_SHIFT] = bias.detach()
     return bn
 
 
@@ -266,7 +275,9 @@ def _acc(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _running_bn(unit: Unit, conv_bias: Tensor | None) -> Tensor:
-    """The normalisation by running statistics of a convolution that has left out ``conv_bias``."""
+    """The normalisation by running statistics, if there are any, of a convolution that has left out ``conv_bias``."""
+    if unit.running_mean is None:
+        return bias_bn(unit.weight, conv_bias)
     vectors = (unit.running_mean, unit.running_var, unit.gamma, unit.beta, conv_bias)
     with torch.no_grad():
         mean, *rest = (_acc(v, unit.running_mean.dtype) for v in vectors)

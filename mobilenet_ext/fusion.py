@@ -1,8 +1,9 @@
 """Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
 
-A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` and perhaps an activation with settings the
-kernels support, and nothing watches or changes them: no hooks (theirs or global), no pruning, no parametrisation, no
-replaced ``forward``. Everything else runs as the modules it is made of, and the chain starts again after it.
+A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` (in inference it may be missing) and perhaps
+an activation with settings the kernels support, and nothing watches or changes them: no hooks (theirs or global), no
+pruning, no parametrisation, no replaced ``forward``. Everything else runs as the modules it is made of, and the chain
+starts again after it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class UnitModules(NamedTuple):
 
     kind: Kind
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | None  # None: in inference alone
     act: int
     slope: float  # of a leaky ReLU
-    size: int  # how many modules: a linear unit has no third
+    size: int  # how many modules: a linear unit has no activation
 
 
 class Staged(nn.Module):
@@ -62,7 +63,8 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 class FusedSequential(Staged, nn.Sequential):
     """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels. The
-    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none.
+    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none. Where nothing takes gradients a unit needs
+    no BatchNorm.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.
@@ -97,7 +99,7 @@ def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     modules = list(flatten(modules))
     i = 0
     while i < len(modules):
-        units, pool = leading_chain(modules[i:])
+        units, pool = leading_chain(modules[i:], inference=not torch.is_grad_enabled())
         if units and accepts(x, units):
             x = run_chain(units, pool, x)
             i += count_of(units) + pool
@@ -116,15 +118,18 @@ def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield module
 
 
-def leading_chain(modules: list[nn.Module]) -> tuple[list[UnitModules], bool]:
-    """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it."""
+def leading_chain(modules: list[nn.Module], inference: bool = False) -> tuple[list[UnitModules], bool]:
+    """The longest chain of units (may be empty) that ``modules`` begin with; whether a global pooling follows it.
+
+    ``inference``: a convolution without BatchNorm is a unit too.
+    """
     units: list[UnitModules] = []
     tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
     count = 0
-    while (unit := _unit(*modules[count : count + 3])) is not None:
+    while (unit := _unit(modules[count : count + 3], inference)) is not None:
         if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None]
+        buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None] if unit.bn else []
         different = len(tracked) + len(buffers)
         tracked.update(buffers)
         if len(tracked) < different:
@@ -156,15 +161,16 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     _, channels, h, w = x.shape
     for _, conv, bn, *_ in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
-        vectors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
+        vectors = [t for t in _vectors(bn) if t is not None]
         if any(t.device != x.device for t in (*conv_tensors, *vectors)):
             return False
         if any(t.dtype not in conv_dtypes for t in conv_tensors):
             return False
         if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
             return False
-        running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
-        if any(why_unusable(t, _tracks(bn)) for t in running):
+        if bn is not None and any(
+            why_unusable(t, _tracks(bn)) for t in (bn.running_mean, bn.running_var) if t is not None
+        ):
             return False
         h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], padding_of(conv))
         if channels != conv.in_channels or h < 1 or w < 1:
@@ -192,20 +198,24 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
 def as_tensors(unit: UnitModules) -> Unit:
     """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
     kind, conv, bn, act, slope, _ = unit
+    convolution = (kind, conv.stride[0], padding_of(conv), conv.weight, conv.bias)
+    if bn is None:
+        return Unit(*convolution, *_vectors(None), False, None, 0.0, act, slope)
     batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = None
     if _tracks(bn):
         momentum = bn.momentum
         if momentum is None:  # a cumulative average
             momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
-    return Unit(
-        kind, conv.stride[0], padding_of(conv), conv.weight, conv.bias, bn.weight, bn.bias,
-        bn.running_mean, bn.running_var, batch_stats, momentum, bn.eps, act, slope,
-    )  # fmt: skip
+    return Unit(*convolution, *_vectors(bn), batch_stats, momentum, bn.eps, act, slope)
 
 
-def _tracks(bn: nn.BatchNorm2d) -> bool:
-    return bn.training and bn.track_running_stats and bn.running_mean is not None
+def _vectors(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+
+def _tracks(bn: nn.BatchNorm2d | None) -> bool:
+    return bn is not None and bn.training and bn.track_running_stats and bn.running_mean is not None
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -273,12 +283,20 @@ def padding_of(conv: nn.Conv2d) -> Padding:
     return columns, columns, rows, rows
 
 
-def _unit(conv: nn.Module = None, bn: nn.Module = None, activation: nn.Module = None) -> UnitModules | None:
-    if not (is_exactly(conv, nn.Conv2d) and is_exactly(bn, nn.BatchNorm2d)):
+def _unit(modules: list[nn.Module], inference: bool) -> UnitModules | None:
+    """The unit that these three modules, or fewer, begin with."""
+    conv, bn, activation = (*modules, None, None, None)[:3]
+    if not is_exactly(conv, nn.Conv2d):
         return None
+    if not is_exactly(bn, nn.BatchNorm2d):
+        if not inference:
+            return None
+        bn, activation = None, bn
+    layers = (conv,) if bn is None else (conv, bn)
     known = _act_of(activation)
-    (act, slope), size = ((Act.LINEAR.value, 0.0), 2) if known is None else (known, 3)
-    if any(name not in module._parameters for module in (conv, bn) for name in ("weight", "bias")):
+    act, slope = (Act.LINEAR.value, 0.0) if known is None else known
+    size = len(layers) + (known is not None)
+    if any(name not in layer._parameters for layer in layers for name in ("weight", "bias")):
         return None  # pruned, or a replica of DataParallel
     if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
@@ -309,14 +327,17 @@ def _act_of(module: nn.Module | None) -> tuple[int, float] | None:
     return act.value, 0.0
 
 
-def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> bool:
+def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> bool:
     """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
-    vectors = (conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return (
+    vectors = (conv.bias, *_vectors(bn))
+    if not (
         all(tensor is None or type(tensor) in TENSORS for tensor in (conv.weight, *vectors))
         and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
         and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
-        and bn.num_features == conv.out_channels
+    ):
+        return False
+    return bn is None or (
+        bn.num_features == conv.out_channels
         and (bn.running_mean is None) == (bn.running_var is None)
         and bn.eps > 0
         and not any(type(number) is int and abs(number) > _LARGEST for number in (bn.eps, bn.momentum))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilenet_ext import _host, backends, chain, fusion
-from mobilenet_ext.contract import BN_ROWS, BN_SCALE, BN_SHIFT, DTYPES, NO_PADDING, Act, acc_dtype
+from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
 from mobilenet_ext.fusion import UnitModules
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
@@ -130,7 +130,8 @@ class FoldedChain:
 
     Args:
         modules: all modules that it stands for, in order.
-        units: the convolutions and BatchNorms among them, each BatchNorm with running statistics and in eval mode.
+        units: the convolutions and BatchNorms among them, each BatchNorm with running statistics and in eval mode; a
+            convolution may have none.
         pool: whether a global average pooling follows.
         linear: the layer that follows pooling and flattening; the output is ``[N, out_features]`` then.
     """
@@ -139,7 +140,8 @@ class FoldedChain:
         self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
     ) -> None:
         self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
-        layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + ([linear] if linear is not None else [])
+        layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + [linear]
+        layers = [layer for layer in layers if layer is not None]
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
@@ -209,10 +211,7 @@ class FoldedChain:
 def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
     """A linear layer as a pointwise convolution of images of one pixel."""
     weight = linear.weight.detach()
-    bn = torch.zeros((BN_ROWS, len(weight)), dtype=acc_dtype(weight.dtype), device=weight.device)
-    bn[BN_SCALE] = 1
-    if linear.bias is not None:
-        bn[BN_SHIFT] = linear.bias.detach()
+    bn = chain.bias_bn(weight, linear.bias)
     return chain.InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, Act.LINEAR.value)
 
 
@@ -221,8 +220,8 @@ def parts_of(module: fusion.Staged) -> list[Part]:
     modules = list(fusion.flatten(module.stages()))
     parts: list[Part] = []
     while modules:
-        units, pool = fusion.leading_chain(modules)
-        foldable = list(takewhile(lambda unit: unit.bn.running_mean is not None, units))
+        units, pool = fusion.leading_chain(modules, inference=True)
+        foldable = list(takewhile(lambda unit: unit.bn is None or unit.bn.running_mean is not None, units))
         if foldable:
             pool = pool and len(foldable) == len(units)
             count = fusion.count_of(foldable) + pool

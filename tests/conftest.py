@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import background
 import pytest
 import torch
+from plain import randomise_
+from torch import Tensor, nn
 
 import mobilenet_ext as mx
 
 USABLE = [name for name, why_not in mx.backends.available().items() if why_not is None]
 # Of the backends that run on the CPU, the quick ones: not interpreted Triton kernels.
 ON_CPU = ("cpu", "reference")
+
+
+def pytest_sessionfinish() -> None:
+    background.stop()
 
 
 @pytest.fixture(params=USABLE)
@@ -38,6 +45,20 @@ def backend64(cpu_backend: str) -> str:
 def device(backend: str) -> str:
     """Where the tensors of a test on ``backend`` live."""
     return mx.backends.device_type(backend) or "cpu"
+
+
+@pytest.fixture
+def model(backend64: str) -> nn.Module:
+    """A narrow network for the tests of frozen models; what tests other things has a ``model`` of its own."""
+    torch.manual_seed(11)
+    return randomise_(mx.MobileNetV1(10, 0.25, dropout=0.3)).double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Images for ``model``."""
+    torch.manual_seed(12)
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

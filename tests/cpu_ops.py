@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from plain import one_thread
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
+import mobilenet_ext
 from mobilenet_ext.contract import BN_MEAN, BN_RSTD, BN_SCALE, BN_VAR, Act, acc_dtype
 
-LIBRARY = Path(reference.__file__).parent.parent / "_cpu.abi3.so"
+LIBRARY = Path(mobilenet_ext.__file__).parent / "_cpu.abi3.so"
 torch.ops.load_library(str(LIBRARY))
 ops = torch.ops.mobilenet_ext_cpu
 _library = ctypes.CDLL(str(LIBRARY))
@@ -33,17 +33,20 @@ ISAS = {  # what the processor needs for each
 }
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# Relative error (norm of the difference over norm of the reference) against the reference in float64 on the same
+# Relative error (norm of the difference over norm of the reference) against the oracle on the same
 # inputs. 16-bit outputs are rounded once: half a unit in the last place is 2^-9 (bfloat16) or 2^-12 (float16).
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 ACC_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
+def shapes(covered: list[tuple], *more: tuple) -> list[Any]:
+    """Every instruction set is tested with ``covered``, all others by default with the machine's own alone."""
+    return [*(pytest.param(shape, marks=pytest.mark.cover) for shape in covered), *more]
+
+
 def cases(covered: list[tuple], *more: tuple) -> Any:
-    """Shapes as a parameter; every instruction set is tested with ``covered``, all others by default with the machine's
-    own alone."""
-    marked = [pytest.param(shape, marks=pytest.mark.cover) for shape in covered]
-    return pytest.mark.parametrize("shape", [*marked, *more], ids=str)
+    """Such shapes as a parameter."""
+    return pytest.mark.parametrize("shape", shapes(covered, *more), ids=str)
 
 
 def activation(*shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -67,39 +70,29 @@ def random_grad_bn(channels: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(6, channels, dtype=torch.float64).to(acc_dtype(dtype))
 
 
-def as_double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
-
-
-def in_float64(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The reference's outputs for the same inputs, in float64."""
-    with one_thread():
-        outputs = op(*[as_double(a) for a in args])
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def rounds_operands(dtype: torch.dtype) -> bool:
     """Whether matrix products round their operands to ``dtype``, and do not keep them in float32."""
     return dtype == torch.bfloat16 and ISA in ("avx512_bf16", "amx_bf16")
 
 
-def expected_backward(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The gradients of the input and of the weight of a product, in float64 of operands as the kernel rounds them."""
-    dtype = args[0].dtype
-    if not rounds_operands(dtype):
-        return in_float64(getattr(reference, op), args)[:2]
-    dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, *rest = map(as_double, args)
-    slope_u = rest[5] if len(rest) > 5 else 0.0
-    dy = reference._conv_output_grad(dz, y, grad_bn_y).to(dtype).double()
-    a = reference._norm_act(u, bn_u, act_u, slope_u).to(dtype).double()
-    da, grad_weight, _ = getattr(reference, op)(dy, None, None, a, None, Act.LINEAR, batch_stats_u, *rest)
-    if bn_u is not None:
-        da = reference._ACTIVATE_BACKWARD[act_u](reference._normalise(u, bn_u), da, slope_u)
-    return da, grad_weight
+def expected_backward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The gradients of the input and of the weight of a product, of operands as the kernel rounds them."""
+    if not rounds_operands(args[0].dtype):
+        return oracle.conv_backward(*args)[:2]
+    return oracle.product_backward(*args)
 
 
 # How a convolution takes its input: as it is, or normalised and activated.
 INPUTS = [None, *Act]
+
+
+# What a convolution's backward is given: act_u, whether there are grad_bn_y and y, and batch_stats_u.
+GRADIENTS = [
+    *((act, True, True, True) for act in Act),
+    (Act.RELU, True, False, False),
+    (Act.RELU, False, False, True),
+    (None, True, True, False),
+]
 
 
 def norm_act_of(bn_u: Tensor, act: Act | None) -> tuple[Tensor | None, Act]:
@@ -126,10 +119,17 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
 
 def assert_statistics(bn_y: Tensor, y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> None:
     """bn_y is the normalisation by the statistics of y as stored."""
-    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), eps)
+    of_stored = oracle.batch_bn(y, gamma, beta, eps)
     assert bn_y.dtype == acc_dtype(y.dtype)
     for row, name in enumerate(["mean", "scale", "shift", "rstd", "var"]):
         assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[y.dtype], name)
+
+
+def assert_grad_bn(grad_bn_y: Tensor, dz: Tensor, y: Tensor, bn_y: Tensor, batch_stats: bool, slack: float = 1) -> None:
+    """grad_bn_y is what the backward of the normalisation needs, by dz as stored."""
+    of_stored = oracle.grad_bn(dz, y, bn_y, batch_stats)
+    for row, name in enumerate(["dz coefficient", "y coefficient", "mean", "constant", "gamma", "beta"]):
+        assert_close(grad_bn_y[row], of_stored[row], slack * ACC_TOLERANCE[y.dtype], name)
 
 
 def assert_same_specials(actual: Tensor, expected: Tensor) -> None:
@@ -197,7 +197,7 @@ def run_with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
-    """A convolution's backward against the reference in float64, whole and each half of it alone.
+    """A convolution's backward against the oracle, whole and each half of it alone.
 
     ``output``: (dz, y, grad_bn_y); ``source``: (u, bn_u, act_u, batch_stats_u, weight, ...), as the op takes them.
     """
@@ -206,8 +206,7 @@ def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
     backward = getattr(ops, op)
     dz_u, grad_weight, grad_bn_u = backward(*args, True, True)
     is_product = op != "depthwise_backward"
-    expected = expected_backward if is_product else lambda op, args: in_float64(getattr(reference, op), args)[:2]
-    expected_dz, expected_weight = expected(op, (*args, True, True))
+    expected_dz, expected_weight = expected_backward(args) if is_product else oracle.conv_backward(*args)[:2]
     assert dz_u.dtype == u.dtype and is_channels_last_dense(dz_u)
     assert_close(dz_u, expected_dz, TOLERANCE[u.dtype], "dz_u")
     tolerance = weight_tolerance(u.dtype) if is_product else ACC_TOLERANCE[u.dtype]
@@ -215,9 +214,7 @@ def check_conv_backward(op: str, output: tuple, source: tuple) -> None:
     if bn_u is None:
         assert grad_bn_u.shape == (0,)
     else:
-        of_stored = reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), batch_stats)
-        for row, name in enumerate(["dz_coefficient", "y_coefficient", "mean", "constant", "gamma", "beta"]):
-            assert_close(grad_bn_u[row], of_stored[row], ACC_TOLERANCE[u.dtype], name)
+        assert_grad_bn(grad_bn_u, dz_u, u, bn_u, batch_stats)
 
     only_weight = backward(*args, False, True)
     assert only_weight[0].shape == (0,) and only_weight[0].dtype == u.dtype and only_weight[2].shape == (0,)
@@ -255,4 +252,4 @@ def check_overflowed(bn: Tensor, y: Tensor) -> None:
     size = OVERFLOWING
     assert bn[BN_VAR, :size].isposinf().all(), bn[BN_VAR, :size]
     assert not bn[[BN_RSTD, BN_SCALE], :size].any()
-    assert_close(bn[:, size:], reference._batch_bn(y[:, size:].double(), None, None, 1e-5), 1e-5)
+    assert_close(bn[:, size:], oracle.batch_bn(y[:, size:], None, None, 1e-5), 1e-5)

@@ -6,9 +6,10 @@ import ctypes
 import functools
 import os
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
+
+import warm_process
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,9 +31,7 @@ def _library() -> Path:
 
 def run(code: str) -> str:
     """What ``code`` prints, run with Python in a process of its own; it may call ``attach``."""
-    environment = {**os.environ, "LD_PRELOAD": str(_library()), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = warm_process.run(code, LD_PRELOAD=str(_library()))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

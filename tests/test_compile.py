@@ -1,4 +1,8 @@
-"""``torch.compile``: one graph, the results of eager mode, and the same freedom of choice afterwards."""
+"""``torch.compile``: one graph, the results of eager mode, and the same freedom of choice afterwards.
+
+A graph calls the ops, which choose the backend when it runs (``test_a_compiled_graph_obeys_the_backend``): the others
+run on one.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ def assert_same(compiled, model: nn.Module, twin: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_training_and_eval(backend64, compiler):
+def test_training_and_eval(compiler):
     model = features()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
@@ -65,7 +69,7 @@ def test_training_and_eval(backend64, compiler):
         torch.testing.assert_close(compiled(image()), twin(image()))
 
 
-def test_whole_network(backend64):
+def test_whole_network():
     torch.manual_seed(0)
     model = randomise_(mx.MobileNetV1(10, 0.25)).double()
     twin = copy.deepcopy(model)
@@ -83,7 +87,7 @@ def test_whole_network(backend64):
         torch.testing.assert_close(bn.running_var, other.running_var)
 
 
-def test_functions(backend64):
+def test_functions():
     w, p = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((8, 1, 3, 3), (5, 8, 1, 1)))
     bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
     mean, var = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
@@ -134,7 +138,7 @@ def test_a_compiled_graph_obeys_the_backend(monkeypatch):
     assert len(calls) == 2 and graphs.frame_count == 1
 
 
-def test_dynamic_batch_size(backend64):
+def test_dynamic_batch_size():
     model = features(3)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -145,7 +149,7 @@ def test_dynamic_batch_size(backend64):
             torch.testing.assert_close(compiled(image(n)), twin(image(n)))
 
 
-def test_automatic_dynamic_shapes(backend64):
+def test_automatic_dynamic_shapes():
     model = features(3).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -153,7 +157,7 @@ def test_automatic_dynamic_shapes(backend64):
             torch.testing.assert_close(compiled(image(n, size)), model(image(n, size)))
 
 
-def test_a_hook_registered_before_compilation_fires(backend64):
+def test_a_hook_registered_before_compilation_fires():
     """One registered afterwards needs a new compilation: Dynamo does not guard the hooks of any module."""
     model, x = features(3).eval(), image()
     expected = model(x)
@@ -163,7 +167,7 @@ def test_a_hook_registered_before_compilation_fires(backend64):
     assert not torch.allclose(changed, expected)
 
 
-def test_a_swapped_child_is_seen(backend64):
+def test_a_swapped_child_is_seen():
     model, x = features(3).eval(), image()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     before = compiled(x)
@@ -173,7 +177,7 @@ def test_a_swapped_child_is_seen(backend64):
 
 
 def blocks(convert: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
-    return [convert(mx.nn.DepthwiseSeparableConv(8, 8)) for _ in range(12)]
+    return [convert(mx.nn.DepthwiseSeparableConv(8, 8)) for _ in range(3)]
 
 
 class Sequential(nn.Sequential):
@@ -202,45 +206,45 @@ def equal_blocks_of_one_function(convert, graphs):
 
 
 def blocks_of_two_strides(convert, graphs):
-    for i in range(12):
+    for i in range(4):
         block = convert(mx.nn.DepthwiseSeparableConv(8, 8, stride=1 + i % 2))
         block.compile(backend=graphs)
         block(torch.randn(2, 8, 8, 8))
 
 
 def loaded_parameters(convert, graphs):
-    model = convert(features())
+    model = convert(features(3))
     compiled = torch.compile(model, backend=graphs)
-    for _ in range(4):
+    for _ in range(3):
         compiled(image())
         model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
 
 
 def replaced_buffers(convert, graphs):
-    model = convert(features())
+    model = convert(features(3))
     compiled = torch.compile(model, backend=graphs)
-    for _ in range(4):
+    for _ in range(3):
         compiled(image())
         for bn in batch_norms(model):
             bn._buffers.update({name: buffer.clone() for name, buffer in bn._buffers.items()})
 
 
-def ten_networks(convert, graphs):
-    for _ in range(10):
-        model = convert(features())
+def three_networks(convert, graphs):
+    for _ in range(3):
+        model = convert(features(3))
         model.compile(backend=graphs)
         model(image())
 
 
 def copies_of_a_network(convert, graphs):
-    model = convert(features())
-    for _ in range(10):
+    model = convert(features(3))
+    for _ in range(3):
         model = copy.deepcopy(model)
         torch.compile(model, backend=graphs)(image())
 
 
 def mode_and_momentum(convert, graphs):
-    model = convert(features())
+    model = convert(features(3))
     compiled = torch.compile(model, backend=graphs)
     for training, momentum in ((True, 0.1), (False, 0.1), (True, 0.2), (True, 0.1), (False, 0.2)):
         for bn in batch_norms(model.train(training)):
@@ -256,7 +260,7 @@ def mode_and_momentum(convert, graphs):
         blocks_of_two_strides,
         loaded_parameters,
         replaced_buffers,
-        ten_networks,
+        three_networks,
         copies_of_a_network,
         mode_and_momentum,
     ],
@@ -274,7 +278,7 @@ def test_as_few_compilations_as_the_plain_modules(use):
 
 @pytest.mark.parametrize("compiled_before", [False, True])
 @torch._dynamo.config.patch(skip_no_tensor_aliasing_guards_on_parameters=False)  # by default torch does not look
-def test_batch_norms_that_share_a_buffer(backend64, compiled_before):
+def test_batch_norms_that_share_a_buffer(compiled_before):
     model = features(3)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if compiled_before:
@@ -286,7 +290,7 @@ def test_batch_norms_that_share_a_buffer(backend64, compiled_before):
     assert first.num_batches_tracked == 2 + compiled_before
 
 
-def test_autocast(cpu_backend):
+def test_autocast():
     model = features(3).float()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):

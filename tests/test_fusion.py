@@ -267,7 +267,7 @@ def relu6_up_to(bound: float) -> nn.ReLU6:
 
 
 SWAPS = {
-    "LeakyReLU": (2, lambda old: nn.LeakyReLU(0.1)),
+    "LeakyReLU with a tensor for a slope": (2, lambda old: nn.LeakyReLU(torch.tensor(0.1))),
     "Mish": (2, lambda old: nn.Mish()),
     "ReLU6 with another bound": (2, lambda old: relu6_up_to(2)),
     "Identity for BatchNorm": (1, lambda old: nn.Identity()),
@@ -300,7 +300,20 @@ def test_swapped_child(model, x, name):
     assert_same_step(model.eval(), x, units=units_without(index))
 
 
-@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU6, nn.Hardswish, nn.SiLU, lambda: nn.SiLU(inplace=True)])
+ACTIVATIONS = {
+    "none": nn.Identity,
+    "ReLU6": nn.ReLU6,
+    "Hardswish": nn.Hardswish,
+    "SiLU": nn.SiLU,
+    "SiLU in place": lambda: nn.SiLU(inplace=True),
+    "LeakyReLU": nn.LeakyReLU,
+    "LeakyReLU with a slope of its own": lambda: nn.LeakyReLU(0.3),
+    "LeakyReLU with a slope of 0": lambda: nn.LeakyReLU(0),
+    "LeakyReLU with a slope below 0": lambda: nn.LeakyReLU(-0.5),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_activations(model, x, activation):
     for index in (1, 3):
         model[index][2] = activation()

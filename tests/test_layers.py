@@ -54,11 +54,15 @@ def pointwise(dtype: torch.dtype) -> Tensor:
     return weight(dtype, C_OUT, C, 1, 1)
 
 
+def gate(dtype: torch.dtype) -> Tensor:
+    return torch.rand(N, C, 1, 1).to(dtype)
+
+
 def dense(dtype: torch.dtype) -> Tensor:
     return weight(dtype, C_OUT, C, 3, 3)
 
 
-LINEAR, RELU = Act.LINEAR, Act.RELU
+LINEAR, RELU, LEAKY = Act.LINEAR, Act.RELU, Act.LEAKY_RELU
 
 # Every op's arguments, for a dtype: plain inputs and normalised ones, with and without each optional result.
 KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
@@ -94,12 +98,38 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
             *(image(d), None, LINEAR, False, dense(d), 1, 1, False, True),
         ),
     ],
-    "norm_act_forward": lambda d: [(image(d), bn(d), act, pool) for act in Act for pool in (True, False)],
-    "norm_act_backward": lambda d: [
-        (image(d, C, 1, 1) if pool else image(d), image(d), bn(d), act, stats, pool)
-        for act in Act
-        for stats, pool in ((True, False), (False, False), (True, True), (False, True))
+    "gated_pointwise_forward": lambda d: [
+        (image(d), None, LINEAR, gate(d), pointwise(d), None, None, 1e-5, False),
+        (image(d), bn(d), LEAKY, gate(d), pointwise(d), vector(d, C_OUT), None, 1e-5, True, vector(d, C_OUT), 0.1),
     ],
+    "gated_pointwise_backward": lambda d: [
+        (image(d, C_OUT), None, None, image(d), None, LINEAR, gate(d), pointwise(d), True, False),
+        (
+            *(image(d, C_OUT), image(d, C_OUT), grad_bn(d, C_OUT)),
+            *(image(d), bn(d), LEAKY, gate(d), pointwise(d), True, True, 0.1),
+        ),
+        (image(d, C_OUT), None, grad_bn(d, C_OUT), image(d), bn(d), RELU, gate(d), pointwise(d), False, True),
+    ],
+    "gated_pointwise_inference": lambda d: [
+        (image(d), gate(d), None, LINEAR, pointwise(d)),
+        (image(d), gate(d), bn(d, C_OUT), LEAKY, pointwise(d), None, image(d, C_OUT), 0.1),
+    ],
+    "norm_act_forward": lambda d: [
+        # Linear, which may hand a tensor on, and one that cannot: shapes and strides do not depend on which.
+        *((image(d), bn(d), act, pool) for act in (LINEAR, RELU) for pool in (True, False)),
+        (image(d), bn(d), LEAKY, False, image(d), 0.1),
+    ],
+    "norm_act_backward": lambda d: (
+        [
+            (image(d, C, 1, 1) if pool else image(d), image(d), bn(d), act, stats, pool)
+            for act in (LINEAR, RELU)
+            for stats, pool in ((True, False), (False, False), (True, True), (False, True))
+        ]
+        + [
+            (image(d), image(d), bn(d), LEAKY, True, False, gate(d), True, 0.1),
+            (image(d), image(d), bn(d), LINEAR, True, False, None, False),
+        ]
+    ),
     "bn_from_running": lambda d: [
         (vector(d), vector(d), None, None, None, 1e-5),
         (vector(d), vector(d), vector(d), vector(d), vector(d), 1e-3),
@@ -107,19 +137,30 @@ KERNEL_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
     "depthwise_inference": lambda d: [
         (image(d), None, LINEAR, weight(d, C, 1, 3, 3), 1, 0),
         (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), 2, 1),
+        (image(d), bn(d), LEAKY, weight(d, C, 1, 3, 3), 1, 1, None, image(d), 0.1),
     ],
     "pointwise_inference": lambda d: [
         (image(d), None, LINEAR, pointwise(d), 1, 0),
         (image(d), bn(d, C_OUT), RELU, pointwise(d), 1, 0),
+        (image(d), bn(d, C_OUT), LEAKY, pointwise(d), 1, 0, None, image(d, C_OUT), 0.1),
     ],
     "dense_inference": lambda d: [
         (image(d), None, LINEAR, dense(d), 1, 0),
         (image(d), bn(d, C_OUT), RELU, dense(d), 2, 1),
+        (image(d), bn(d, C_OUT), LEAKY, dense(d), 1, 1, None, image(d, C_OUT), 0.1),
     ],
-    "block_inference": lambda d: [
-        (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, [1, 0, 0, 1], bn(d, C_OUT), RELU, pointwise(d))
-        for stride in (1, 2)
-    ],
+    "block_inference": lambda d: (
+        [
+            (image(d), bn(d), RELU, weight(d, C, 1, 3, 3), stride, [1, 0, 0, 1], bn(d, C_OUT), RELU, pointwise(d))
+            for stride in (1, 2)
+        ]
+        + [
+            (
+                *(image(d), bn(d), LEAKY, weight(d, C, 1, 3, 3), 1, 1, bn(d, C_OUT), LEAKY, pointwise(d)),
+                *(None, image(d, C_OUT), 0.1, 0.2),
+            )
+        ]
+    ),
 }
 
 
@@ -147,7 +188,7 @@ LAYER_CASES: dict[str, Callable[[torch.dtype], list[tuple[Any, ...]]]] = {
         (image(d), None, None, None, weight(d, C_OUT, C, 1, 1)),
         (*normalised(d), weight(d, C_OUT, C, 1, 1)),
     ],
-    "norm_act": lambda d: [(*normalised(d), act) for act in Act],
+    "norm_act": lambda d: [(*normalised(d), act, 0.1) for act in Act],
     "depthwise_conv2d": lambda d: [
         (image(d), weight(d, C, 1, 3, 3), None, 1, 0),
         (image(d), weight(d, C, 1, 3, 3), weight(d, C), 2, 1),
@@ -183,8 +224,11 @@ def test_every_op_is_tested() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("op", KERNEL_CASES)
 def test_opcheck_of_kernel_ops(backend64: str, op: str, dtype: torch.dtype) -> None:
+    """In every dtype what they return and that it shares no memory; how they are traced, which no dtype changes, in
+    one."""
+    tracing = ["test_autograd_registration", "test_aot_dispatch_dynamic"] if dtype == torch.float32 else []
     for args in KERNEL_CASES[op](dtype):
-        torch.library.opcheck(getattr(OPS, op).default, args)
+        torch.library.opcheck(getattr(OPS, op).default, args, test_utils=["test_schema", "test_faketensor", *tracing])
 
 
 @pytest.mark.parametrize("op", LAYER_CASES)
@@ -230,6 +274,8 @@ def test_gradcheck_of_each_input_alone(backend64: str, op: str) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise"])
 def test_gradcheck_of_units(backend64: str, kind: str, training: bool) -> None:
+    """Along one random direction (``fast_mode``): of the layers that they are made of, every element was checked."""
+    torch.set_num_threads(1)
     torch.manual_seed(1)  # no value within gradcheck's step of a ReLU's corner
     double = torch.float64
     w = weight(double, *((C, 1, 3, 3) if kind == "depthwise" else (C_OUT, C, 1, 1)))
@@ -241,12 +287,13 @@ def test_gradcheck_of_units(backend64: str, kind: str, training: bool) -> None:
         statistics = [t.clone() for t in running]
         return function(*args[:3], *statistics, *args[3:], training=training)
 
-    assert torch.autograd.gradcheck(call, with_gradients((image(double), w, bias, *affine)))
+    assert torch.autograd.gradcheck(call, with_gradients((image(double), w, bias, *affine)), fast_mode=True)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_gradcheck_of_a_chain(backend64: str, training: bool) -> None:
-    """Stem, depthwise, pointwise and pooling as one autograd node."""
+    """Stem, depthwise, pointwise and pooling as one autograd node, along one random direction."""
+    torch.set_num_threads(1)
     torch.manual_seed(1)
     module = torch.nn.Sequential(
         mx.nn.StemConvBNReLU(3, 2, stride=2),
@@ -261,4 +308,5 @@ def test_gradcheck_of_a_chain(backend64: str, training: bool) -> None:
         return torch.func.functional_call(module, {**dict(zip(names, parameters, strict=True)), **buffers}, x)
 
     parameters = [p.detach().clone() for p in module.parameters()]
-    assert torch.autograd.gradcheck(call, with_gradients((image(torch.float64, 3, 6, 5), *parameters)))
+    inputs = with_gradients((image(torch.float64, 3, 6, 5), *parameters))
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)

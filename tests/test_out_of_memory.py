@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import warm_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by Linux's means")
 
@@ -90,11 +88,7 @@ ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALL
 
 
 def run(code: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code],
-        capture_output=True, text=True, timeout=500, cwd=Path(__file__).parent,
-        env={**os.environ, **ENVIRONMENT},
-    )  # fmt: skip
+    process = warm_process.run(PREAMBLE + code, timeout=500, **ENVIRONMENT)
     assert process.returncode == 0, f"exit status {process.returncode}\n{process.stdout}{process.stderr[-3000:]}"
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import every_op
 import pytest
 import torch
+import warm_process
 from torch import Tensor
 
 import mobilenet_ext as mx
@@ -40,10 +37,7 @@ def channels_last(*shape):
 
 
 def run(code: str) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code],
-        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent,
-    )  # fmt: skip
+    process = warm_process.run(PREAMBLE + code)
     assert process.returncode == 0, f"exit status {process.returncode}\n{process.stdout}{process.stderr}"
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -127,11 +127,21 @@ TOOLS: dict[str, Callable[[nn.Module], object]] = {
 
 
 INFERENCE_ONLY = ("fuse", "prepare_fx", "convert_fx")
+# The tools of TOOLS that are another one with a setting: of some tests these are the slow repetition.
+VARIANTS = ("make_fx before dispatch", "make_fx of symbols", "export of any batch", "strict export of any batch")
+
+
+def unless_slow(tool: str, slow: Iterable[str], *more: object) -> object:
+    """A tool, and more, as parameters of a test."""
+    return pytest.param(tool, *more, marks=[pytest.mark.slow] * (tool in slow))
 
 
 @pytest.mark.parametrize(
     ("tool", "training"),
-    [(tool, mode) for tool in TOOLS for mode in (False, True) if not mode or tool not in INFERENCE_ONLY],
+    [
+        *((tool, False) for tool in TOOLS),
+        *(unless_slow(tool, VARIANTS, True) for tool in TOOLS if tool not in INFERENCE_ONLY),
+    ],
 )
 def test_tool_sees_the_plain_modules(tool, training):
     seen = []
@@ -154,7 +164,7 @@ def test_tool_sees_the_plain_modules_of_a_frozen_model(tool):
     assert TOOLS[tool](frozen) == TOOLS[tool](plain)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", [unless_slow(tool, (*VARIANTS, "strict export", "aot_module")) for tool in TOOLS])
 def test_frozen_network(tool):
     """As the model that it was made of."""
     model = randomise_(mx.MobileNetV1(10, 0.25)).eval().requires_grad_(False)

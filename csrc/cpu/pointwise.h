@@ -7,7 +7,7 @@ namespace mx::cpu::MX_ISA_NAMESPACE {
 
 template <class T, class Args>
 inline Gate<T> gate_of(const Args& args) {
-  return {static_cast<const T*>(args.gate), args.g.c_in, max_of(args.g.h * args.g.w, 1), 0};
+  return {static_cast<const T*>(args.gate), args.g.c_in, args.g.h * args.g.w, 0};
 }
 
 template <class T>
@@ -29,7 +29,6 @@ inline void pointwise_backward(const BackwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
   const T* const u = static_cast<const T*>(args.u);
-  if (args.grad_gate && g.h * g.w == 0) __builtin_memset(args.grad_gate, 0, g.n * g.c_in * sizeof(A));
   const ChannelNormAct<A> input(args.input, g.c_in);
   const Gate<T> gate = gate_of<T>(args);
   const BackwardProduct<T> product{

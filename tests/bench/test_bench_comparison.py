@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from combinations import combinations
 from torch import nn
 
 from benchmarks import checks, comparison, kernels, network, peers, table, timing, warm_up
@@ -82,9 +83,7 @@ class Crashes(torch_peers.EagerChannelsLast):
         raise RuntimeError("no such convolution\nand more")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("work", [INFERENCE, TRAINING], ids=["inference", "training"])
-@pytest.mark.parametrize("wrong", [NoLastReLU, OtherWeights, Crashes])
+@combinations("wrong, work, dtype", [NoLastReLU, OtherWeights, Crashes], [INFERENCE, TRAINING], ["float32", "bfloat16"])
 def test_a_wrong_peer_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: type, work: Workload, dtype: str) -> None:
     monkeypatch.setattr(peers, "get", lambda name: wrong())
     result = comparison.compare_runners(work._replace(dtype=dtype), ["theirs"], QUICK)

@@ -1,31 +1,31 @@
-"""The block_inference kernel in C++ for CPUs, against the reference in float64."""
+"""The block_inference kernel in C++ for CPUs, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
     TOLERANCE,
     activation,
-    as_double,
     assert_close,
     cases,
     check_threads,
-    in_float64,
     is_channels_last_dense,
     ops,
     random_bn,
     rounds_operands,
+    shapes,
 )
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 ALL = (1, 1, 1, 1)
 
 # (n, c, h, w, c_out, stride, padding)
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 32, 28, 28, 64, 1, ALL),
         (2, 32, 28, 28, 64, 2, (0, 1, 0, 1)),
@@ -39,9 +39,12 @@ each_shape = cases(
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("acts", [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)], ids=str)
+@combinations(
+    "shape, dtype, acts",
+    SHAPES,
+    DTYPES,
+    [*zip(Act, Act, strict=True), (Act.LINEAR, Act.RELU), (Act.RELU, Act.LINEAR)],
+)
 def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple[Act, Act]) -> None:
     n, c, h, w, c_out, stride, padding = shape
     x, depthwise_bn, pointwise_bn = activation(n, c, h, w, dtype=dtype), random_bn(c, dtype), random_bn(c_out, dtype)
@@ -51,12 +54,11 @@ def test_block_inference(shape: tuple[int, ...], dtype: torch.dtype, acts: tuple
     y = ops.block_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
     if rounds_operands(dtype):
-        depthwise = map(as_double, (x, depthwise_bn, acts[0], depthwise_weight, stride, padding))
-        inside = reference.depthwise_inference(*depthwise)
-        exact = (inside.to(dtype), pointwise_bn, acts[1], pointwise_weight, 1, NO_PADDING)
-        assert_close(y, *in_float64(reference.pointwise_inference, exact), TOLERANCE[dtype])
+        inside = oracle.depthwise_inference(x, depthwise_bn, acts[0], depthwise_weight, stride, padding).to(dtype)
+        exact = oracle.pointwise_inference(inside, pointwise_bn, acts[1], pointwise_weight, 1, NO_PADDING)
+        assert_close(y, exact, TOLERANCE[dtype])
     else:
-        assert_close(y, *in_float64(reference.block_inference, args), TOLERANCE[dtype])
+        assert_close(y, oracle.block_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,9 +1,11 @@
-"""The dense 3x3 kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+"""The dense 3x3 kernels in C++ for CPUs, forward, backward and inference, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
     TOLERANCE,
@@ -14,24 +16,23 @@ from cpu_ops import (
     cases,
     check_threads,
     expected_backward,
-    in_float64,
     is_channels_last_dense,
     ops,
     random_bn,
     random_grad_bn,
     same_bits,
+    shapes,
     weight_tolerance,
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, conv_output_size
 
 ALL = (1, 1, 1, 1)
 SAME = (0, 1, 0, 1)  # TensorFlow's padding of even sides at stride 2
 
 # (n, c_in, h, w, c_out, stride, padding)
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 3, 33, 32, 32, 2, ALL),
         (3, 1, 9, 11, 5, 1, NO_PADDING),
@@ -55,22 +56,21 @@ def dense_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Te
     return activation(n, c_in, h, w, dtype=dtype), weight.to(dtype), *gradients, random_grad_bn(c_out, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
+@combinations("shape, dtype", SHAPES, DTYPES)
 def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dz, y_before, grad_bn_y = dense_inputs(shape, dtype)
     gamma, beta, bias = grad_bn_y[:3]
     args = (x, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-3, True, bias)
     y, bn_y = ops.dense_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.dense_forward, args)[0], TOLERANCE[dtype], "y")
+    assert_close(y, oracle.dense_forward(*args)[0], TOLERANCE[dtype], "y")
     assert_statistics(bn_y, y, gamma, beta, 1e-3)
 
     for normalised in (True, False):
         before = (dz, y_before, grad_bn_y) if normalised else (dz, None, None)
         backward = (*before, x, None, Act.LINEAR, False, weight, *shape[5:])
         grad_x, grad_weight, _ = ops.dense_backward(*backward, True, True)
-        expected_x, expected_weight = expected_backward("dense_backward", (*backward, True, True))
+        expected_x, expected_weight = expected_backward(backward)
         assert grad_x.dtype == dtype and is_channels_last_dense(grad_x)
         assert_close(grad_x, expected_x, TOLERANCE[dtype], "grad_x")
         assert_close(grad_weight, expected_weight, weight_tolerance(dtype), "grad_weight")
@@ -80,14 +80,11 @@ def test_dense_forward_and_backward(shape: tuple[int, ...], dtype: torch.dtype) 
         assert no_weight.shape == (0,) and same_bits(only_input, grad_x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_dense_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, weight, *_ = dense_inputs(shape, dtype)
     args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, *shape[5:])
-    assert_close(ops.dense_inference(*args), *in_float64(reference.dense_inference, args), TOLERANCE[dtype])
+    assert_close(ops.dense_inference(*args), oracle.dense_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.cover
@@ -99,9 +96,9 @@ def test_nan_and_inf(where: str, value: float) -> None:
     # with float64. In float32, whether PyTorch does so depends on the shape.
     {"x": x[1, 2, 0], "dz": dz[0, 5, 0], "weight": weight[7, 1, 0]}[where][0] = value
     args = (x, None, Act.LINEAR, weight, 2, ALL, None, None, 1e-5, True)
-    assert_same_specials(ops.dense_forward(*args)[0], in_float64(reference.dense_forward, args)[0])
+    assert_same_specials(ops.dense_forward(*args)[0], oracle.dense_forward(*args)[0])
     args = (dz, y, grad_bn_y, x, None, Act.LINEAR, False, weight, 2, ALL, True, True)
-    for actual, expected in zip(ops.dense_backward(*args), in_float64(reference.dense_backward, args), strict=True):
+    for actual, expected in zip(ops.dense_backward(*args), oracle.dense_backward(*args), strict=True):
         assert_same_specials(actual, expected)
 
 

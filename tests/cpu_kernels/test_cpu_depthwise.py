@@ -1,16 +1,19 @@
-"""The depthwise kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+"""The depthwise kernels in C++ for CPUs, forward, backward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from itertools import product
 from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from combinations import combinations
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
+    GRADIENTS,
     INPUTS,
     TOLERANCE,
     activation,
@@ -21,7 +24,6 @@ from cpu_ops import (
     channels_last,
     check_conv_backward,
     check_threads,
-    in_float64,
     is_channels_last_dense,
     norm_act_of,
     ops,
@@ -29,16 +31,16 @@ from cpu_ops import (
     random_grad_bn,
     relative_error,
     same_bits,
+    shapes,
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act, conv_output_size
 
 # (n, c, h, w, kernel, stride, padding): every special case of the tiling. 8, 24 and 40 channels end in part of a
 # vector, 1, 3 and 33 in one lane of it; widths of 57 and above take several column tiles, heights of 28 and above
 # several bands.
-each_shape = cases(
+SHAPES = shapes(
     [
         (2, 32, 12, 12, 3, 1, 1),
         (2, 32, 12, 12, 3, 2, 1),
@@ -130,7 +132,7 @@ def check_forward(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act | None)
     args = (u, *norm_act_of(bn_u, act_u), weight, *settings(shape), gamma, beta, 1e-5, True, bias)
     y, bn_y = ops.depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    expected, _ = in_float64(reference.depthwise_forward, args)
+    expected, _ = oracle.depthwise_forward(*args)
     assert_close(y, expected, TOLERANCE[dtype], "y")
     assert_statistics(bn_y, y, gamma, beta, 1e-5)
 
@@ -140,7 +142,7 @@ def check_inference(shape: tuple[Any, ...], dtype: torch.dtype, with_bn: bool, a
     args = (u, bn if with_bn else None, act, weight, *settings(shape))
     y = ops.depthwise_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.depthwise_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.depthwise_inference(*args), TOLERANCE[dtype])
 
 
 def check_backward(
@@ -157,9 +159,7 @@ def check_backward(
     check_conv_backward("depthwise_backward", output, source)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("act_u", INPUTS)
+@combinations("shape, dtype, act_u", SHAPES, DTYPES, INPUTS)
 def test_depthwise_forward(shape: tuple[Any, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     check_forward(shape, dtype, act_u)
 
@@ -172,37 +172,19 @@ def test_depthwise_forward_without_affine_or_statistics(dtype: torch.dtype) -> N
     plain, empty = ops.depthwise_forward(u, bn_u, Act.RELU, weight, 1, 1, None, None, 1e-3, False)
     assert same_bits(y, plain)
     assert empty.shape == (0,) and empty.dtype == bn_y.dtype
-    of_stored = reference._batch_bn(y.double(), None, None, 1e-3)
+    of_stored = oracle.batch_bn(y, None, None, 1e-3)
     assert_close(bn_y, of_stored, ACC_TOLERANCE[dtype])
     assert torch.equal(bn_y[1], bn_y[3]) and not bn_y[2].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize(
-    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
-    [
-        *((act, True, True, True) for act in Act),
-        (Act.RELU, True, False, False),
-        (Act.RELU, False, False, True),
-        (None, True, True, False),
-    ],
-)
+@combinations("shape, dtype, gradient", SHAPES, DTYPES, GRADIENTS)
 def test_depthwise_backward(
-    shape: tuple[Any, ...],
-    dtype: torch.dtype,
-    act_u: Act | None,
-    with_grad_bn: bool,
-    with_y: bool,
-    batch_stats: bool,
+    shape: tuple[Any, ...], dtype: torch.dtype, gradient: tuple[Act | None, bool, bool, bool]
 ) -> None:
-    check_backward(shape, dtype, act_u, with_grad_bn, with_y, batch_stats)
+    check_backward(shape, dtype, *gradient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_depthwise_inference(shape: tuple[Any, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     check_inference(shape, dtype, with_bn, act)
 
@@ -243,14 +225,14 @@ def test_outputs_too_large_for_the_cache(kernel: int, stride: int, act_u: Act) -
     u, bn_u, weight, dz, y, grad_bn_y = depthwise_inputs(shape, torch.float32)
     args = (u, bn_u, act_u, weight, *settings(shape), None, None, 1e-5, True)
     actual, bn_y = ops.depthwise_forward(*args)
-    assert_close(actual, in_float64(reference.depthwise_forward, args)[0], 1e-6)
-    assert_close(bn_y, reference._batch_bn(actual.double(), None, None, 1e-5), 1e-5)
+    assert_close(actual, oracle.depthwise_forward(*args)[0], 1e-6)
+    assert_close(bn_y, oracle.batch_bn(actual, None, None, 1e-5), 1e-5)
     args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, *settings(shape), True, True)
     dz_u, grad_weight, grad_bn_u = ops.depthwise_backward(*args)
-    expected = in_float64(reference.depthwise_backward, args)
+    expected = oracle.depthwise_backward(*args)
     assert_close(dz_u, expected[0], 1e-6)
     assert_close(grad_weight, expected[1], 1e-5)
-    assert_close(grad_bn_u, reference._make_grad_bn(dz_u.double(), u.double(), bn_u.double(), True), 1e-5)
+    assert_close(grad_bn_u, oracle.grad_bn(dz_u, u, bn_u, True), 1e-5)
 
 
 @pytest.mark.cover
@@ -282,18 +264,6 @@ def special_inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, 
     return inputs
 
 
-def grad_weight_by_taps(dy: Tensor, a: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...]) -> Tensor:
-    """The weight's gradient, for each tap of the pixels that are inside of the image."""
-    grad_weight = torch.zeros_like(weight, dtype=dy.dtype)
-    for ky, kx in product(range(weight.shape[2]), range(weight.shape[3])):
-        rows = torch.arange(dy.shape[2]) * stride + ky - padding[2]
-        columns = torch.arange(dy.shape[3]) * stride + kx - padding[0]
-        inside = [(0 <= at) & (at < size) for at, size in ((rows, a.shape[2]), (columns, a.shape[3]))]
-        read = a[:, :, rows[inside[0]]][:, :, :, columns[inside[1]]]
-        grad_weight[:, 0, ky, kx] = (dy[:, :, inside[0]][:, :, :, inside[1]] * read).sum((0, 2, 3))
-    return grad_weight
-
-
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
@@ -316,8 +286,8 @@ def test_nan_and_inf_go_where_pytorch_sends_them(
     ours, bn_y = ops.depthwise_forward(*args)
     # In float32: in float64 PyTorch multiplies the padding by infinite weights, in other dtypes it leaves it out. Of
     # all outputs with a padding of 2 on each side, ours are some.
-    a = reference._norm_act(u, bn_u, act_u)
-    every = F.conv2d(a, weight.float(), padding=2, groups=16)
+    a = oracle.norm_act(u, bn_u, act_u)
+    every = F.conv2d(a.float(), weight.float(), padding=2, groups=16)
     theirs = every[:, :, 2 - padding[2] :: stride, 2 - padding[0] :: stride][:, :, : dz.shape[2], : dz.shape[3]]
     assert_same_specials(ours, theirs.to(dtype).double())
     finite = torch.isfinite(ours).all(3).all(2)[0]
@@ -325,11 +295,11 @@ def test_nan_and_inf_go_where_pytorch_sends_them(
 
     args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, stride, padding, True, True)
     ours = ops.depthwise_backward(*args)
-    theirs = reference.depthwise_backward(*args)
+    theirs = oracle.depthwise_backward(*args)
     assert_same_specials(ours[0], theirs[0].double())
     # Products of infinities may be summed in another order: NaN and Inf stand for each other within one tap's sum.
-    dy = reference._conv_output_grad(dz, y, grad_bn_y)
-    grad_weight = grad_weight_by_taps(dy, a, weight, stride, padding)
+    dy = oracle.output_grad(dz, y, grad_bn_y)
+    _, grad_weight = oracle.depthwise_by_taps(dy, a, weight, stride, padding)
     assert torch.equal(torch.isfinite(ours[1]), torch.isfinite(grad_weight))
     assert torch.equal(torch.isfinite(ours[2]), torch.isfinite(theirs[2]))
 

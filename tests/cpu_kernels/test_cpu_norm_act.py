@@ -1,11 +1,13 @@
-"""The norm_act kernels in C++ for CPUs (normalise, activate, pool) and bn_from_running, against the reference."""
+"""The norm_act kernels in C++ for CPUs (normalise, activate, pool) and bn_from_running, against the oracle."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     ACC_TOLERANCE,
     DTYPES,
@@ -15,17 +17,16 @@ from cpu_ops import (
     assert_same_specials,
     cases,
     check_threads,
-    in_float64,
     is_channels_last_dense,
     ops,
     random_bn,
+    shapes,
 )
 
 from mobilenet_ext import contract
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import Act
 
-each_image = cases([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
+IMAGES = shapes([(2, 32, 7, 7), (1, 24, 5, 9), (3, 1, 4, 4)], (1, 200, 1, 1), (2, 72, 20, 31), (0, 16, 7, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -33,38 +34,33 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_image
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("batch_stats", [True, False])
+@combinations("shape, dtype, act, batch_stats", IMAGES, DTYPES, Act, [True, False])
 def test_norm_act(shape: tuple[int, ...], dtype: torch.dtype, act: Act, batch_stats: bool) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape, dtype=dtype)
     out = ops.norm_act_forward(y, bn, act, False)
     assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(reference.norm_act_forward, (y, bn, act, False)), TOLERANCE[dtype])
+    assert_close(out, oracle.norm_act_forward(y, bn, act, False), TOLERANCE[dtype])
     dz, grad_bn = ops.norm_act_backward(grad, y, bn, act, batch_stats, False)
-    expected_dz, expected_bn = in_float64(reference.norm_act_backward, (grad, y, bn, act, batch_stats, False))
+    expected_dz, expected_bn = oracle.norm_act_backward(grad, y, bn, act, batch_stats, False)
     assert is_channels_last_dense(dz)
     if act in (Act.LINEAR, Act.RELU, Act.RELU6):  # pass a gradient, or stop it
         assert torch.equal(dz.double(), expected_dz)
     else:
         assert_close(dz, expected_dz, TOLERANCE[dtype])
-        expected_bn = reference._make_grad_bn(dz.double(), y.double(), bn.double(), batch_stats)
+        expected_bn = oracle.grad_bn(dz, y, bn, batch_stats)
     for row in range(contract.GRAD_ROWS):
         assert_close(grad_bn[row], expected_bn[row], ACC_TOLERANCE[dtype], str(row))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_image
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, act", IMAGES, DTYPES, Act)
 def test_pooling(shape: tuple[int, ...], dtype: torch.dtype, act: Act) -> None:
     y, bn, grad = activation(*shape, dtype=dtype), random_bn(shape[1], dtype), activation(*shape[:2], 1, 1, dtype=dtype)
     out = ops.norm_act_forward(y, bn, act, True)
-    assert_close(out, *in_float64(reference.norm_act_forward, (y, bn, act, True)), TOLERANCE[dtype])
+    assert_close(out, oracle.norm_act_forward(y, bn, act, True), TOLERANCE[dtype])
     dz, grad_bn = ops.norm_act_backward(grad, y, bn, act, True, True)
-    expected_dz, _ = in_float64(reference.norm_act_backward, (grad, y, bn, act, True, True))
+    expected_dz, _ = oracle.norm_act_backward(grad, y, bn, act, True, True)
     assert_close(dz, expected_dz, TOLERANCE[dtype])
-    of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), True)
+    of_stored = oracle.grad_bn(dz, y, bn, True)
     assert_close(grad_bn, of_stored, ACC_TOLERANCE[dtype])
 
 
@@ -76,17 +72,17 @@ def test_bn_from_running(dtype: torch.dtype) -> None:
     for args in [(mean, var, gamma, beta, bias, 1e-5), (mean, var, None, None, None, 1e-3)]:
         bn = ops.bn_from_running(*args)
         assert bn.dtype == contract.acc_dtype(dtype)
-        assert_close(bn, *in_float64(reference.bn_from_running, args), 1e-12 if dtype == torch.float64 else 1e-6)
+        assert_close(bn, oracle.bn_from_running(*args), 1e-12 if dtype == torch.float64 else 1e-6)
 
 
 def test_outputs_too_large_for_the_cache() -> None:
     # 8 MiB and more are written past the cache, other code than for the small shapes above.
     u, bn_u = activation(2, 48, 224, 224, dtype=torch.float32), random_bn(48, torch.float32)
     forward, backward = (u, bn_u, Act.RELU, False), (u, u, bn_u, Act.RELU, True, False)
-    assert_close(ops.norm_act_forward(*forward), *in_float64(reference.norm_act_forward, forward), 1e-6)
+    assert_close(ops.norm_act_forward(*forward), oracle.norm_act_forward(*forward), 1e-6)
     dz, grad_bn = ops.norm_act_backward(*backward)
-    assert torch.equal(dz.double(), in_float64(reference.norm_act_backward, backward)[0])
-    assert_close(grad_bn, reference._make_grad_bn(dz.double(), u.double(), bn_u.double(), True), 1e-5)
+    assert torch.equal(dz.double(), oracle.norm_act_backward(*backward)[0])
+    assert_close(grad_bn, oracle.grad_bn(dz, u, bn_u, True), 1e-5)
 
 
 @pytest.mark.cover
@@ -101,11 +97,9 @@ def test_nan_and_inf(dtype: torch.dtype, act: Act) -> None:
     grad[0, 3, 0, 1] = float("inf")
     for pool in (False, True):
         args = (y, bn, act, pool)
-        assert_same_specials(ops.norm_act_forward(*args), *in_float64(reference.norm_act_forward, args))
+        assert_same_specials(ops.norm_act_forward(*args), oracle.norm_act_forward(*args))
     args = (grad, y, bn, act, True, False)
-    for actual, expected in zip(
-        ops.norm_act_backward(*args), in_float64(reference.norm_act_backward, args), strict=True
-    ):
+    for actual, expected in zip(ops.norm_act_backward(*args), oracle.norm_act_backward(*args), strict=True):
         assert_same_specials(actual, expected)
 
 
@@ -120,11 +114,11 @@ def test_each_value_and_derivative(dtype: torch.dtype, act: Act) -> None:
     z, grad = z.to(dtype).view(-1, 1, 1, 1), torch.linspace(-2, 2, len(z)).to(dtype).view(-1, 1, 1, 1)
     identity = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0], dtype=dtype).view(5, 1)
     unit = torch.finfo(dtype).eps
-    exact = in_float64(reference.norm_act_forward, (z, identity, act, False))[0]
+    exact = oracle.norm_act_forward(z, identity, act, False)
     a = ops.norm_act_forward(z, identity, act, False)
     # Below the normal numbers an error is absolute; reference and kernel are of the same precision in float64.
     torch.testing.assert_close(a.double(), exact, rtol=6 * unit, atol=1e-36, equal_nan=True)
-    exact = in_float64(reference.norm_act_backward, (grad, z, identity, act, False, False))[0]
+    exact = oracle.norm_act_backward(grad, z, identity, act, False, False)[0]
     dz = ops.norm_act_backward(grad, z, identity, act, False, False)[0]
     # The derivative passes through 0, or ends at a corner, as a sum of two terms.
     torch.testing.assert_close(dz.double(), exact, rtol=6 * unit, atol=6 * unit, equal_nan=True)

@@ -1,24 +1,25 @@
-"""The pointwise kernels in C++ for CPUs, forward, backward and inference, against the reference in float64."""
+"""The pointwise kernels in C++ for CPUs, forward, backward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from combinations import combinations
 from cpu_ops import (
     DTYPES,
+    GRADIENTS,
     INPUTS,
     TOLERANCE,
     activation,
-    as_double,
     assert_close,
     assert_same_specials,
     assert_statistics,
     cases,
     check_conv_backward,
     check_threads,
-    in_float64,
     is_channels_last_dense,
     norm_act_of,
     ops,
@@ -27,16 +28,16 @@ from cpu_ops import (
     relative_error,
     rounds_operands,
     same_bits,
+    shapes,
 )
 from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 # (n, c_in, h, w, c_out). Channel counts of 1, 3, 17 and 33 end in one lane of a vector, 40 and 72 in half a vector;
 # 49 rows are one tile, 196 two that are built together, 4608 several; weights of 330 x 410 and above send the backward
 # pass through stretches of rows, and the 2 x 40 x 41 rows here are several stretches.
-each_shape = cases(
+SHAPES = shapes(
     [(3, 33, 9, 11, 17), (1, 40, 7, 7, 72), (1, 24, 14, 14, 520)],
     (2, 1, 5, 7, 1),
     (2, 64, 48, 48, 32),
@@ -59,9 +60,7 @@ def pointwise_inputs(
     return activation(n, c_in, h, w, dtype=dtype), bn_u, weight.to(dtype), *gradients, grad_bn_y
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("act_u", INPUTS)
+@combinations("shape, dtype, act_u", SHAPES, DTYPES, INPUTS)
 def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Act | None) -> None:
     u, bn_u, weight, _, _, grad_bn_y = pointwise_inputs(shape, dtype)
     gamma, beta, bias = grad_bn_y[:3] if act_u is not None else (None, None, None)
@@ -70,33 +69,19 @@ def test_pointwise_forward(shape: tuple[int, ...], dtype: torch.dtype, act_u: Ac
     assert y.dtype == dtype and is_channels_last_dense(y)
     exact = (*args, True, bias)
     if rounds_operands(dtype):
-        a = reference._norm_act(u.double(), as_double(args[1]), args[2]).to(dtype)
+        a = oracle.norm_act(u, args[1], args[2]).to(dtype)
         exact = (a, None, Act.LINEAR, *args[3:], True, bias)
-    assert_close(y, in_float64(reference.pointwise_forward, exact)[0], TOLERANCE[dtype], "y")
+    assert_close(y, oracle.pointwise_forward(*exact)[0], TOLERANCE[dtype], "y")
     assert_statistics(bn_y, y, gamma, beta, 1e-5)
     plain, empty = ops.pointwise_forward(*args, False, bias)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == bn_y.dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize(
-    ("act_u", "with_grad_bn", "with_y", "batch_stats"),
-    [
-        *((act, True, True, True) for act in Act),
-        (Act.RELU, True, False, False),
-        (Act.RELU, False, False, True),
-        (None, True, True, False),
-    ],
-)
+@combinations("shape, dtype, gradient", SHAPES, DTYPES, GRADIENTS)
 def test_pointwise_backward(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    act_u: Act | None,
-    with_grad_bn: bool,
-    with_y: bool,
-    batch_stats: bool,
+    shape: tuple[int, ...], dtype: torch.dtype, gradient: tuple[Act | None, bool, bool, bool]
 ) -> None:
+    act_u, with_grad_bn, with_y, batch_stats = gradient
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs(shape, dtype)
     output = (dz, y if with_y else None, grad_bn_y if with_grad_bn else None)
     source = (u, *norm_act_of(bn_u, act_u), batch_stats, weight, 1, NO_PADDING)
@@ -109,22 +94,17 @@ def test_pointwise_backward(
 def test_every_number_of_rows_and_columns_that_ends_a_tile(count: int, dtype: torch.dtype) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 5, 1, count, count), dtype)
     args = (u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    assert_close(
-        ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], TOLERANCE[dtype], "y"
-    )
+    assert_close(ops.pointwise_forward(*args)[0], oracle.pointwise_forward(*args)[0], TOLERANCE[dtype], "y")
     check_conv_backward("pointwise_backward", (dz, y, grad_bn_y), (u, bn_u, Act.RELU, True, weight, 1, NO_PADDING))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_shape
-@pytest.mark.parametrize("with_bn", [True, False])
-@pytest.mark.parametrize("act", Act)
+@combinations("shape, dtype, with_bn, act", SHAPES, DTYPES, [True, False], Act)
 def test_pointwise_inference(shape: tuple[int, ...], dtype: torch.dtype, with_bn: bool, act: Act) -> None:
     x, _, weight, *_ = pointwise_inputs(shape, dtype)
     args = (x, random_bn(shape[4], dtype) if with_bn else None, act, weight, 1, NO_PADDING)
     y = ops.pointwise_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.pointwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.cover
@@ -144,32 +124,33 @@ def test_statistics_survive_a_large_mean(mean: float) -> None:
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("where", ["u", "dz", "y", "weight", "bn_u"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("act_u", Act)
+@combinations(
+    "where, act_u, value, dtype",
+    ["u", "dz", "y", "weight", "bn_u"],
+    Act,
+    [float("nan"), float("inf"), -float("inf")],
+    [torch.float32, torch.bfloat16],
+)
 def test_nan_and_inf(dtype: torch.dtype, where: str, value: float, act_u: Act) -> None:
     u, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((2, 33, 7, 9, 40), dtype)
     {"u": u[1, 3, 2], "dz": dz[0, 5, 6], "y": y[1, 39, 0], "weight": weight[7, 32], "bn_u": bn_u[1]}[where][0] = value
     args = (u, bn_u, act_u, weight, 1, NO_PADDING, None, None, 1e-5, True)
     ours, bn_y = ops.pointwise_forward(*args)
-    theirs, their_bn = reference.pointwise_forward(*args)
+    theirs, their_bn = oracle.pointwise_forward(*args)
     assert_same_specials(ours, theirs.double())
     assert torch.equal(torch.isfinite(bn_y), torch.isfinite(their_bn))
     args = (dz, y, grad_bn_y, u, bn_u, act_u, True, weight, 1, NO_PADDING, True, True)
-    for actual, expected in zip(ops.pointwise_backward(*args), reference.pointwise_backward(*args), strict=True):
+    for actual, expected in zip(ops.pointwise_backward(*args), oracle.pointwise_backward(*args), strict=True):
         assert_same_specials(actual, expected.double())
 
 
 def test_more_channels_than_fit_on_a_stack() -> None:
     x, bn_u, weight, *_ = pointwise_inputs((1, 20_000, 1, 2, 3), torch.float32)
     args = (x, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    assert_close(ops.pointwise_forward(*args)[0], in_float64(reference.pointwise_forward, args)[0], 1e-5)
+    assert_close(ops.pointwise_forward(*args)[0], oracle.pointwise_forward(*args)[0], 1e-5)
     x, bn_u, weight, dz, y, grad_bn_y = pointwise_inputs((1, 3, 1, 2, 20_000), torch.float32)
     args = (dz, y, grad_bn_y, x, bn_u, Act.RELU, True, weight, 1, NO_PADDING, True, True)
-    for actual, expected in zip(
-        ops.pointwise_backward(*args), in_float64(reference.pointwise_backward, args), strict=True
-    ):
+    for actual, expected in zip(ops.pointwise_backward(*args), oracle.pointwise_backward(*args), strict=True):
         assert_close(actual, expected, 1e-5)
 
 

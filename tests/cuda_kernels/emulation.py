@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
 
+import background
 import ninja
 import torch
 from torch.utils import cpp_extension
@@ -60,7 +59,7 @@ def compile_library(name: str, sources: list[Path], torch_library: bool = False,
     ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = background.run(command)
     if result.returncode:
         raise RuntimeError(result.stdout)
     return library
@@ -77,8 +76,3 @@ def set_device(
     loaded = ctypes.CDLL(str(library))
     loaded.mx_emulator_device(capability, compiled_for or capability, multiprocessors)
     loaded.mx_emulator_order(order)
-
-
-if __name__ == "__main__":
-    print(build())
-    sys.exit()

@@ -8,6 +8,7 @@ import every_op
 import plain
 import pytest
 import torch
+from combinations import in_turn
 from plain import FORWARD, TRAINING_FORWARD, relative_error
 from test_network import backward, check_gradients, check_running_statistics, forward_with_masks, pair
 
@@ -21,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("emulated")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.mark.parametrize(("capability", "compiled_for"), [(75, 75), (80, 80), (90, 75)])
-@pytest.mark.parametrize("dtype", every_op.DTYPES, ids=str)
-def test_every_op(device: Callable[..., None], dtype: torch.dtype, capability: int, compiled_for: int) -> None:
+@in_turn("dtype, gpu", every_op.DTYPES, (80, 80), [(75, 75), (90, 75)])
+def test_every_op(device: Callable[..., None], dtype: torch.dtype, gpu: tuple[int, int]) -> None:
     """The last GPU runs code that its driver made of PTX for an older one: the emulator lets it have no more than that
     one has."""
+    capability, compiled_for = gpu
     if dtype == torch.float32 and compiled_for < 80:
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # allowed, but there is none
     device(capability=capability, compiled_for=compiled_for)

@@ -1,77 +1,58 @@
-"""Dense 3x3 convolution in CUDA C++, forward and inference, against the reference in float64."""
+"""Dense 3x3 convolution in CUDA C++, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
-from convolutions import ALL_SIDES, DTYPES, EPS, PADDINGS, affine, check_forward, check_inference, for_each_act
-from cpu_ops import activation, assert_close, check_overflowed, copying_weight, overflowing, random_bn, same_bits
+from combinations import combinations, in_turn
+from conv_inputs import ALL_SIDES, DENSE, DTYPES, FLOAT32_AND_16_BITS, Dense, dense_inputs
+from convolutions import EPS, affine, check_forward, check_inference
+from cpu_ops import assert_close, check_overflowed, copying_weight, overflowing, random_bn, same_bits
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import NO_PADDING, Act
+from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-# (n, channels, filters, h, w, stride, padding)
-SHAPES = [
-    (2, 3, 32, 9, 11, 2, ALL_SIDES),
-    (1, 3, 8, 9, 7, 1, NO_PADDING),
-    (2, 1, 24, 6, 8, 1, ALL_SIDES),
-    (1, 4, 3, 10, 8, 2, NO_PADDING),
-    (1, 16, 40, 4, 5, 1, ALL_SIDES),
-    (3, 3, 16, 1, 1, 2, ALL_SIDES),
-    (1, 2, 1, 3, 3, 1, NO_PADDING),
-    (1, 9, 72, 5, 5, 2, ALL_SIDES),
-    *((1, 3, 8, 6, 8, stride, padding) for stride in (1, 2) for padding in PADDINGS[2:]),
-]
+SHAPES = [*DENSE, (1, 9, 72, 5, 5, 2, ALL_SIDES)]
 TILED = (2, 3, 32, 45, 41, 2, ALL_SIDES)  # several tiles per program, which end in the middle of a line
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
-    """u, bn_u, act_u, weight, stride, padding: the input of a dense convolution is plain."""
-    n, c, filters, h, w, stride, padding = shape
-    weight = (torch.randn(filters, c, 3, 3, dtype=torch.float64) / (9 * c) ** 0.5).to(dtype)
-    return activation(n, c, h, w, dtype=dtype), None, Act.LINEAR, weight, stride, padding
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, TILED], ids=str)
-def test_forward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_forward("dense_forward", *inputs(shape, dtype))
+@in_turn("shape, dtype", [*SHAPES, TILED], *FLOAT32_AND_16_BITS)
+def test_forward(shape: Dense, dtype: torch.dtype) -> None:
+    check_forward("dense_forward", *dense_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_before_sm_80(device: Callable[..., None], dtype: torch.dtype) -> None:
     device(capability=75)
-    check_forward("dense_forward", *inputs(SHAPES[0], dtype))
+    check_forward("dense_forward", *dense_inputs(SHAPES[0], dtype))
 
 
 def test_no_affine() -> None:
-    check_forward("dense_forward", *inputs(SHAPES[0], torch.float32), with_affine=False)
+    check_forward("dense_forward", *dense_inputs(SHAPES[0], torch.float32), with_affine=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@for_each_act
-@pytest.mark.parametrize("normalised", [False, True])
+@combinations("act, dtype, normalised", Act, DTYPES, [False, True])
 def test_inference(dtype: torch.dtype, normalised: bool, act: Act) -> None:
-    x, _, _, *rest = inputs(TILED, dtype)
+    x, _, _, *rest = dense_inputs(TILED, dtype)
     bn = random_bn(TILED[2], dtype) if normalised else None
     check_inference("dense_inference", x, bn, act, *rest)
 
 
 def test_an_input_that_is_not_plain_is_refused() -> None:
-    u, _, _, *rest = inputs(SHAPES[0], torch.float32)
+    u, _, _, *rest = dense_inputs(SHAPES[0], torch.float32)
     with pytest.raises(RuntimeError):
         ops.dense_forward(u, random_bn(3, u.dtype), Act.RELU, *rest, *NO_STATISTICS)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_nan_reaches_the_pixels_that_see_it(stride: int) -> None:
-    args = inputs((1, 3, 8, 9, 10, stride, ALL_SIDES), torch.float32)
+    args = dense_inputs((1, 3, 8, 9, 10, stride, ALL_SIDES), torch.float32)
     x, weight = args[0], args[3]
     x[0, 1, 4, 5] = float("nan")
     y, _ = ops.dense_forward(*args, *NO_STATISTICS)
@@ -80,16 +61,16 @@ def test_nan_reaches_the_pixels_that_see_it(stride: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(dtype: torch.dtype) -> None:
-    args = (*inputs((0, 3, 8, 9, 9, 2, ALL_SIDES), dtype), *STATISTICS)
+    args = (*dense_inputs((0, 3, 8, 9, 9, 2, ALL_SIDES), dtype), *STATISTICS)
     y, bn = ops.dense_forward(*args)
     assert y.shape == (0, 8, 5, 5)
-    assert_close(bn, reference.dense_forward(*args)[1].double(), 1e-6)
+    assert_close(bn, oracle.dense_forward(*args)[1], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_each_run(device: Callable[..., None], dtype: torch.dtype) -> None:
     """Also when the threads of a block run in another order: none reads what another has not written yet."""
-    args = (*inputs(TILED, dtype), *affine(TILED[2]), EPS, True)
+    args = (*dense_inputs(TILED, dtype), *affine(TILED[2]), EPS, True)
     first = ops.dense_forward(*args)
     device(order=-1)
     assert all(map(same_bits, first, ops.dense_forward(*args)))

@@ -1,31 +1,22 @@
-"""Depthwise convolution in CUDA C++, forward and inference, against the reference in float64."""
+"""Depthwise convolution in CUDA C++, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
+import oracle
 import pytest
 import torch
-from convolutions import (
-    ALL_SIDES,
-    DTYPES,
-    EPS,
-    GEOMETRIES,
-    INPUTS,
-    check_forward,
-    check_inference,
-    for_each_act,
-    for_each_kernel,
-    norm_act,
-)
+from combinations import combinations, in_turn
+from conv_inputs import ALL_SIDES, DEPTHWISE, DTYPES, FLOAT32_AND_16_BITS, forward_inputs
+from convolutions import EPS, GEOMETRIES, check_forward, check_inference, for_each_act, for_each_kernel
 from cpu_ops import (
+    INPUTS,
     activation,
     assert_close,
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     misaligned,
     overflowing,
     random_bn,
@@ -33,26 +24,25 @@ from cpu_ops import (
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_VAR, Act, Padding, conv_output_size
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (2, 13, 26))]  # channels, N, H and W
+CASES = [*DEPTHWISE, (40, (2, 13, 26))]
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def check(dtype, channels, size, kernel, stride, padding, *, kind="relu", with_affine=True, place=lambda x: x) -> None:
+def check(
+    dtype, channels, size, kernel, stride, padding, *, act: Act | None = Act.RELU, with_affine=True, place=lambda x: x
+) -> None:
     n, h, w = size
-    u = place(activation(n, channels, h, w, dtype=dtype))
-    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
-    args = (u, *norm_act(kind, channels, dtype), weight, stride, padding)
-    check_forward("depthwise_forward", *args, with_affine=with_affine)
+    u, *rest = forward_inputs((n, channels, h, w), (channels, 1, kernel, kernel), dtype, stride, padding, act)
+    check_forward("depthwise_forward", place(u), *rest, with_affine=with_affine)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype: torch.dtype, kernel: int, stride: int, padding: Padding) -> None:
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
+def test_forward(geometry: tuple[int, int, Padding], dtype: torch.dtype) -> None:
+    kernel, stride, padding = geometry
     for channels, size in CASES:
         if min(conv_output_size(*size[1:], kernel, stride, padding)) > 0:
             check(dtype, channels, size, kernel, stride, padding)
@@ -65,12 +55,12 @@ def test_several_tiles_per_program(dtype: torch.dtype, stride: int, kernel: int)
     check(dtype, 72, (9, 34, 31), kernel, stride, ALL_SIDES)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("act", INPUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [8, 3])
 @for_each_kernel
-def test_inputs(kernel: int, channels: int, stride: int, kind: str) -> None:
-    check(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, kind=kind, with_affine=kind == "linear")
+def test_inputs(kernel: int, channels: int, stride: int, act: Act | None) -> None:
+    check(torch.float32, channels, (2, 6, 5), kernel, stride, ALL_SIDES, act=act, with_affine=act == Act.LINEAR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,13 +69,15 @@ def test_misaligned(kernel: int, dtype: torch.dtype) -> None:
     check(dtype, 16, (2, 7, 6), kernel, 1, ALL_SIDES, place=misaligned)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference(dtype: torch.dtype) -> None:
-    for channels, (kernel, stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
-        x = activation(2, channels, 7, 8, dtype=dtype)
-        bn = random_bn(channels, dtype) if with_bn else None
-        weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
-        check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
+@combinations("geometry, act, dtype, channels, with_bn", GEOMETRIES, Act, DTYPES, [3, 24], [False, True])
+def test_inference(
+    geometry: tuple[int, int, Padding], act: Act, dtype: torch.dtype, channels: int, with_bn: bool
+) -> None:
+    kernel, stride, padding = geometry
+    x = activation(2, channels, 7, 8, dtype=dtype)
+    bn = random_bn(channels, dtype) if with_bn else None
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+    check_inference("depthwise_inference", x, bn, act, weight, stride, padding)
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -108,7 +100,7 @@ def test_a_column_outside_the_image_may_overflow() -> None:
     weight[:, :, 1, 0] = 300.0
     args = (u, None, Act.LINEAR, weight, 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
-    assert torch.equal(y.double(), in_float64(reference.depthwise_forward, args)[0])
+    assert torch.equal(y.double(), oracle.depthwise_forward(*args)[0])
     assert not bn[BN_VAR].any() and torch.equal(bn[BN_MEAN], torch.full((8,), 300.0))
 
 
@@ -116,13 +108,13 @@ def test_a_column_outside_the_image_may_overflow() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @for_each_act
 @for_each_kernel
-def test_specials_go_where_the_reference_sends_them(kernel: int, dtype: torch.dtype, stride: int, act: Act) -> None:
+def test_specials_go_where_pytorch_sends_them(kernel: int, dtype: torch.dtype, stride: int, act: Act) -> None:
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 0, 0] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, kernel, kernel).to(dtype) + 0.5
     args = (u, random_bn(8, dtype), act, weight, stride, (2, 0, 1, 2), *NO_STATISTICS)
     y, _ = ops.depthwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
+    assert_same_specials(y, oracle.depthwise_forward(*args)[0])
     assert y.isnan().any() and (y.isinf().any() or act == Act.RELU6)
 
 
@@ -131,7 +123,7 @@ def test_an_empty_batch() -> None:
     args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ALL_SIDES, *STATISTICS)
     y, bn = ops.depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
-    torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
+    torch.testing.assert_close(bn.double(), oracle.depthwise_forward(*args)[1])
 
 
 @for_each_kernel

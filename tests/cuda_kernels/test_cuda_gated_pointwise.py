@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
-from convolutions import DTYPES, EPS, PRODUCT_TOLERANCE, affine, check_statistics, output_inputs
+from conv_inputs import DTYPES
+from convolutions import EPS, PRODUCT_TOLERANCE, affine
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
+    assert_statistics,
     is_channels_last_dense,
     misaligned,
     random_bn,
+    random_grad_bn,
     relative_error,
     same_bits,
 )
-from plain import activate, normalise
 from torch import Tensor
 
 from mobilenet_ext import ops
@@ -58,8 +61,7 @@ class Problem:
 
     @property
     def a(self) -> Tensor:
-        u = self.u.double()
-        return u if self.bn is None else activate(self.act, normalise(u, self.bn.double()), SLOPE)
+        return oracle.norm_act(self.u, self.bn, self.act, SLOPE)
 
     @property
     def gated(self) -> Tensor:
@@ -77,7 +79,7 @@ class Problem:
 
     def gradients(self, output: tuple) -> tuple[Tensor, ...]:
         """da, and the gradients of the weight and of the gate."""
-        dy = output_gradient(*output).to(self.dtype).double()
+        dy = oracle.output_grad(*output).to(self.dtype).double()
         a, gate = self.a.requires_grad_(), self.gate.double().requires_grad_()
         weight = self.weight.double().requires_grad_()
         da, grad_gate = torch.autograd.grad(convolve(a * gate, weight), (a, gate), dy)
@@ -88,19 +90,18 @@ def convolve(gated: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("nchw,kc->nkhw", gated, weight.double().flatten(1))
 
 
-def output_gradient(dz: Tensor, y: Tensor | None, grad_bn: Tensor | None) -> Tensor:
-    if grad_bn is None:
-        return dz.double()
-    dz_coefficient, y_coefficient, mean, constant = (row.view(1, -1, 1, 1) for row in grad_bn[:4].double())
-    dy = dz.double() * dz_coefficient
-    return dy if y is None else dy + y_coefficient * (y.double() - mean) + constant
+def output_inputs(n: int, k: int, h: int, w: int, dtype: torch.dtype, kind: str = "statistics") -> tuple:
+    """dz, y and grad_bn_y of an output: with batch "statistics", with "running" ones, or not normalised ("plain")."""
+    dz, y = (activation(n, k, h, w, dtype=dtype) for _ in range(2))
+    grad_bn_y = random_grad_bn(k, dtype)
+    return {"statistics": (dz, y, grad_bn_y), "running": (dz, None, grad_bn_y), "plain": (dz, None, None)}[kind]
 
 
 def check_forward(p: Problem, allowed: float = 0.0) -> None:
     y, bn_y = p.forward()
     assert y.dtype == p.dtype and is_channels_last_dense(y)
     assert_close(y, convolve(p.gated, p.weight) + p.bias.double().view(1, -1, 1, 1), allowed or TOLERANCE[p.dtype])
-    check_statistics(bn_y, y, p.gamma, p.beta)
+    assert_statistics(bn_y, y, p.gamma, p.beta, EPS)
 
 
 def check_backward(p: Problem, kind: str = "statistics", allowed: float = 0.0) -> None:
@@ -152,7 +153,7 @@ def test_inference(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool)
     bn_y = random_bn(shape[2], dtype) if normalised else None
     residual = activation(shape[0], *shape[2:], dtype=dtype)
     expected = convolve(p.gated, p.weight)
-    expected = activate(Act.HARDSWISH, normalise(expected, bn_y.double()) if normalised else expected)
+    expected = oracle.norm_act(expected, bn_y, Act.HARDSWISH)
     args = (p.u, p.gate, bn_y, Act.HARDSWISH, p.weight)
     assert_close(ops.gated_pointwise_inference(*args), expected, TOLERANCE[dtype])
     assert_close(ops.gated_pointwise_inference(*args, None, residual), expected + residual.double(), TOLERANCE[dtype])

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from convolutions import ALL_SIDES, DTYPES, EPS, PRODUCT_TOLERANCE
+from conv_inputs import ALL_SIDES, DTYPES
+from convolutions import EPS, PRODUCT_TOLERANCE
 from cpu_ops import (
     ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
-    in_float64,
     random_bn,
     random_grad_bn,
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -58,8 +58,8 @@ def calls(dtype: torch.dtype, slope: float) -> Iterator[tuple[str, tuple[Any, ..
             yield "norm_act_backward", (grad, u, bn, LEAKY, True, pool, None, True, slope)
 
 
-def outputs_of(op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    outputs = getattr(ops, op)(*args)
+def outputs_of(module: Any, op: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    outputs = getattr(module, op)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -70,7 +70,7 @@ def test_every_op(dtype: torch.dtype, slope: float) -> None:
         tolerance = TOLERANCE[dtype]
         if "pointwise" in op or "block" in op:
             tolerance *= 2  # the operand is rounded too
-        outputs, expected = outputs_of(op, args), in_float64(getattr(reference, op), args)
+        outputs, expected = outputs_of(ops, op, args), outputs_of(oracle, op, args)
         assert_close(outputs[0], expected[0], tolerance, op)
         if op == "depthwise_backward":
             assert_close(outputs[1], expected[1], ACC_TOLERANCE[dtype], op)
@@ -84,14 +84,14 @@ def test_backward_of_a_product(channels: int, outputs: int, dtype: torch.dtype, 
     dz, weight = activation(2, outputs, 9, 8, dtype=dtype), torch.randn(outputs, channels, 1, 1).to(dtype)
     args = (dz, None, None, u, bn, LEAKY, True, weight, 1, NO_PADDING, True, True, slope)
     dz_u, grad_weight, _ = ops.pointwise_backward(*args)
-    assert_close(dz_u, in_float64(reference.pointwise_backward, args)[0], TOLERANCE[dtype])
-    a = reference._norm_act(u.double(), bn.double(), LEAKY, slope).to(dtype)
+    assert_close(dz_u, oracle.pointwise_backward(*args)[0], TOLERANCE[dtype])
+    a = oracle.norm_act(u, bn, LEAKY, slope).to(dtype)
     plain = (dz, None, None, a, None, Act.LINEAR, True, weight, 1, NO_PADDING, False, True)
-    assert_close(grad_weight, in_float64(reference.pointwise_backward, plain)[1], PRODUCT_TOLERANCE[dtype])
+    assert_close(grad_weight, oracle.pointwise_backward(*plain)[1], PRODUCT_TOLERANCE[dtype])
     gate = activation(2, channels, 1, 1, dtype=dtype)
     args = (dz, None, None, u, bn, LEAKY, gate, weight, True, False, slope)
     *_, grad_gate = ops.gated_pointwise_backward(*args)
-    assert_close(grad_gate, in_float64(reference.gated_pointwise_backward, args)[2], ACC_TOLERANCE[dtype])
+    assert_close(grad_gate, oracle.gated_pointwise_backward(*args)[2], ACC_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import cubins
 import pytest
 import sass
+from cubins import FILES, POINTWISE, PRODUCTS, Kernels
 from emulation import SOURCES
 
-from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
+pytestmark = pytest.mark.skipif(cubins.why_not() is not None, reason=str(cubins.why_not()))
 
-TOOLKIT = find_cuda_toolkit()
-TOOLS = all(map(sass.find_tool, ("cuobjdump", "nvdisasm")))
-REASON = "no CUDA toolkit is found" if TOOLKIT is None else None if TOOLS else "cuobjdump and nvdisasm are not found"
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-ARCHITECTURES = (75, 80, 90)
-POINTWISE = ("pointwise_forward", "pointwise_backward", "gated_pointwise_forward", "gated_pointwise_backward")
-PRODUCTS = (*POINTWISE, "dense_forward", "dense_backward", "block_inference")
-FILES = ("depthwise_forward", "depthwise_backward", "norm_act", "merge", "gpu", *PRODUCTS)
-
-Kernels = dict[tuple[str, str], sass.MachineCode]  # by file and name: stride_1<__half, 4>
-
-
-def compile_file(name: str, architecture: int, folder: Path) -> Kernels:
-    cubin = folder / f"{name}_{architecture}.cubin"
-    command = [TOOLKIT.home / "bin" / "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-o", cubin]
-    subprocess.run([*command, SOURCES / "cuda" / f"{name}.cu"], check=True)
-    codes = sass.read(cubin)
-    names = subprocess.run(["c++filt", *codes], check=True, capture_output=True, text=True).stdout.splitlines()
-    without_scope = [re.sub(r"\(anonymous namespace\)::|mx::cuda::|^void ", "", n).split("(")[0] for n in names]
-    return {(name, short): code for short, code in zip(without_scope, codes.values(), strict=True)}
+# The one that has most of what is looked at; the others are a slow repetition.
+ARCHITECTURES = [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (75, 80))]
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
@@ -44,11 +23,8 @@ def architecture(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def kernels(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    folder = tmp_path_factory.mktemp("cubins")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(lambda name: compile_file(name, architecture, folder), FILES))
-    return {name: code for part in parts for name, code in part.items()}
+def kernels(architecture: int) -> Kernels:
+    return cubins.of(architecture)
 
 
 def check(kernels: Kernels, find: Callable[[sass.MachineCode], str | None]) -> None:

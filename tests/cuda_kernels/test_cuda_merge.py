@@ -1,16 +1,16 @@
-"""The normalisation by running statistics, in CUDA C++, against the reference in float64.
+"""The normalisation by running statistics, in CUDA C++, against the oracle.
 
 The merging of partial results is tested where it is used: with each op that leaves some.
 """
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
-from convolutions import DTYPES
+from conv_inputs import DTYPES
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -24,6 +24,6 @@ def test_bn_from_running(affine: bool, conv_bias: bool, dtype: torch.dtype) -> N
     vectors += [torch.randn(300)] if conv_bias else [None]
     vectors = [v if v is None else v.to(dtype) for v in vectors]
     bn = ops.bn_from_running(*vectors, 1e-3)
-    expected = reference.bn_from_running(*(v if v is None else v.double() for v in vectors), 1e-3)
+    expected = oracle.bn_from_running(*vectors, 1e-3)
     assert bn.dtype == torch.float32
     torch.testing.assert_close(bn.double(), expected, rtol=1e-6, atol=1e-6)

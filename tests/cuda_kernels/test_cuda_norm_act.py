@@ -1,31 +1,32 @@
-"""Normalisation and activation, pooled or not, in CUDA C++, against the reference in float64."""
+"""Normalisation and activation, pooled or not, in CUDA C++, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
 
+import oracle
 import pytest
 import torch
-from convolutions import DTYPES, for_each_act
+from combinations import combinations
+from conv_inputs import DTYPES
+from convolutions import for_each_act
 from cpu_ops import (
-    ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
+    assert_grad_bn,
     assert_same_specials,
-    in_float64,
     is_channels_last_dense,
     misaligned,
     random_bn,
     same_bits,
 )
-from test_activations import SPECIAL
+from test_reference import SPECIAL
 from torch import Tensor
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, GRAD_ROWS, Act
+from mobilenet_ext.contract import BN_MEAN, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -53,25 +54,20 @@ def check(
     args = (y, bn, act, pool)
     out = ops.norm_act_forward(*args)
     assert out.dtype == dtype and is_channels_last_dense(out)
-    assert_close(out, *in_float64(reference.norm_act_forward, args), TOLERANCE[dtype])
+    assert_close(out, oracle.norm_act_forward(*args), TOLERANCE[dtype])
 
     args = (grad, y, bn, act, batch_stats, pool)
     dz, grad_bn = ops.norm_act_backward(*args)
-    expected_dz, _ = in_float64(reference.norm_act_backward, args)
+    expected_dz, _ = oracle.norm_act_backward(*args)
     assert dz.dtype == dtype and is_channels_last_dense(dz)
     if pool or act in (Act.HARDSWISH, Act.SILU):  # else it is 0 or da
         assert_close(dz, expected_dz, TOLERANCE[dtype])
     else:
         assert torch.equal(dz.double(), expected_dz)
-    of_stored = reference._make_grad_bn(dz.double(), y.double(), bn.double(), batch_stats)
-    for row in range(GRAD_ROWS):
-        assert_close(grad_bn[row], of_stored[row], ACC_TOLERANCE[dtype], str(row))
+    assert_grad_bn(grad_bn, dz, y, bn, batch_stats)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@for_each_act
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@combinations("shape, act, dtype, pool", SHAPES, Act, DTYPES, [False, True])
 def test_norm_act(shape: tuple[int, ...], pool: bool, act: Act, dtype: torch.dtype) -> None:
     check(shape, dtype, act, pool=pool)
 
@@ -102,9 +98,9 @@ def test_nan_and_inf(pool: bool, act: Act, dtype: torch.dtype) -> None:
     y[0, 1, 0, 0], y[0, 2, 1, 1], y[0, 3, 2, 2] = float("nan"), float("inf"), -float("inf")
     grad[0, 5, 0, 0] = float("inf")
     args = (y, bn, act, pool)
-    assert_same_specials(ops.norm_act_forward(*args), *in_float64(reference.norm_act_forward, args))
+    assert_same_specials(ops.norm_act_forward(*args), oracle.norm_act_forward(*args))
     args = (grad, y, bn, act, True, pool)
-    ours, theirs = ops.norm_act_backward(*args), in_float64(reference.norm_act_backward, args)
+    ours, theirs = ops.norm_act_backward(*args), oracle.norm_act_backward(*args)
     assert_close(ours[0].nan_to_num(0, 0, 0), theirs[0].nan_to_num(0, 0, 0), TOLERANCE[dtype])
     for mine, expected in zip(ours, theirs, strict=True):
         assert_same_specials(mine, expected)
@@ -118,13 +114,13 @@ def test_corners_and_extremes(act: Act) -> None:
     bn = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).view(5, 1)
     torch.testing.assert_close(
         ops.norm_act_forward(y, bn, act, False).double(),
-        reference.norm_act_forward(y.double(), bn.double(), act, False),
+        oracle.norm_act_forward(y, bn, act, False),
         rtol=1e-5,
         atol=1e-35,
         equal_nan=True,
     )
     ours = ops.norm_act_backward(grad, y, bn, act, False, False)[0].double()
-    theirs = reference.norm_act_backward(grad.double(), y.double(), bn.double(), act, False, False)[0]
+    theirs = oracle.norm_act_backward(grad, y, bn, act, False, False)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -135,7 +131,7 @@ def test_empty_batch(pool: bool) -> None:
     assert ops.norm_act_forward(y, bn, Act.RELU, pool).shape == grad.shape
     args = (grad, y, bn, Act.RELU, True, pool)
     dz, grad_bn = ops.norm_act_backward(*args)
-    assert dz.shape == y.shape and torch.equal(grad_bn, reference.norm_act_backward(*args)[1])
+    assert dz.shape == y.shape and torch.equal(grad_bn.double(), oracle.norm_act_backward(*args)[1])
 
 
 def test_the_same_bits_whatever_the_order_of_the_threads(device: Callable[..., None]) -> None:

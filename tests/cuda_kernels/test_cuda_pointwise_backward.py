@@ -1,18 +1,20 @@
-"""Pointwise convolution in CUDA C++, backward, against the reference in float64."""
+"""Pointwise convolution in CUDA C++, backward, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
-from convolutions import ACTS, DTYPES, INPUTS, check_backward, expected_backward, norm_act, output_inputs
-from cpu_ops import activation, assert_close, assert_same_specials, misaligned, relative_error, same_bits
+from combinations import combinations, in_turn
+from conv_inputs import DTYPES, FLOAT32_AND_16_BITS, backward_inputs
+from convolutions import check_backward, expected_backward
+from cpu_ops import INPUTS, assert_close, assert_same_specials, misaligned, relative_error, same_bits
 from torch import Tensor
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import NO_PADDING
+from mobilenet_ext.contract import Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -29,27 +31,20 @@ SHAPES = [
 TILED = [(2, 136, 264, 15, 17), (3, 40, 72, 13, 15), (1, 264, 136, 21, 13)]
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, kind="relu", output="statistics") -> tuple:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, *, act: Act | None = Act.RELU, output="statistics") -> tuple:
     """dz, y, grad_bn_y, u, bn_u, act_u, batch_stats_u, weight, stride, padding."""
     n, channels, outputs, h, w = shape
-    of_y = output_inputs(n, outputs, h, w, dtype, output)
-    u = activation(n, channels, h, w, dtype=dtype)
-    weight = (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / outputs**0.5).to(dtype)
-    return (*of_y, u, *norm_act(kind, channels, dtype), True, weight, 1, NO_PADDING)
+    return backward_inputs((n, channels, h, w), (outputs, channels, 1, 1), dtype, act=act, output=output)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *TILED], ids=str)
+@in_turn("shape, dtype", [*SHAPES, *TILED], *FLOAT32_AND_16_BITS)
 def test_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_backward("pointwise_backward", *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("output", ["statistics", "running", "plain"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
-def test_inputs_and_outputs(shape: tuple[int, ...], dtype: torch.dtype, output: str, kind: str) -> None:
-    check_backward("pointwise_backward", *inputs(shape, dtype, kind=kind, output=output))
+@combinations("act, output, dtype, shape", INPUTS, ["statistics", "running", "plain"], DTYPES, [SHAPES[0], SHAPES[3]])
+def test_inputs_and_outputs(shape: tuple[int, ...], dtype: torch.dtype, output: str, act: Act | None) -> None:
+    check_backward("pointwise_backward", *inputs(shape, dtype, act=act, output=output))
 
 
 def test_running_statistics() -> None:
@@ -78,7 +73,7 @@ def test_tf32(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
-    args = inputs((2, 48, 80, 9, 11), dtype, kind="plain", output="plain")
+    args = inputs((2, 48, 80, 9, 11), dtype, act=None, output="plain")
     dz, u, weight = args[0], args[3], args[7]
     ours = ops.pointwise_backward(*args, True, True)[:2]
 
@@ -92,14 +87,11 @@ def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
         assert relative_error(mine, wanted) <= 1.5 * relative_error(plain, wanted) + 1e-7
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outputs", [16, 13])
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf(special: float, kind: str, outputs: int, dtype: torch.dtype) -> None:
+@combinations("act, special, dtype, outputs", Act, [float("nan"), float("inf"), -float("inf")], DTYPES, [16, 13])
+def test_nan_and_inf(special: float, act: Act, outputs: int, dtype: torch.dtype) -> None:
     """They reach what they are multiplied with, and nothing else; a NaN passes the gradient through a clamp."""
     for where in (0, 1, 3, 7):  # dz, y, u, weight
-        args = inputs((1, 24, outputs, 9, 17), dtype, kind=kind)
+        args = inputs((1, 24, outputs, 9, 17), dtype, act=act)
         x = args[where]
         x[0, 1, 0, 0] = special
         if where != 7:
@@ -108,7 +100,7 @@ def test_nan_and_inf(special: float, kind: str, outputs: int, dtype: torch.dtype
         expected_dz, expected_weight = expected_backward("pointwise_backward", *args)
         assert torch.equal(dz_u.isfinite(), expected_dz.isfinite()), where
         assert_same_specials(grad_weight, expected_weight)
-        of_stored = reference._make_grad_bn(dz_u.double(), args[3].double(), args[4].double(), True)
+        of_stored = oracle.grad_bn(dz_u, args[3], args[4], True)
         assert torch.equal(grad_bn_u.isfinite(), of_stored.isfinite()), where
 
 
@@ -124,7 +116,7 @@ def test_empty_batch(dtype: torch.dtype) -> None:
     args = inputs((0, 8, 16, 5, 5), dtype)
     dz_u, grad_weight, grad_bn_u = ops.pointwise_backward(*args, True, True)
     assert dz_u.shape == (0, 8, 5, 5) and grad_weight.shape == (16, 8, 1, 1) and not grad_weight.any()
-    assert_close(grad_bn_u, reference.pointwise_backward(*args, True, True)[2].double(), 1e-6)
+    assert_close(grad_bn_u, oracle.pointwise_backward(*args, True, True)[2], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

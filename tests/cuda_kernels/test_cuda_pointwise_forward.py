@@ -1,19 +1,22 @@
-"""Pointwise convolution in CUDA C++, forward and inference, against the reference in float64."""
+"""Pointwise convolution in CUDA C++, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import oracle
 import pytest
 import torch
-from convolutions import ACTS, DTYPES, EPS, INPUTS, affine, check_forward, check_inference, for_each_act, norm_act
+from combinations import combinations
+from conv_inputs import DTYPES, forward_inputs
+from convolutions import EPS, affine, check_forward, check_inference, for_each_act
 from cpu_ops import (
+    INPUTS,
     activation,
     assert_close,
     assert_same_specials,
     check_overflowed,
     copying_weight,
-    in_float64,
     misaligned,
     overflowing,
     random_bn,
@@ -22,7 +25,6 @@ from cpu_ops import (
 )
 
 from mobilenet_ext import ops
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -43,19 +45,15 @@ TILED = [(1, 40, 72, 25, 37), (1, 13, 70, 25, 37), (3, 48, 264, 16, 19)]
 NO_STATISTICS, STATISTICS = (None, None, EPS, False), (None, None, EPS, True)
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "relu") -> tuple:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, act: Act | None = Act.RELU) -> tuple:
     """u, bn_u, act_u, weight, stride, padding."""
     n, channels, outputs, h, w = shape
-    u = activation(n, channels, h, w, dtype=dtype)
-    weight = (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
-    return (u, *norm_act(kind, channels, dtype), weight, 1, NO_PADDING)
+    return forward_inputs((n, channels, h, w), (outputs, channels, 1, 1), dtype, act=act)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
-    check_forward("pointwise_forward", *inputs(shape, dtype, kind))
+@combinations("shape, act, dtype", SHAPES, INPUTS, DTYPES)
+def test_forward(shape: tuple[int, ...], dtype: torch.dtype, act: Act | None) -> None:
+    check_forward("pointwise_forward", *inputs(shape, dtype, act))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +75,7 @@ def test_tf32(shape: tuple[int, ...]) -> None:
     args = inputs(shape, torch.float32)
     check_forward("pointwise_forward", *args, allowed=5e-4)
     args = (*args, *NO_STATISTICS)
-    expected, _ = in_float64(reference.pointwise_forward, args)
+    expected, _ = oracle.pointwise_forward(*args)
     assert relative_error(ops.pointwise_forward(*args)[0], expected) > 1e-5
 
 
@@ -85,21 +83,22 @@ def test_no_affine() -> None:
     check_forward("pointwise_forward", *inputs((2, 24, 40, 8, 17), torch.float32), with_affine=False)
 
 
-@for_each_act
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 1, 5, 3), (1, 40, 136, 3, 43), (1, 24, 40, 25, 37), (1, 13, 70, 9, 9)], ids=str
+@combinations(
+    "shape, dtype, normalised, act",
+    [(2, 3, 1, 5, 3), (1, 40, 136, 3, 43), (1, 24, 40, 25, 37), (1, 13, 70, 9, 9)],
+    DTYPES,
+    [False, True],
+    Act,
 )
 def test_inference(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool, act: Act) -> None:
-    x, _, _, weight, *_ = inputs(shape, dtype, "plain")
+    x, _, _, weight, *_ = inputs(shape, dtype, None)
     bn = random_bn(shape[2], dtype) if normalised else None
     check_inference("pointwise_inference", x, bn, act, weight, 1, NO_PADDING)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_that_of_pytorch(dtype: torch.dtype) -> None:
-    args = inputs((2, 48, 80, 9, 11), dtype, "plain")
+    args = inputs((2, 48, 80, 9, 11), dtype, None)
     u, weight = args[0], args[3]
     y = ops.pointwise_forward(*args, *NO_STATISTICS)[0]
     expected = torch.nn.functional.conv2d(u.double(), weight.double())
@@ -135,17 +134,17 @@ def test_first_value_is_an_outlier(device: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outputs", [16, 13])
-@pytest.mark.parametrize("kind", ACTS)
-def test_nan_and_inf(dtype: torch.dtype, outputs: int, kind: str) -> None:
+@for_each_act
+def test_nan_and_inf(dtype: torch.dtype, outputs: int, act: Act) -> None:
     """A NaN of the input spoils its pixel, one of the weight its channel, and nothing else."""
-    args = inputs((1, 24, outputs, 9, 17), dtype, kind)
+    args = inputs((1, 24, outputs, 9, 17), dtype, act)
     u = args[0]
     u[0, 1, 0, 3], u[0, 2, 8, 16] = float("nan"), float("inf")
     u[0, 3, 4, 4] = float("-inf")
     y, _ = ops.pointwise_forward(*args, *NO_STATISTICS)
-    assert_same_specials(y, reference.pointwise_forward(*args, *NO_STATISTICS)[0].double())
+    assert_same_specials(y, oracle.pointwise_forward(*args, *NO_STATISTICS)[0])
 
-    args = inputs((1, 24, outputs, 9, 17), dtype, kind)
+    args = inputs((1, 24, outputs, 9, 17), dtype, act)
     args[3][5, 3] = float("nan")
     y, made = ops.pointwise_forward(*args, *STATISTICS)
     bad = torch.arange(outputs) == 5
@@ -156,7 +155,7 @@ def test_nan_and_inf(dtype: torch.dtype, outputs: int, kind: str) -> None:
 
 @pytest.mark.parametrize("outputs", [16, 13])
 def test_infinite_statistics(outputs: int) -> None:
-    args = inputs((1, 8, outputs, 25, 37), torch.float32, "plain")
+    args = inputs((1, 8, outputs, 25, 37), torch.float32, None)
     u, weight = args[0], args[3]
     u[0, :, 5, 5] = 0
     u[0, 0, 5, 5] = float("inf")
@@ -170,7 +169,7 @@ def test_empty_batch(dtype: torch.dtype) -> None:
     args = inputs((0, 8, 16, 5, 5), dtype)
     y, bn = ops.pointwise_forward(*args, *STATISTICS)
     assert y.shape == (0, 16, 5, 5)
-    assert_close(bn, reference.pointwise_forward(*args, *STATISTICS)[1].double(), 1e-6)
+    assert_close(bn, oracle.pointwise_forward(*args, *STATISTICS)[1], 1e-6)
     assert ops.pointwise_inference(args[0], None, Act.RELU, *args[3:]).shape == (0, 16, 5, 5)
 
 

@@ -1,7 +1,8 @@
 """The Triton kernels without a GPU: under Triton's interpreter, and as machine code.
 
 A process either interprets kernels or compiles them: Triton reads TRITON_INTERPRET where a kernel is defined. In an
-ordinary process a test file of this folder is therefore one test, which runs it in an interpreting process of its own;
+ordinary process a test file of this folder is therefore one test, and one more of what is slow in it, which runs it in
+an interpreting process of its own;
 ``TRITON_INTERPRET=1 pytest tests/triton_kernels/test_triton_pointwise_forward.py -k ...`` runs its tests one by one.
 ``test_triton_machine_code.py`` is the other way round: it compiles.
 """
@@ -13,9 +14,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+import background
 import pytest
 
 from mobilenet_ext.backends.triton import interpreted
@@ -29,18 +32,23 @@ class InterpretedFile(pytest.File):
 
     def collect(self) -> Iterator[pytest.Item]:
         yield InterpretedTests.from_parent(self, name="interpreted")
+        if any(name in self.path.read_text() for name in ("combinations", "in_turn", "mark.slow")):
+            yield InterpretedTests.from_parent(self, name="interpreted, slow", slow=True)
 
 
 class InterpretedTests(pytest.Item):
-    """All tests of a file, in an interpreting process."""
+    """All tests of a file that are not slow, or all that are, in an interpreting process."""
+
+    def __init__(self, slow: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.slow = slow
+        if slow:
+            self.add_marker(pytest.mark.slow)
 
     def runtest(self) -> None:
         if NO_TRITON:
             pytest.skip(NO_TRITON)
-        runs = self.session.stash.get(RUNS, None)
-        if runs is None:
-            runs = self.session.stash[RUNS] = start_all(self.session.items)
-        done = runs[self.path].result()
+        done = self.session.stash[RUNS][self].result()
         if done.returncode:
             pytest.fail(done.stdout, pytrace=False)
 
@@ -48,26 +56,31 @@ class InterpretedTests(pytest.Item):
         return self.path, None, f"{self.path.name} under Triton's interpreter"
 
 
-RUNS = pytest.StashKey[dict]()
+RUNS = pytest.StashKey[dict[InterpretedTests, Future]]()
 
 
-def start_all(items: list[pytest.Item]) -> dict:
-    """Start the processes of all files, as many at a time as there are processors."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    files = dict.fromkeys(item.path for item in items if isinstance(item, InterpretedTests))
-    runs = {file: pool.submit(run_interpreted, file) for file in files}
-    pool.shutdown(wait=False)
-    return runs
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The processes of all files start while other tests run."""
+    items = [item for item in session.items if isinstance(item, InterpretedTests)]
+    if not session.config.option.collectonly and not NO_TRITON:
+        session.stash[RUNS] = {item: background.start(run_interpreted, item.path, item.slow) for item in items}
 
 
-def run_interpreted(file: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)],
+def run_interpreted(file: Path, slow: bool) -> subprocess.CompletedProcess[str]:
+    return background.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(["-m", "slow"] if slow else []), file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the heuristics see is a GPU of one multiprocessor: the interpreter runs programs one after the other, and
+    takes a tenth of a second for each, whatever it has to do. Tests of several programs choose them."""
+    if interpreted:
+        from mobilenet_ext.triton import gpu
+
+        monkeypatch.setattr(gpu, "H100", gpu.H100._replace(multiprocessors=1))
 
 
 @pytest.hookimpl(tryfirst=True)

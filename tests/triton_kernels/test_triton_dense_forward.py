@@ -1,57 +1,33 @@
-"""Dense 3x3 convolution in Triton, forward and inference, against the reference in float64."""
+"""Dense 3x3 convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from combinations import combinations, in_turn
+from conv_inputs import ALL_SIDES, DENSE, DTYPES, FLOAT32_AND_16_BITS, Dense, dense_inputs
 from cpu_ops import (
-    ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    assert_statistics,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
     relative_error,
     same_bits,
 )
-from torch import Tensor
 
-from mobilenet_ext.backends import reference
-from mobilenet_ext.contract import BN_MEAN, BN_SCALE, BN_SHIFT, BN_VAR, NO_PADDING, Act, Padding, conv_output_size
+from mobilenet_ext.contract import BN_MEAN, BN_SHIFT, BN_VAR, NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.dense_forward import dense_forward, dense_inference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Shape = tuple[int | Padding, ...]
-ONE = (1, 1, 1, 1)  # on each side
-# (n, channels, filters, h, w, stride, padding)
-SHAPES = [
-    (2, 3, 32, 9, 11, 2, ONE),
-    (1, 3, 8, 9, 7, 1, NO_PADDING),
-    (2, 1, 24, 6, 8, 1, ONE),
-    (1, 4, 3, 10, 8, 2, NO_PADDING),
-    (1, 16, 40, 4, 5, 1, ONE),
-    (3, 3, 16, 1, 1, 2, ONE),
-    (1, 2, 1, 3, 3, 1, NO_PADDING),
-    (1, 3, 8, 6, 8, 2, (0, 1, 0, 1)),  # TensorFlow's "same"
-    (1, 3, 4, 2, 5, 1, (2, 0, 1, 2)),
-    (1, 3, 4, 5, 2, 2, (1, 2, 2, 0)),
-]
-TILED = (2, 3, 24, 13, 11, 2, ONE)
-# Every shape in float32 and in one of the 16-bit dtypes, which differ in no more than the conversions.
-CASES = [(shape, dtype) for i, shape in enumerate(SHAPES) for dtype in (DTYPES[0], DTYPES[1 + i % 2])]
-
-
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """u, weight and bn."""
-    n, c, filters, h, w, _, _ = shape
-    weight = (torch.randn(filters, c, 3, 3, dtype=torch.float64) / (9 * c) ** 0.5).to(dtype)
-    return activation(n, c, h, w, dtype=dtype), weight, random_bn(filters, dtype)
+H100 = gpu.H100
+TILED = (2, 3, 24, 13, 11, 2, ALL_SIDES)
 
 
 @pytest.fixture
@@ -61,21 +37,18 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "dense_forward", lambda *_: ({"PROGRAMS": 4, "kernel": kernel},))
 
 
-def check_forward(shape: Shape, dtype: torch.dtype) -> None:
-    u, weight, bn = inputs(shape, dtype)
-    gamma, beta = bn[BN_SCALE], bn[BN_SHIFT]
+def check_forward(shape: Dense, dtype: torch.dtype) -> None:
+    gamma, beta = torch.rand(shape[2]) + 0.5, torch.randn(shape[2])
     bias = beta.flip(0) if shape[1] != 3 else None
-    args = (u, None, Act.LINEAR, weight, *shape[5:], gamma, beta, 1e-5, True, bias)
+    args = (*dense_inputs(shape, dtype), gamma, beta, 1e-5, True, bias)
     y, bn_y = dense_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.dense_forward, args)[0], TOLERANCE[dtype], "y")
-    of_stored = reference._batch_bn(y.double(), gamma.double(), beta.double(), 1e-5)
-    for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
-        assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
+    assert_close(y, oracle.dense_forward(*args)[0], TOLERANCE[dtype], "y")
+    assert_statistics(bn_y, y, gamma, beta, 1e-5)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_forward(shape: Shape, dtype: torch.dtype) -> None:
+@in_turn("shape, dtype", DENSE, *FLOAT32_AND_16_BITS)
+def test_forward(shape: Dense, dtype: torch.dtype) -> None:
     check_forward(shape, dtype)
 
 
@@ -84,76 +57,73 @@ def test_several_tiles(dtype: torch.dtype, small_blocks: None) -> None:
     check_forward(TILED, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_bn", [False, True])
-@pytest.mark.parametrize("act", Act)
-def test_inference(dtype: torch.dtype, with_bn: bool, act: Act) -> None:
-    x, weight, bn = inputs(TILED, dtype)
-    args = (x, bn if with_bn else None, act, weight, 2, ONE)
+@combinations("act, dtype, with_bn", Act, DTYPES, [True, False])
+def test_inference(act: Act, dtype: torch.dtype, with_bn: bool) -> None:
+    x, _, _, *rest = dense_inputs(TILED, dtype)
+    args = (x, random_bn(TILED[2], dtype) if with_bn else None, act, *rest)
     y = dense_inference(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, *in_float64(reference.dense_inference, args), TOLERANCE[dtype])
+    assert_close(y, oracle.dense_inference(*args), TOLERANCE[dtype])
 
 
 def test_a_normalisation_on_load_is_refused() -> None:
-    u, weight, _ = inputs(TILED, torch.float32)
+    u, _, _, *rest = dense_inputs(TILED, torch.float32)
     with pytest.raises(ValueError, match="bn_u: expected None for a dense convolution, got a tensor of shape .5, 3."):
-        dense_forward(u, random_bn(3, u.dtype), Act.RELU, weight, 2, ONE, None, None, 1e-5, True)
+        dense_forward(u, random_bn(3, u.dtype), Act.RELU, *rest, None, None, 1e-5, True)
     with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
-        dense_forward(u, None, Act.RELU, weight, 2, ONE, None, None, 1e-5, True)
+        dense_forward(u, None, Act.RELU, *rest, None, None, 1e-5, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, filters, h, w, *geometry = TILED
     out = conv_output_size(h, w, 3, *geometry)
-    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, gpu.H100)[1:]:
+    for config in heuristics.dense_forward(n, *out, channels, filters, dtype.itemsize, H100)[1:]:
         monkeypatch.setattr(heuristics, "dense_forward", lambda *_, config=config: (config,))
         check_forward(TILED, dtype)
 
 
 def test_no_statistics_and_no_affine() -> None:
-    u, weight, _ = inputs(TILED, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, True)
-    plain, empty = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-3, False)
+    args = (*dense_inputs(TILED, torch.float32), None, None, 1e-3)
+    y, bn = dense_forward(*args, True)
+    plain, empty = dense_forward(*args, False)
     assert same_bits(y, plain) and empty.shape == (0,) and empty.dtype == torch.float32
-    assert_close(bn, reference._batch_bn(y.double(), None, None, 1e-3), 1e-5)
+    assert_close(bn, oracle.batch_bn(y, None, None, 1e-3), 1e-5)
 
 
 def test_statistics_survive_a_large_mean(small_blocks: None) -> None:
     u = activation(2, 8, 13, 11, dtype=torch.float32, mean=1e4)
     weight = copying_weight("dense", 8, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     assert torch.equal(y, u)
     assert relative_error(bn[BN_MEAN], u.double().mean((0, 2, 3))) < 1e-7
     assert relative_error(bn[BN_VAR], u.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("stride", "padding"), [(1, ONE), (2, ONE), (2, NO_PADDING)])
-def test_nan_and_inf(dtype: torch.dtype, stride: int, padding: Padding, small_blocks: None) -> None:
-    u, weight, bn = inputs((1, 3, 8, 10, 8, stride, padding), dtype)
+@in_turn("geometry, dtype", [(1, ALL_SIDES), (2, ALL_SIDES), (2, NO_PADDING)], torch.float32, [torch.bfloat16])
+def test_nan_and_inf(geometry: tuple[int, Padding], dtype: torch.dtype, small_blocks: None) -> None:
+    args = dense_inputs((1, 3, 8, 10, 8, *geometry), dtype)
+    u = args[0]
     u[0, 0, 0, 0], u[0, 1, 7, 6], u[0, 2, 9, 7] = float("nan"), float("inf"), float("nan")
-    args = (u, None, Act.LINEAR, weight, stride, padding, None, None, 1e-5, False)
-    assert_same_specials(dense_forward(*args)[0], reference.dense_forward(*args)[0].double())
-    args = (u, bn, Act.RELU, weight, stride, padding)
-    assert_same_specials(dense_inference(*args), reference.dense_inference(*args).double())
+    forward = (*args, None, None, 1e-5, False)
+    assert_same_specials(dense_forward(*forward)[0], oracle.dense_forward(*forward)[0])
+    inference = (u, random_bn(8, dtype), Act.RELU, *args[3:])
+    assert_same_specials(dense_inference(*inference), oracle.dense_inference(*inference))
 
 
 def test_same_bits_again() -> None:
-    u, weight, bn = inputs(TILED, torch.bfloat16)
-    args = (u, None, Act.LINEAR, weight, 2, ONE, bn[BN_SCALE], bn[BN_SHIFT], 1e-5, True)
+    args = (*dense_inputs(TILED, torch.bfloat16), torch.rand(TILED[2]), torch.randn(TILED[2]), 1e-5, True)
     assert all(same_bits(a, b) for a, b in zip(dense_forward(*args), dense_forward(*args), strict=True))
 
 
 def test_empty_batch() -> None:
-    u, weight, bn = inputs((0, 3, 8, 9, 9, 2, ONE), torch.float32)
-    y, bn_y = dense_forward(u, None, Act.LINEAR, weight, 2, ONE, None, None, 1e-5, True)
+    args = dense_inputs((0, 3, 8, 9, 9, 2, ALL_SIDES), torch.float32)
+    y, bn_y = dense_forward(*args, None, None, 1e-5, True)
     assert y.shape == (0, 8, 5, 5) and not bn_y[[BN_MEAN, BN_SHIFT, BN_VAR]].any()
-    assert dense_inference(u, bn, Act.RELU, weight, 2, ONE).shape == y.shape
+    assert dense_inference(args[0], random_bn(8, torch.float32), Act.RELU, *args[3:]).shape == y.shape
 
 
 def test_squares_that_overflow(small_blocks: None) -> None:
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("dense", 8, torch.float32)
-    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = dense_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     check_overflowed(bn, y)

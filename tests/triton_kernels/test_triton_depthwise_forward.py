@@ -1,35 +1,33 @@
-"""Depthwise convolution in Triton, forward and inference, against the reference in float64."""
+"""Depthwise convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 from itertools import product
 
+import oracle
 import pytest
 import torch
+from combinations import combinations, in_turn
+from conv_inputs import ALL_SIDES, DEPTHWISE, DTYPES, FLOAT32_AND_16_BITS, forward_inputs
 from cpu_ops import (
-    ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    assert_statistics,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
 )
 
 from mobilenet_ext import contract
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import NO_PADDING, Act, Padding, conv_output_size
 from mobilenet_ext.triton import heuristics
 from mobilenet_ext.triton.depthwise_forward import depthwise_forward, depthwise_inference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = [(1, (1, 9, 3)), (3, (2, 5, 7)), (8, (5, 1, 1)), (24, (3, 4, 4)), (40, (1, 5, 6))]  # channels, N, H and W
-ONE = (1, 1, 1, 1)  # on each side
-GEOMETRIES = list(product([1, 2], [NO_PADDING, ONE]))
+GEOMETRIES = list(product([1, 2], [NO_PADDING, ALL_SIDES]))
 UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first is TensorFlow's "same"
 
 
@@ -52,39 +50,37 @@ def fits(size: tuple[int, int, int], padding: Padding) -> bool:
 
 
 def check_forward(
-    dtype, channels, size, stride, padding, *, act=Act.RELU, normalise=True, affine=True, kernel=3
+    dtype, channels, size, stride, padding, *, act: Act | None = Act.RELU, affine=True, kernel=3, alone=False
 ) -> None:
+    """``alone``: y without its statistics, too."""
     n, h, w = size
-    u = activation(n, channels, h, w, dtype=dtype)
-    bn = random_bn(channels, dtype) if normalise else None
-    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+    args = forward_inputs((n, channels, h, w), (channels, 1, kernel, kernel), dtype, stride, padding, act)
     gamma, beta = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
-    args = (u, bn, act if normalise else Act.LINEAR, weight, stride, padding, gamma, beta, 1e-5, True, bias)
+    args = (*args, gamma, beta, 1e-5, True, bias)
     y, bn_y = depthwise_forward(*args)
     assert y.dtype == dtype and is_channels_last_dense(y)
-    assert_close(y, in_float64(reference.depthwise_forward, args)[0], TOLERANCE[dtype], "y")
-    of_stored = reference._batch_bn(y.double(), *(v if v is None else v.double() for v in (gamma, beta)), 1e-5)
+    assert_close(y, oracle.depthwise_forward(*args)[0], TOLERANCE[dtype], "y")
     if y.numel() > channels:  # the statistics of single values are rounding errors
-        for row, name in enumerate(["MEAN", "SCALE", "SHIFT", "RSTD", "VAR"]):
-            assert_close(bn_y[row], of_stored[row], ACC_TOLERANCE[dtype], name)
-    again, without = depthwise_forward(*args[:-2], False, bias)
-    assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
+        assert_statistics(bn_y, y, gamma, beta, 1e-5)
+    if alone:
+        again, without = depthwise_forward(*args[:-2], False, bias)
+        assert torch.equal(again, y) and without.shape == (0,) and without.dtype == torch.float32
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype, stride, padding):
-    for channels, size in CASES:
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
+def test_forward(geometry, dtype):
+    stride, padding = geometry
+    for channels, size in DEPTHWISE:
         if fits(size, padding):
             check_forward(dtype, channels, size, stride, padding)
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_turn("geometry, dtype", GEOMETRIES, *FLOAT32_AND_16_BITS)
 @pytest.mark.usefixtures("small_tiles")
-def test_forward_over_several_tiles(dtype, stride, padding):
-    check_forward(dtype, 24, (5, 6, 5), stride, padding)
+def test_forward_over_several_tiles(geometry, dtype):
+    """Linear in float32: the padding is 0 where a normalised 0 is not."""
+    check_forward(dtype, 24, (3, 6, 5), *geometry, act=Act.LINEAR if dtype == torch.float32 else Act.RELU)
 
 
 @pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)
@@ -99,49 +95,43 @@ def test_an_image_smaller_than_its_padding(stride):
     check_forward(torch.bfloat16, 8, (2, 1, 1), stride, (1, 2, 2, 0))
 
 
-@pytest.mark.parametrize("stride, padding", GEOMETRIES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("small_tiles")
-def test_linear_on_load(dtype, stride, padding):
-    """The padding is 0 where a normalised 0 is not."""
-    check_forward(dtype, 24, (5, 6, 5), stride, padding, act=Act.LINEAR)
-
-
-@pytest.mark.parametrize("stride, padding", [(1, ONE), (2, NO_PADDING)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("act", Act)
-def test_every_activation_on_load(act, dtype, stride, padding):
-    check_forward(dtype, 8, (1, 5, 6), stride, padding, act=act)
+@combinations("act, dtype, geometry", Act, DTYPES[:2], [(1, ALL_SIDES), (2, NO_PADDING)])
+def test_every_activation_on_load(act, dtype, geometry):
+    check_forward(dtype, 8, (1, 5, 6), *geometry, act=act)
 
 
 def test_an_activation_without_a_normalisation_is_refused():
     u = activation(1, 8, 3, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="act_u: expected 0 .linear. without bn_u, got 1"):
-        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
+        depthwise_forward(u, None, Act.RELU, torch.randn(8, 1, 3, 3), 1, ALL_SIDES, None, None, 1e-5, True)
 
 
-def test_forward_without_optional_arguments():
-    check_forward(torch.float32, 8, (2, 5, 5), 1, ONE, normalise=False, affine=False)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_forward_with_and_without_optional_arguments(given, stride):
+    check_forward(
+        torch.float32, 8, (2, 5, 5), stride, ALL_SIDES, act=Act.RELU if given else None, affine=given, alone=True
+    )
 
 
 def test_statistics_survive_a_large_mean(monkeypatch):
-    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (300, 1))
-    u = activation(1, 8, 300, 2, dtype=torch.float32) + 1e4
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (100, 1))
+    u = activation(1, 8, 100, 2, dtype=torch.float32) + 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     assert torch.equal(y, u)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-5)
 
 
 def test_statistics_survive_an_outlier_before_them(monkeypatch):
     """Of a lane with many values the first may be unlike all others, so that differences from it say little of them."""
-    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (300, 1))
-    u = activation(1, 8, 300, 2, dtype=torch.float32)
+    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (150, 1))
+    u = activation(1, 8, 150, 2, dtype=torch.float32)
     u[:, :, 0] = 1e4
     weight = torch.zeros(8, 1, 3, 3)
     weight[:, :, 1, 1] = 1.0
-    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    _, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     assert_close(bn[contract.BN_VAR], u.double().var((0, 2, 3), correction=0), 1e-6)
 
 
@@ -150,9 +140,9 @@ def test_a_column_outside_the_image_may_overflow():
     u = torch.full((2, 8, 3, 1), 300.0).half().contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(8, 1, 3, 3).half()
     weight[:, :, 1, 0], weight[:, :, 1, 1] = 300.0, 1.0
-    args = (u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
-    expected_y, expected_bn = in_float64(reference.depthwise_forward, args)
+    expected_y, expected_bn = oracle.depthwise_forward(*args)
     assert torch.equal(y.double(), expected_y)
     assert torch.equal(bn[:1].double(), expected_bn[:1]) and not bn[contract.BN_VAR].any()
 
@@ -186,9 +176,9 @@ def test_5x5_inference(stride, padding):
     """And that NaN and Inf at the border reach the outputs that see them, and no others."""
     x = activation(1, 8, 6, 7, dtype=torch.float16)
     args = (x, random_bn(8, x.dtype), Act.RELU, torch.rand(8, 1, 5, 5).half() + 0.5, stride, padding)
-    assert_close(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0], TOLERANCE[x.dtype])
+    assert_close(depthwise_inference(*args), oracle.depthwise_inference(*args), TOLERANCE[x.dtype])
     x[0, 1, 0, 0], x[0, 2, 5, 6], x[0, 3, 0, 6] = float("nan"), float("inf"), -float("inf")
-    assert_same_specials(depthwise_inference(*args), in_float64(reference.depthwise_inference, args)[0])
+    assert_same_specials(depthwise_inference(*args), oracle.depthwise_inference(*args))
 
 
 @pytest.mark.usefixtures("one_program")
@@ -198,27 +188,26 @@ def test_5x5_candidates_agree(monkeypatch):
         check_forward(torch.float16, 8, (1, 4, 3), 1, (2, 2, 2, 2), kernel=5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference(dtype):
-    for channels, (stride, padding), act, with_bn in product([3, 24], GEOMETRIES, Act, [False, True]):
-        x = activation(2, channels, 5, 6, dtype=dtype)
-        bn = random_bn(channels, dtype) if with_bn else None
-        args = (x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), stride, padding)
-        out = depthwise_inference(*args)
-        assert out.dtype == dtype and is_channels_last_dense(out)
-        assert_close(out, in_float64(reference.depthwise_inference, args)[0], TOLERANCE[dtype])
+@combinations("act, geometry, dtype, with_bn, channels", Act, GEOMETRIES, DTYPES, [True, False], [3, 24])
+def test_inference(act, geometry, dtype, with_bn, channels):
+    x = activation(2, channels, 5, 6, dtype=dtype)
+    bn = random_bn(channels, dtype) if with_bn else None
+    args = (x, bn, act, torch.randn(channels, 1, 3, 3).to(dtype), *geometry)
+    out = depthwise_inference(*args)
+    assert out.dtype == dtype and is_channels_last_dense(out)
+    assert_close(out, oracle.depthwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("act, dtype", [*product([Act.RELU], DTYPES), *product(Act, [torch.float32])], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_specials_go_where_the_reference_sends_them(act, dtype, stride):
+def test_specials_go_where_pytorch_sends_them(act, dtype, stride):
     """Away from the border, where PyTorch's own kernels differ in whether they multiply the padding."""
     u = activation(2, 8, 9, 9, dtype=dtype)
     u[0, 1, 4, 4], u[0, 2, 4, 4], u[1, 3, 4, 4] = float("nan"), float("inf"), -float("inf")
     weight = torch.rand(8, 1, 3, 3).to(dtype) + 0.5
-    args = (u, random_bn(8, dtype), act, weight, stride, ONE, None, None, 1e-5, True)
+    args = (u, random_bn(8, dtype), act, weight, stride, ALL_SIDES, None, None, 1e-5, True)
     y, _ = depthwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.depthwise_forward, args)[0])
+    assert_same_specials(y, oracle.depthwise_forward(*args)[0])
     assert y.isnan().any() and (act == Act.RELU6 or y.isinf().any())
 
 
@@ -228,18 +217,18 @@ def test_all_candidates_agree(monkeypatch, stride):
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
-        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ONE)
+        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ALL_SIDES)
 
 
 def test_an_empty_batch():
     u = torch.empty(0, 8, 5, 5).to(memory_format=torch.channels_last)
-    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ONE, None, None, 1e-5, True)
+    args = (u, None, Act.LINEAR, torch.ones(8, 1, 3, 3), 1, ALL_SIDES, None, None, 1e-5, True)
     y, bn = depthwise_forward(*args)
     assert y.shape == (0, 8, 5, 5)
-    torch.testing.assert_close(bn, reference.depthwise_forward(*args)[1])
+    torch.testing.assert_close(bn.double(), oracle.depthwise_forward(*args)[1])
 
 
 def test_squares_that_overflow():
     u, weight = overflowing(1, 8, 25, 7, dtype=torch.float32), copying_weight("depthwise", 8, torch.float32)
-    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ONE, None, None, 1e-5, True)
+    y, bn = depthwise_forward(u, None, Act.LINEAR, weight, 1, ALL_SIDES, None, None, 1e-5, True)
     check_overflowed(bn, y)

@@ -2,8 +2,8 @@
 GPUs; no GPU is needed.
 
 Compiled is what the heuristics choose at 224x224, for four widths, batches of 256 to 1 and all dtypes: training forward
-and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU, bfloat16 and float32 on
-tensor cores, in ``slow`` ones for all. Launches are recorded, so a new kernel or a new choice needs no entry here.
+and backward, eval with gradients (on one GPU), and frozen inference; in plain runs for one GPU the widest network in
+bfloat16, in ``slow`` ones everything for all. Launches are recorded: a new kernel or a new choice needs no entry here.
 """
 
 from __future__ import annotations
@@ -42,25 +42,28 @@ NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"))
 FLOAT16, IEEE = (torch.float16, "ieee"), (torch.float32, "ieee")
 TENSOR_CORES = {80: "HMMA.*", 86: "HMMA.*", 90: "HGMMA.*", 100: "UTC.*MMA.*", 120: "HMMA.*"}
 Kernels = list[tuple[Launch, CompiledLaunch]]
-# One GPU is compiled for in plain runs. All GPUs are in slow ones, this one for all kinds of kernels.
+# The networks that are compiled: in numbers of which kind, and how wide. One GPU is compiled for in plain runs, all of
+# them are in slow ones, this one for all kinds of kernels.
 FIRST = "sm_90"
-Case = tuple[Architecture, bool]
+Networks = tuple[tuple[tuple[torch.dtype, str], float], ...]
+ONE: Networks = ((NUMBERS[0], 1.0),)
+SOME: Networks = tuple(product(NUMBERS, WIDTHS))
+ALL: Networks = (*product((*NUMBERS, IEEE), WIDTHS), (FLOAT16, 1.0))
+Case = tuple[Architecture, Networks]
 CASES = [
-    *(pytest.param((a, False), id=f"{a.name}-some kinds") for a in ARCHITECTURES if a.name == FIRST),
-    *(pytest.param((a, a.name == FIRST), id=a.name, marks=pytest.mark.slow) for a in ARCHITECTURES),
+    *(pytest.param((a, ONE), id=f"{a.name}-one network") for a in ARCHITECTURES if a.name == FIRST),
+    *(pytest.param((a, ALL if a.name == FIRST else SOME), id=a.name, marks=pytest.mark.slow) for a in ARCHITECTURES),
 ]
 
 
-def record(
-    architecture: Architecture, all_kinds: bool, batches: tuple[int, ...] = BATCHES, widths: tuple[float, ...] = WIDTHS
-) -> dict[str, Launch]:
-    """The different launches of the network on a GPU of this architecture."""
+def record(architecture: Architecture, networks: Networks, batches: tuple[int, ...] = BATCHES) -> dict[str, Launch]:
+    """The different launches of the networks on a GPU of this architecture."""
     launches: dict[str, Launch] = {}
-    problems = list(product((*NUMBERS, IEEE) if all_kinds else NUMBERS, widths)) + [(FLOAT16, 1)] * all_kinds
+    all_kinds = networks == ALL
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
         with torch.device("meta"), machine_code.recording(architecture, launches):
-            for ((dtype, setting), width), batch in product(problems, batches):
+            for ((dtype, setting), width), batch in product(networks, batches):
                 torch.backends.cudnn.conv.fp32_precision = setting
                 network = mx.MobileNetV1(1000, width, conv_bias=False).to(dtype)
                 images = torch.empty(batch, 3, 224, 224, dtype=dtype)
@@ -196,10 +199,10 @@ def has_bias(launch: Launch) -> bool:
 
 
 def test_nothing_is_kept_in_local_memory(kernels, case: Case) -> None:
-    _, all_kinds = case
+    _, networks = case
 
     def found(launch: Launch, code: CompiledLaunch) -> str | None:
-        if (all_kinds or has_bias(launch)) and code.stack <= known_to_spill(launch) and not code.local:
+        if (networks == ALL or has_bias(launch)) and code.stack <= known_to_spill(launch) and not code.local:
             return None
         return spilled(code)
 
@@ -252,9 +255,9 @@ def test_products_run_on_tensor_cores(kernels, architecture: Architecture) -> No
 
 def test_pointwise_kernels_use_the_instructions_of_their_architecture(kernels, case: Case) -> None:
     """Not only where the tile allows it: of each kind of kernel, for each dtype, some tile does."""
-    architecture, all_kinds = case
+    architecture, networks = case
     wanted = TENSOR_CORES[architecture.capability]
-    kinds = ("bf16", "f16") if all_kinds else ("bf16",)
+    kinds = ("bf16", "f16") if networks == ALL else ("bf16",)
     for part, kind in product(("pointwise_forward", "pointwise_backward"), kinds):
         mine = [code for _, code in named(kernels, part) if any(dot[0] == kind for dot in code.dots)]
         assert any(code.matching(wanted) for code in mine), (part, kind)
@@ -266,7 +269,7 @@ def test_other_activations(act: Act, workers: ProcessPoolExecutor) -> None:
     """In the launches of the widest network. Hardswish and SiLU need a few registers more than ReLU, for which the
     launch parameters were measured, so that a few values are kept in local memory."""
     (architecture,) = (a for a in ARCHITECTURES if a.name == FIRST)
-    launches = record(architecture, False, widths=(1.0,)).values()
+    launches = record(architecture, tuple(product(NUMBERS, (1.0,)))).values()
     mine = [other for launch in launches if (other := machine_code.with_activation(launch, act))]
     kernels = list(zip(mine, workers.map(machine_code.compile_launch, mine, [architecture] * len(mine)), strict=True))
     check(kernels, lambda launch, code: loses_nan(code))

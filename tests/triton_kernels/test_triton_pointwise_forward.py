@@ -1,34 +1,34 @@
-"""Pointwise convolution in Triton, forward and inference, against the reference in float64."""
+"""Pointwise convolution in Triton, forward and inference, against the oracle."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from combinations import combinations, in_turn
+from conv_inputs import DTYPES, FLOAT32_AND_16_BITS, pointwise_weight
 from cpu_ops import (
-    ACC_TOLERANCE,
     TOLERANCE,
     activation,
     assert_close,
     assert_same_specials,
+    assert_statistics,
     check_overflowed,
     copying_weight,
-    in_float64,
     is_channels_last_dense,
     overflowing,
     random_bn,
     relative_error,
 )
-from torch import Tensor
 
-from mobilenet_ext.backends import reference
 from mobilenet_ext.contract import BN_MEAN, BN_ROWS, BN_VAR, NO_PADDING, Act
 from mobilenet_ext.triton import gpu, heuristics
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+H100 = gpu.H100
 CHANNELS = [(1, 3), (3, 1), (8, 24), (24, 40), (40, 136), (136, 8)]
 
 
@@ -62,16 +62,16 @@ def whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_: (config,))
 
 
-def weight_of(channels: int, outputs: int, dtype: torch.dtype) -> Tensor:
-    return (torch.randn(outputs, channels, 1, 1, dtype=torch.float64) / channels**0.5).to(dtype)
+BLOCKS = ["small_blocks", "stored_operand", "whole_weight"]
 
 
 def check_forward(
     channels: int, outputs: int, dtype: torch.dtype, plain: bool = False, affine: bool = True,
-    size: tuple = (1, 9, 11), act: Act = Act.RELU,
+    size: tuple = (1, 9, 11), act: Act = Act.RELU, alone: bool = False,
 ) -> None:  # fmt: skip
+    """``alone``: y without its statistics, too."""
     u = activation(size[0], channels, *size[1:], dtype=dtype)
-    bn_u, weight = None if plain else random_bn(channels, dtype), weight_of(channels, outputs, dtype)
+    bn_u, weight = None if plain else random_bn(channels, dtype), pointwise_weight(channels, outputs, dtype)
     gamma, beta = (torch.rand(outputs) + 0.5, torch.randn(outputs)) if affine else (None, None)
     bias = beta.flip(0) if affine else None
     args = (u, bn_u, Act.LINEAR if plain else act, weight, 1, NO_PADDING, gamma, beta, 1e-5)
@@ -79,55 +79,46 @@ def check_forward(
     assert y.dtype == dtype and is_channels_last_dense(y)
     # In 16 bits it comes from two roundings: of an operand, and of itself.
     bound = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 1.5)
-    assert_close(y, in_float64(reference.pointwise_forward, (*args, True, bias))[0], bound, "y")
-    of_stored = reference._batch_bn(y.double(), *(None if v is None else v.double() for v in (gamma, beta)), 1e-5)
-    assert bn.shape == (BN_ROWS, outputs) and bn.dtype == torch.float32
-    for row in range(BN_ROWS):
-        assert_close(bn[row], of_stored[row], ACC_TOLERANCE[dtype], f"bn[{row}]")
-    again, nothing = pointwise_forward(*args, False, bias)
-    assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
+    assert_close(y, oracle.pointwise_forward(*args, True, bias)[0], bound, "y")
+    assert bn.shape == (BN_ROWS, outputs)
+    assert_statistics(bn, y, gamma, beta, 1e-5)
+    if alone:
+        again, nothing = pointwise_forward(*args, False, bias)
+        assert torch.equal(again, y) and nothing.shape == (0,) and nothing.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
-def test_shapes(channels: int, outputs: int, dtype: torch.dtype) -> None:
-    check_forward(channels, outputs, dtype)
+@in_turn("channels_and_outputs, dtype", CHANNELS, *FLOAT32_AND_16_BITS)
+def test_shapes(channels_and_outputs: tuple[int, int], dtype: torch.dtype) -> None:
+    check_forward(*channels_and_outputs, dtype)
 
 
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_tiles_and_blocks(dtype: torch.dtype, act: Act, small_blocks: None) -> None:
-    check_forward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stored_operand(dtype: torch.dtype, act: Act, stored_operand: None) -> None:
-    check_forward(24, 40, dtype, act=act)
-
-
-@pytest.mark.parametrize("act", Act)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whole_weight(dtype: torch.dtype, act: Act, whole_weight: None) -> None:
-    check_forward(24, 40, dtype, size=(2, 11, 12), act=act)
+@combinations("act, dtype, blocks_of", Act, DTYPES, BLOCKS)
+def test_several_tiles_and_blocks(act: Act, dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(blocks_of)
+    check_forward(24, 40, dtype, size=(2, 11, 12) if blocks_of == "whole_weight" else (1, 9, 11), act=act)
 
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 def test_optional_arguments(plain: bool, affine: bool) -> None:
-    check_forward(24, 8, torch.float32, plain, affine, size=(1, 4, 5))
+    check_forward(24, 8, torch.float32, plain, affine, size=(1, 4, 5), alone=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bn", [False, True])
-@pytest.mark.parametrize("act", Act)
-def test_inference(bn: bool, act: Act, dtype: torch.dtype) -> None:
-    for channels, outputs in ((24, 40), (136, 3)):
-        x = activation(2, channels, 5, 7, dtype=dtype)
-        args = (x, random_bn(outputs, dtype) if bn else None, act, weight_of(channels, outputs, dtype), 1, NO_PADDING)
-        y = pointwise_inference(*args)
-        assert y.dtype == dtype and is_channels_last_dense(y)
-        assert_close(y, *in_float64(reference.pointwise_inference, args), TOLERANCE[dtype])
+@combinations("act, dtype, bn, channels_and_outputs", Act, DTYPES, [True, False], [(24, 40), (136, 3)])
+def test_inference(act: Act, dtype: torch.dtype, bn: bool, channels_and_outputs: tuple[int, int]) -> None:
+    channels, outputs = channels_and_outputs
+    x = activation(2, channels, 5, 7, dtype=dtype)
+    args = (
+        x,
+        random_bn(outputs, dtype) if bn else None,
+        act,
+        pointwise_weight(channels, outputs, dtype),
+        1,
+        NO_PADDING,
+    )
+    y = pointwise_inference(*args)
+    assert y.dtype == dtype and is_channels_last_dense(y)
+    assert_close(y, oracle.pointwise_inference(*args), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": (0, 0, 1, 0)}])
@@ -135,63 +126,69 @@ def test_what_a_pointwise_convolution_has_not_is_refused(setting: dict[str, Any]
     geometry = {"stride": 1, "padding": NO_PADDING, **setting}
     ((name, value),) = setting.items()
     message = f"{name}: expected .* for a pointwise convolution, got {re.escape(str(value))}"
-    x, weight = activation(1, 8, 3, 3, dtype=torch.float32), weight_of(8, 3, torch.float32)
+    x, weight = activation(1, 8, 3, 3, dtype=torch.float32), pointwise_weight(8, 3, torch.float32)
     with pytest.raises(ValueError, match=message):
         pointwise_inference(x, None, Act.LINEAR, weight, **geometry)
     with pytest.raises(ValueError, match=message):
         pointwise_forward(x, None, Act.LINEAR, weight, **geometry, gamma=None, beta=None, eps=1e-5, stats=True)
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_large_mean(blocks_of: str, request: pytest.FixtureRequest) -> None:
     """The variance of y survives a channel mean of 1e4 with standard deviation 1."""
     request.getfixturevalue(blocks_of)
     u = activation(2, 1, 12, 13, dtype=torch.float32, mean=1e4)
     weight = torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1, 1)
     y, bn = pointwise_forward(u, None, Act.LINEAR, weight, 1, NO_PADDING, None, None, 1e-5, True)
-    expected = reference._batch_bn(y.double(), None, None, 1e-5)
+    expected = oracle.batch_bn(y, None, None, 1e-5)
     assert_close(bn[BN_VAR], expected[BN_VAR], 1e-5, "variance")
     assert_close(bn[BN_MEAN], expected[BN_MEAN], 1e-7, "mean")
 
 
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("act", Act)
+@combinations("act, special, blocks_of", Act, [float("nan"), float("inf"), float("-inf")], BLOCKS)
 def test_nonfinite(act: Act, special: float, blocks_of: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(blocks_of)
     u = activation(1, 8, 9, 9, dtype=torch.float32)
     u[0, 2, 3, 4] = special
-    weight = weight_of(8, 3, torch.float32)
+    weight = pointwise_weight(8, 3, torch.float32)
     args = (u, random_bn(8, torch.float32), act, weight, 1, NO_PADDING, None, None, 1e-5, True)
     y, bn = pointwise_forward(*args)
-    assert_same_specials(y, in_float64(reference.pointwise_forward, args)[0])
+    assert_same_specials(y, oracle.pointwise_forward(*args)[0])
     if not y.isfinite().all():
         assert not bn[BN_VAR].isfinite().any()  # a variance that a gradient scaler notices
 
 
 def test_empty_batch() -> None:
-    u, bn_u, weight = torch.empty(0, 8, 4, 4), random_bn(8, torch.float32), weight_of(8, 3, torch.float32)
+    u, bn_u, weight = (
+        torch.empty(0, 8, 4, 4),
+        random_bn(8, torch.float32),
+        pointwise_weight(8, 3, torch.float32),
+    )
     args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, True)
-    for actual, expected in zip(pointwise_forward(*args), reference.pointwise_forward(*args), strict=True):
-        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(pointwise_forward(*args), oracle.pointwise_forward(*args), strict=True):
+        torch.testing.assert_close(actual.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_candidates_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, False, gpu.H100):
+    for choice in heuristics.pointwise_forward(90, 40, 32, dtype.itemsize, False, True, False, H100):
         monkeypatch.setattr(heuristics, "pointwise_forward", lambda *_, choice=choice: (choice,))
         check_forward(40, 32, dtype, size=(1, 9, 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("blocks_of", ["small_blocks", "stored_operand", "whole_weight"])
+@pytest.mark.parametrize("blocks_of", BLOCKS)
 def test_error_in_16_bits(dtype: torch.dtype, blocks_of: str, request: pytest.FixtureRequest) -> None:
     """At most 1.5 times the error of PyTorch's own path, which rounds a and y to 16 bits."""
     request.getfixturevalue(blocks_of)
-    u, bn_u, weight = activation(2, 40, 12, 12, dtype=dtype), random_bn(40, dtype), weight_of(40, 24, dtype)
+    u, bn_u, weight = (
+        activation(2, 40, 12, 12, dtype=dtype),
+        random_bn(40, dtype),
+        pointwise_weight(40, 24, dtype),
+    )
     args = (u, bn_u, Act.RELU, weight, 1, NO_PADDING, None, None, 1e-5, False)
-    expected = in_float64(reference.pointwise_forward, args)[0]
-    own = torch.nn.functional.conv2d(reference._norm_act(u, bn_u, Act.RELU).to(dtype), weight)
+    expected = oracle.pointwise_forward(*args)[0]
+    own = torch.nn.functional.conv2d(oracle.norm_act(u, bn_u, Act.RELU).to(dtype), weight)
     assert relative_error(pointwise_forward(*args)[0], expected) <= 1.5 * relative_error(own, expected)
 
 

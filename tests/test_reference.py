@@ -1,0 +1,62 @@
+"""The reference backend, which is read as the specification of the ops, against the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import every_op
+import oracle
+import pytest
+import torch
+from cpu_ops import TOLERANCE, assert_close
+from torch import Tensor
+
+import mobilenet_ext as mx
+from mobilenet_ext import ops
+from mobilenet_ext.contract import Act
+
+SPECIAL = [math.nan, math.inf, -math.inf, -3.0, 3.0, 0.0, -0.0, 6.0, -1e4, 1e4, -88.0, -104.0, 1e30, -1e30]
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with mx.backends.use("reference"):
+        yield
+
+
+def test_every_op() -> None:
+    seen = set()
+    for call in every_op.calls("cpu", (torch.float32,)):
+        call = call._replace(args=[a.double() if isinstance(a, Tensor) else a for a in call.args])
+        expected = getattr(oracle, call.op)(*call.args)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for i, (actual, wanted) in enumerate(zip(call.run(), expected, strict=True)):
+            assert_close(actual, wanted, 1e-10 if i else 1e-12, str(call))
+        seen.add(call.op)
+    assert seen == every_op.kernel_ops()
+
+
+@pytest.mark.parametrize("dtype", every_op.DTYPES, ids=str)
+def test_an_activation_is_rounded_once(dtype: torch.dtype) -> None:
+    for call in every_op.calls("cpu", (dtype,)):
+        expected = getattr(oracle, call.op)(*call.args)
+        actual = call.run()[0]
+        if actual.dtype == dtype:
+            assert_close(actual, expected[0] if isinstance(expected, tuple) else expected, TOLERANCE[dtype], str(call))
+
+
+@pytest.mark.parametrize("act", Act)
+def test_values_and_derivatives_of_an_activation(act: Act) -> None:
+    z = torch.cat([torch.tensor(SPECIAL), torch.linspace(-8, 8, 1001)]).double().view(-1, 1, 1, 1)
+    da = torch.linspace(-2, 2, len(z)).double().view(-1, 1, 1, 1)
+    bn = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).double().view(5, 1)
+    a = ops.norm_act_forward(z, bn, act, False, None, 0.1)
+    dz, _ = ops.norm_act_backward(da, z, bn, act, False, False, None, True, 0.1)
+    torch.testing.assert_close(a, oracle.activate(z, act, 0.1), equal_nan=True)
+    torch.testing.assert_close(dz, oracle.activate_backward(z, da, act, 0.1), equal_nan=True)
+
+
+def test_zero_stays_zero() -> None:
+    """Padding relies on it."""
+    zero, bn = torch.zeros(1, 1, 1, 1), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).view(5, 1)
+    assert not any(ops.norm_act_forward(zero, bn, act, False).item() for act in Act)
