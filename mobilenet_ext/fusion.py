@@ -63,8 +63,8 @@ def calls_its_stages(module: nn.Module) -> bool:
 
 class FusedSequential(Staged, nn.Sequential):
     """``nn.Sequential`` whose forward runs convolution, BatchNorm and activation units through the fused kernels. The
-    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none. Where nothing takes gradients a unit needs
-    no BatchNorm.
+    activation is ReLU, ReLU6, LeakyReLU, Hardswish or SiLU, or there is none. Where nothing takes gradients a unit
+    needs no BatchNorm.
 
     Parameters, buffers, ``state_dict`` and results are those of the plain ``nn.Sequential`` of the same modules. Units
     in nested ``Sequential`` containers are found too; a final ``AdaptiveAvgPool2d(1)`` joins the chain before it.

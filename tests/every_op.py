@@ -16,12 +16,13 @@ import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext import ops
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
 SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, H, W
 ACTS = (Act.RELU, Act.RELU6, Act.HARDSWISH, Act.SILU)  # one for each shape
+ONE = (1, 1, 1, 1)  # on each side
 SLOPE = 0.2  # of leaky ReLU
 FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
 
@@ -81,15 +82,13 @@ def calls(
         u, bn_u = image(n, c, h, w), bn(c)
         pointwise = filters(k, c, 1, 1)
         y, grad_bn = image(n, k, h, w), random(6, k).to(device)
-        yield Call("pointwise_forward", (u, bn_u, act, pointwise, 1, 0, *with_affine(k)))
-        yield Call(
-            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, True, True)
-        )
-        yield Call(
-            "pointwise_backward", (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, 0, False, True)
-        )
-        yield Call("pointwise_inference", (u, bn(k), act, pointwise, 1, 0))
-        yield Call("pointwise_inference", (u, bn(k), Act.LEAKY_RELU, pointwise, 1, 0, None, image(n, k, h, w), SLOPE))
+        yield Call("pointwise_forward", (u, bn_u, act, pointwise, 1, NO_PADDING, *with_affine(k)))
+        backward = (image(n, k, h, w), y, grad_bn, u, bn_u, act, True, pointwise, 1, NO_PADDING)
+        yield Call("pointwise_backward", (*backward, True, True))
+        yield Call("pointwise_backward", (*backward, False, True))
+        yield Call("pointwise_inference", (u, bn(k), act, pointwise, 1, NO_PADDING))
+        leaky = (u, bn(k), Act.LEAKY_RELU, pointwise, 1, NO_PADDING, None, image(n, k, h, w), SLOPE)
+        yield Call("pointwise_inference", leaky)
         gate = image(n, c, 1, 1)
         yield Call("gated_pointwise_forward", (u, bn_u, act, gate, pointwise, *with_affine(k)))
         for bn_of, act_of in ((bn_u, act), (None, Act.LINEAR)):
@@ -107,24 +106,25 @@ def calls(
             out = [(side - 1) // stride + 1 for side in (h, w)]
             depthwise, dense = filters(c, 1, 3, 3), filters(k, c, 3, 3)
             y, grad_bn = image(n, c, *out), random(6, c).to(device)
-            yield Call("depthwise_forward", (u, bn_u, act, depthwise, stride, 1, *with_affine(c)))
+            yield Call("depthwise_forward", (u, bn_u, act, depthwise, stride, ONE, *with_affine(c)))
             yield Call(
                 "depthwise_backward",
-                (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, 1, True, True),
+                (image(n, c, *out), y, grad_bn, u, bn_u, act, True, depthwise, stride, ONE, True, True),
             )
             residual = image(n, k, *out)
-            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1))
-            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, 1, None, image(n, c, *out)))
-            yield Call("block_inference", (u, bn_u, act, depthwise, stride, 1, bn(k), act, pointwise))
-            yield Call("block_inference", (u, bn_u, act, depthwise, stride, 1, bn(k), act, pointwise, None, residual))
-            yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, 1, *with_affine(k)))
+            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, ONE))
+            yield Call("depthwise_inference", (u, bn_u, act, depthwise, stride, ONE, None, image(n, c, *out)))
+            block = (u, bn_u, act, depthwise, stride, ONE, bn(k), act, pointwise)
+            yield Call("block_inference", block)
+            yield Call("block_inference", (*block, None, residual))
+            yield Call("dense_forward", (u, None, Act.LINEAR, dense, stride, ONE, *with_affine(k)))
             y, grad_bn = image(n, k, *out), random(6, k).to(device)
             yield Call(
                 "dense_backward",
-                (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, 1, True, True),
+                (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, ONE, True, True),
             )
-            yield Call("dense_inference", (u, bn(k), act, dense, stride, 1))
-            yield Call("dense_inference", (u, bn(k), act, dense, stride, 1, None, residual))
+            yield Call("dense_inference", (u, bn(k), act, dense, stride, ONE))
+            yield Call("dense_inference", (u, bn(k), act, dense, stride, ONE, None, residual))
     mean, var = random(24).to(device), random(24).abs().to(device)
     yield Call("bn_from_running", (mean, var, *affine(24), random(24).to(device), 1e-5))
 

@@ -9,7 +9,7 @@ struct Images {
   uint64_t pixels, reciprocal;  // (2^64 - 1)/pixels, rounded down
 
   MX_HOST_DEVICE int64_t of(int64_t row) const {
-    // The quotient, or one less: of a row below 2^64, what the reciprocal lacks is less than 1.
+    // reciprocal/2^64 is 1/pixels or up to 2^-64 less, and so the quotient right or one too small.
     const uint64_t image = uint64_t((unsigned __int128)uint64_t(row) * reciprocal >> 64);
     return int64_t(image + (uint64_t(row) - image * pixels >= pixels));
   }
@@ -21,8 +21,7 @@ struct Gate {
   Images images;
   int channels;
 
-  // Those of a row's image.
-  __device__ __forceinline__ const T* of(int64_t row) const { return data + images.of(row) * channels; }
+  __device__ __forceinline__ const T* of_image(int64_t image) const { return data + image * channels; }
 };
 
 template <class T, class Args>
@@ -31,6 +30,9 @@ Gate<T> gate_of(const Args& args) {
   return {static_cast<const T*>(args.gate), {pixels, ~uint64_t(0) / pixels}, int(args.g.c_in)};
 }
 
+// Whether the number of an image fits GatedInput's.
+inline bool can_number(const Geometry& g) { return g.n <= INT32_MAX; }
+
 // a*gate [rows, channels], with a = act(norm(u)), as a Source (product.h).
 template <class T, bool kWide>
 struct GatedInput {
@@ -38,18 +40,20 @@ struct GatedInput {
   using Ungated = NormActInput<T, kWide>;
   struct Raw {
     typename Ungated::Raw u;
-    const T* gate;  // of the image; loaded when it is needed, from the cache: packs would take too many registers
-    static __device__ __forceinline__ Raw zero() { return {Ungated::Raw::zero(), nullptr}; }
+    int image;  // its gate is loaded when it is needed, from the cache: packs would take too many registers
+    static __device__ __forceinline__ Raw zero() { return {Ungated::Raw::zero(), -1}; }
   };
   using Vectors = typename Ungated::Vectors;
   Ungated input;
   Gate<T> gate;
 
-  __device__ __forceinline__ Raw load(int64_t row, int c) const { return {input.load(row, c), gate.of(row)}; }
+  __device__ __forceinline__ Raw load(int64_t row, int c) const {
+    return {input.load(row, c), int(gate.images.of(row))};
+  }
   __device__ __forceinline__ Vectors vectors(int c) const { return input.vectors(c); }
   __device__ __forceinline__ void convert(const Raw& raw, int c, const Vectors& norm, float (&a)[kWidth]) const {
-    if (raw.gate == nullptr) return;
-    const auto factor = load_channels<kWide, kWidth>(raw.gate, c, input.channels);
+    if (raw.image < 0) return;
+    const auto factor = load_channels<kWide, kWidth>(gate.of_image(raw.image), c, input.channels);
     input.convert(raw.u, c, norm, a);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) a[i] *= to_float(factor.v[i]);

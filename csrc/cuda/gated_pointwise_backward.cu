@@ -49,8 +49,9 @@ struct GatedInputGradient {
   __device__ __forceinline__ Extra load(int64_t row, bool inside) {
     if (!inside) return {PackedWords<T>::zero(), PackedWords<T>::zero()};
     const int columns = args.tiling.columns;
+    const T* const gate = args.gate.of_image(args.gate.images.of(row));
     return {PackedWords<T>::of(load_channels<S::kAligned, S::kWidth>(args.u + row * columns, column, columns)),
-            PackedWords<T>::of(load_channels<S::kAligned, S::kWidth>(args.gate.of(row), column, columns))};
+            PackedWords<T>::of(load_channels<S::kAligned, S::kWidth>(gate, column, columns))};
   }
 
   __device__ __forceinline__ void store(int index, int64_t row, bool inside, float (&d)[S::kWidth],
@@ -180,6 +181,7 @@ struct StartWeight {
 }  // namespace
 
 cudaError_t gated_pointwise_backward(const BackwardArgs& args, const Launch& on) {
+  if (!can_number(args.g)) return cudaErrorInvalidValue;
   const int64_t rows = args.g.n * args.g.h * args.g.w, channels = args.g.c_in, outputs = args.g.c_out;
   const void* const pointers[] = {args.dz,       args.y,    args.grad_bn_y, args.u,
                                   args.input.bn, args.gate, args.weight,    args.dz_u};

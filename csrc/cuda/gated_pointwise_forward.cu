@@ -35,6 +35,7 @@ struct Start {
 }  // namespace
 
 cudaError_t gated_pointwise_forward(const ForwardArgs& args, const Launch& on) {
+  if (!can_number(args.g)) return cudaErrorInvalidValue;
   const void* const pointers[] = {args.u,    args.input.bn, args.gate,      args.weight,
                                   args.bias, args.y,        args.output.bn, args.residual};
   return choose_shape(args.dtype, args.g.n * args.g.h * args.g.w, args.g.c_in, args.g.c_out, pointers, on,

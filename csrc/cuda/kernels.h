@@ -1,8 +1,8 @@
 // The CUDA backend's launchers: they take raw pointers (csrc/args.h) and a stream, and include no torch header.
 //
 // A launcher only queues work on the stream. It returns the first CUDA error, and cudaErrorInvalidValue for what it
-// does not know: float64, and a dense convolution of an input that is not plain. It launches nothing where the output
-// has no elements and nothing is to be written.
+// does not know: float64, a dense convolution of an input that is not plain, and a gate of 2^31 images. It launches
+// nothing where the output has no elements and nothing is to be written.
 #pragma once
 #include <cuda_runtime_api.h>
 

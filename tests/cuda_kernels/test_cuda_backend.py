@@ -47,7 +47,9 @@ def steps(x: torch.Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
 
 
-@pytest.mark.parametrize("op", ["pointwise_forward", "pointwise_backward", "dense_forward", "dense_backward"])
+@pytest.mark.parametrize(
+    "op", [f"{conv}_{pass_}" for conv in ("pointwise", "gated_pointwise", "dense") for pass_ in ("forward", "backward")]
+)
 def test_precision_is_read_at_each_call(op: str) -> None:
     """Whatever op was called before: the setting of the last one must not stick."""
     call = next(call for call in every_op.calls("cpu", (torch.float32,)) if call.op == op)
