@@ -84,7 +84,7 @@ def test_empty_tensors_launch_nothing(conv: str) -> None:
     source = (u, None, Act.LINEAR) if conv == "dense" else (u, torch.rand(5, 6), Act.RELU)
     args = (*source, weight, *geometry, None, None, 1e-5, True)
     actual, expected = ops.FORWARD[conv](*args), getattr(oracle, f"{conv}_forward")(*args)
-    args = (torch.empty_like(expected[0]), None, None, *source, True, weight, *geometry, True, True)
+    args = (torch.empty_like(actual[0]), None, None, *source, True, weight, *geometry, True, True)
     actual += ops.BACKWARD[conv](*args)
     expected += getattr(oracle, f"{conv}_backward")(*args)
     for a, b in zip(actual, expected, strict=True):
