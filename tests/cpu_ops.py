@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mobilenet_ext
-from mobilenet_ext.contract import BN_MEAN, BN_RSTD, BN_SCALE, BN_VAR, Act, acc_dtype
+from mobilenet_ext.contract import BN_MEAN, BN_RSTD, BN_SCALE, BN_VAR, NO_PADDING, Act, acc_dtype
 
 LIBRARY = Path(mobilenet_ext.__file__).parent / "_cpu.abi3.so"
 torch.ops.load_library(str(LIBRARY))
@@ -80,6 +80,34 @@ def expected_backward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if not rounds_operands(args[0].dtype):
         return oracle.conv_backward(*args)[:2]
     return oracle.product_backward(*args)
+
+
+def expected_forward(op: str, args: tuple[Any, ...]) -> Tensor:
+    """What an op with a product computes first, of operands as the kernel rounds them."""
+    if rounds_operands(args[0].dtype):
+        op, args = _with_rounded_operands(op, args)
+    return first_output(getattr(oracle, op)(*args))
+
+
+def _with_rounded_operands(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+    """The product alone: the op and its arguments, of what the op makes of its input first."""
+    pointwise = (1, NO_PADDING)
+    if op == "pointwise_forward":
+        u, bn_u, act_u, weight, _, _, *rest, slope = args
+        return op, (oracle.norm_act(u, bn_u, act_u, slope).to(u.dtype), None, Act.LINEAR, weight, *pointwise, *rest)
+    if op == "gated_pointwise_forward":
+        u, bn_u, act_u, gate, weight, *rest, slope = args
+        a = (oracle.norm_act(u, bn_u, act_u, slope) * gate.double()).to(u.dtype)
+        return "pointwise_forward", (a, None, Act.LINEAR, weight, *pointwise, *rest)
+    if op == "gated_pointwise_inference":
+        x, gate, bn_y, act_y, weight, *rest = args
+        return "pointwise_inference", ((x.double() * gate.double()).to(x.dtype), bn_y, act_y, weight, *pointwise, *rest)
+    if op == "block_inference":
+        depthwise, (bn_y, act_y, weight) = args[:6], args[6:9]
+        _, residual, depthwise_slope, slope = (*args[9:], *(None, None, 0.0, 0.0)[len(args) - 9 :])
+        a = oracle.depthwise_inference(*depthwise, None, None, depthwise_slope).to(args[0].dtype)
+        return "pointwise_inference", (a, bn_y, act_y, weight, *pointwise, None, residual, slope)
+    return op, args
 
 
 def first_output(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -37,6 +37,7 @@ struct NormActOutput {
   };
   struct Extra {};
   static constexpr int kSharedBytes = S::kSharedBytes;
+  static constexpr int kBlocks = 2;
   using Norm = ChannelNorm<S::kWidth>;
   const Arguments& args;
   int column;
@@ -96,6 +97,7 @@ struct StatisticsOutput {
   static constexpr int kTotal = S::kSharedBytes, kSquares = kTotal + Vector::kBytes,
                        kOrigin = kSquares + Vector::kBytes;
   static constexpr int kSharedBytes = kOrigin + Vector::kBytes;
+  static constexpr int kBlocks = 2;
 
   __device__ __forceinline__ explicit StatisticsOutput(const Arguments& arguments)
       : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {
@@ -205,24 +207,20 @@ struct StatisticsOutput {
   }
 };
 
-// Launches one of two kernels (source, weight, Output::Arguments) that differ in their Output, and what merges the
-// statistics.
-template <class S, bool kWide, class Source, class T = typename S::T>
-cudaError_t start_convolution(void (*with_statistics)(Source, const T*, typename StatisticsOutput<S, kWide>::Arguments),
-                              void (*with_norm_act)(Source, const T*, typename NormActOutput<S, kWide>::Arguments),
-                              const Source& source, int depth, const ForwardArgs& f, const Launch& on) {
+// Launches the product of `source`, which reads A[rows, depth], and what merges the statistics where they are wanted.
+template <class S, bool kWide, class Source>
+cudaError_t start_convolution(const Source& source, int depth, const ForwardArgs& f, const Launch& on) {
+  using T = typename S::T;
+  using Statistics = StatisticsOutput<S, kWide>;
+  using NormAct = NormActOutput<S, kWide>;
   const Tiling tiling = tiling_of<S>(f.g.n * f.g.out_h * f.g.out_w, depth, f.g.c_out, on);
-  const T* const weight = static_cast<const T*>(f.weight);
   const float* const bias = static_cast<const float*>(f.bias);
   T* const y = static_cast<T*>(f.y);
   if (!f.statistics.wanted())
-    return launch_product<S>(with_norm_act, tiling, NormActOutput<S, kWide>::kSharedBytes, on, source, weight,
-                             typename NormActOutput<S, kWide>::Arguments{y, bias, parameters_of(f.output),
-                                                                         static_cast<const T*>(f.residual), tiling});
+    return start_product<S, false, NormAct>(
+        source, f.weight, {y, bias, parameters_of(f.output), static_cast<const T*>(f.residual), tiling}, on);
   float* const partial = on.temporary<float>(size_t(tiling.programs) * STATISTICS_ROWS * tiling.columns);
-  const cudaError_t error =
-      launch_product<S>(with_statistics, tiling, StatisticsOutput<S, kWide>::kSharedBytes, on, source, weight,
-                        typename StatisticsOutput<S, kWide>::Arguments{y, bias, partial, tiling});
+  const cudaError_t error = start_product<S, false, Statistics>(source, f.weight, {y, bias, partial, tiling}, on);
   if (error != cudaSuccess) return error;
   return merge_statistics(partial, tiling.programs, tiling.columns, f.statistics, on);
 }

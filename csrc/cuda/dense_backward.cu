@@ -6,23 +6,12 @@
 namespace mx::cuda {
 namespace {
 
-template <class S, bool kWide, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    weight_kernel(const OutputGradient<T, kWide> dy, const Patches<T> patches, const WeightTiling tiling,
-                  float* partial) {
-  if constexpr (S::kAvailable) {
-    weight_product<S>(dy, patches, tiling, partial);
-  } else {
-    not_compiled();
-  }
-}
-
 template <class S, bool kWide>
 cudaError_t start_weight(const BackwardArgs& args, Partial& partial, const Launch& on) {
   using T = typename S::T;
   const Geometry& g = args.g;
-  return start_weight_product<S>(weight_kernel<S, kWide>, output_gradient_of<T, kWide>(args), patches_of<T>(args.u, g),
-                                 g.n * g.out_h * g.out_w, int(g.c_out), int(9 * g.c_in), partial, on);
+  return start_weight_product<S>(output_gradient_of<T, kWide>(args), patches_of<T>(args.u, g), g.n * g.out_h * g.out_w,
+                                 int(g.c_out), int(9 * g.c_in), partial, on);
 }
 
 constexpr int kInputThreads = 128;

@@ -6,23 +6,11 @@
 namespace mx::cuda {
 namespace {
 
-template <class S, class Output, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    kernel(const Patches<T> patches, const T* weight, const typename Output::Arguments args) {
-  if constexpr (S::kAvailable) {
-    Output output(args);
-    product<S, false>(patches, weight, args.tiling, output);
-  } else {
-    not_compiled();
-  }
-}
-
 // kWide is about y: a patch is never wide, and so neither is the weight.
 template <class S, bool kWide>
 cudaError_t start(const ForwardArgs& args, const Launch& on) {
   const auto patches = patches_of<typename S::T>(args.u, args.g);
-  return start_convolution<S, kWide>(kernel<S, StatisticsOutput<S, kWide>>, kernel<S, NormActOutput<S, kWide>>, patches,
-                                     9 * patches.channels, args, on);
+  return start_convolution<S, kWide>(patches, 9 * patches.channels, args, on);
 }
 
 }  // namespace

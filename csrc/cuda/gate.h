@@ -44,17 +44,17 @@ struct GatedInput {
     static __device__ __forceinline__ Raw zero() { return {Ungated::Raw::zero(), -1}; }
   };
   using Vectors = typename Ungated::Vectors;
-  Ungated input;
+  Ungated ungated;
   Gate<T> gate;
 
   __device__ __forceinline__ Raw load(int64_t row, int c) const {
-    return {input.load(row, c), int(gate.images.of(row))};
+    return {ungated.load(row, c), int(gate.images.of(row))};
   }
-  __device__ __forceinline__ Vectors vectors(int c) const { return input.vectors(c); }
+  __device__ __forceinline__ Vectors vectors(int c) const { return ungated.vectors(c); }
   __device__ __forceinline__ void convert(const Raw& raw, int c, const Vectors& norm, float (&a)[kWidth]) const {
     if (raw.image < 0) return;
-    const auto factor = load_channels<kWide, kWidth>(gate.of_image(raw.image), c, input.channels);
-    input.convert(raw.u, c, norm, a);
+    const auto factor = load_channels<kWide, kWidth>(gate.of_image(raw.image), c, ungated.channels);
+    ungated.convert(raw.u, c, norm, a);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) a[i] *= to_float(factor.v[i]);
   }
@@ -62,7 +62,7 @@ struct GatedInput {
 
 template <class T, bool kWide, class Args>
 GatedInput<T, kWide> gated_input_of(const Args& args) {
-  return {{static_cast<const T*>(args.u), parameters_of(args.input), int(args.g.c_in)}, gate_of<T>(args)};
+  return {norm_act_input_of<T, kWide>(args), gate_of<T>(args)};
 }
 
 }  // namespace mx::cuda

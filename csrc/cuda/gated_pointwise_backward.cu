@@ -27,6 +27,7 @@ struct GatedInputGradient {
     PackedWords<T> u, gate;
   };
   static constexpr int kSharedBytes = S::kSharedBytes;
+  static constexpr int kBlocks = S::kColumns > 64 ? 1 : 2;
   const Arguments& args;
   int column;
   // Of the image that the rows have come to: the thread's sums, where they go, and the first row of the next.
@@ -114,29 +115,6 @@ struct GatedInputGradient {
   __device__ __forceinline__ void end() {}
 };
 
-template <class S, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, S::kColumns > 64 ? 1 : 2)
-    input_kernel(const OutputGradient<T, S::kAligned> dy, const T* weight,
-                 const typename GatedInputGradient<S>::Arguments args) {
-  if constexpr (S::kAvailable) {
-    GatedInputGradient<S> output(args);
-    product<S, true>(dy, weight, args.tiling, output);
-  } else {
-    not_compiled();
-  }
-}
-
-template <class S, bool kWide, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    weight_kernel(const OutputGradient<T, kWide> dy, const GatedInput<T, kWide> a, const WeightTiling tiling,
-                  float* partial) {
-  if constexpr (S::kAvailable) {
-    weight_product<S>(dy, a, tiling, partial);
-  } else {
-    not_compiled();
-  }
-}
-
 // Queues the kernel of da, and what merges the gate's gradient.
 struct StartInput {
   const BackwardArgs& args;
@@ -155,9 +133,8 @@ struct StartInput {
                                                               static_cast<T*>(args.dz_u),
                                                               partial,
                                                               tiling};
-    const cudaError_t error =
-        launch_product<S>(input_kernel<S>, tiling, GatedInputGradient<S>::kSharedBytes, on,
-                          output_gradient_of<T, S::kAligned>(args), static_cast<const T*>(args.weight), arguments);
+    const cudaError_t error = start_product<S, true, GatedInputGradient<S>>(output_gradient_of<T, S::kAligned>(args),
+                                                                            args.weight, arguments, on);
     if (error != cudaSuccess) return error;
     return merge_images(partial, S::kWarpRows, g.n, g.h * g.w, int(g.c_in), static_cast<float*>(args.grad_gate), on);
   }
@@ -172,9 +149,8 @@ struct StartWeight {
   cudaError_t run() const {
     using T = typename S::T;
     const Geometry& g = args.g;
-    return start_weight_product<S>(weight_kernel<S, kWide>, output_gradient_of<T, kWide>(args),
-                                   gated_input_of<T, kWide>(args), g.n * g.h * g.w, int(g.c_out), int(g.c_in), sums,
-                                   on);
+    return start_weight_product<S>(output_gradient_of<T, kWide>(args), gated_input_of<T, kWide>(args), g.n * g.h * g.w,
+                                   int(g.c_out), int(g.c_in), sums, on);
   }
 };
 

@@ -6,29 +6,14 @@
 namespace mx::cuda {
 namespace {
 
-template <class S>
-using Input = GatedInput<typename S::T, S::kAligned>;
-
-template <class S, class Output, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    kernel(const Input<S> input, const T* weight, const typename Output::Arguments args) {
-  if constexpr (S::kAvailable) {
-    Output output(args);
-    product<S, false>(input, weight, args.tiling, output);
-  } else {
-    not_compiled();
-  }
-}
-
 struct Start {
   const ForwardArgs& args;
   const Launch& on;
 
   template <class S>
   cudaError_t run() const {
-    return start_convolution<S, S::kAligned>(
-        kernel<S, StatisticsOutput<S, S::kAligned>>, kernel<S, NormActOutput<S, S::kAligned>>,
-        gated_input_of<typename S::T, S::kAligned>(args), int(args.g.c_in), args, on);
+    const auto input = gated_input_of<typename S::T, S::kAligned>(args);
+    return start_convolution<S, S::kAligned>(input, input.ungated.channels, args, on);
   }
 };
 

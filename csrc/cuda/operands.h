@@ -36,6 +36,12 @@ struct NormActInput {
   }
 };
 
+// Of a convolution's arguments, forward or backward.
+template <class T, bool kWide, class Args>
+NormActInput<T, kWide> norm_act_input_of(const Args& args) {
+  return {static_cast<const T*>(args.u), parameters_of(args.input), int(args.g.c_in)};
+}
+
 // dy [rows, channels], of dz and y.
 template <class T, bool kWide>
 struct OutputGradient {

@@ -30,6 +30,7 @@ struct InputGradient {
   using Vector = SharedSpill<S, S::kWidth>;
   static constexpr int kSum = S::kSharedBytes, kSumCentred = kSum + Vector::kBytes;
   static constexpr int kSharedBytes = kSumCentred + Vector::kBytes;
+  static constexpr int kBlocks = S::kColumns > 64 ? 1 : 2;
 
   __device__ __forceinline__ explicit InputGradient(const Arguments& arguments)
       : args(arguments), column(arguments.tiling.template first_column<S>() + S::thread_column()) {
@@ -96,29 +97,6 @@ struct InputGradient {
   }
 };
 
-template <class S, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, S::kColumns > 64 ? 1 : 2)
-    input_kernel(const OutputGradient<T, S::kAligned> dy, const T* weight,
-                 const typename InputGradient<S>::Arguments args) {
-  if constexpr (S::kAvailable) {
-    InputGradient<S> output(args);
-    product<S, true>(dy, weight, args.tiling, output);
-  } else {
-    not_compiled();
-  }
-}
-
-template <class S, bool kWide, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    weight_kernel(const OutputGradient<T, kWide> dy, const NormActInput<T, kWide> a, const WeightTiling tiling,
-                  float* partial) {
-  if constexpr (S::kAvailable) {
-    weight_product<S>(dy, a, tiling, partial);
-  } else {
-    not_compiled();
-  }
-}
-
 // Queues the kernel of dz_u, which leaves `sums`.
 struct StartInput {
   const BackwardArgs& args;
@@ -134,8 +112,8 @@ struct StartInput {
     if (args.grad_bn_u != nullptr) sums.data = on.temporary<float>(size_t(tiling.programs) * SUM_ROWS * g.c_in);
     const typename InputGradient<S>::Arguments arguments{static_cast<const T*>(args.u), parameters_of(args.input),
                                                          static_cast<T*>(args.dz_u), sums.data, tiling};
-    return launch_product<S>(input_kernel<S>, tiling, InputGradient<S>::kSharedBytes, on,
-                             output_gradient_of<T, S::kAligned>(args), static_cast<const T*>(args.weight), arguments);
+    return start_product<S, true, InputGradient<S>>(output_gradient_of<T, S::kAligned>(args), args.weight, arguments,
+                                                    on);
   }
 };
 
@@ -148,9 +126,8 @@ struct StartWeight {
   cudaError_t run() const {
     using T = typename S::T;
     const Geometry& g = args.g;
-    const NormActInput<T, kWide> a{static_cast<const T*>(args.u), parameters_of(args.input), int(g.c_in)};
-    return start_weight_product<S>(weight_kernel<S, kWide>, output_gradient_of<T, kWide>(args), a, g.n * g.h * g.w,
-                                   int(g.c_out), a.channels, sums, on);
+    return start_weight_product<S>(output_gradient_of<T, kWide>(args), norm_act_input_of<T, kWide>(args),
+                                   g.n * g.h * g.w, int(g.c_out), int(g.c_in), sums, on);
   }
 };
 

@@ -5,30 +5,14 @@
 namespace mx::cuda {
 namespace {
 
-template <class S>
-using Input = NormActInput<typename S::T, S::kAligned>;
-
-template <class S, class Output, class T = typename S::T>
-__global__ void __launch_bounds__(S::kThreads, 2)
-    kernel(const Input<S> input, const T* weight, const typename Output::Arguments args) {
-  if constexpr (S::kAvailable) {
-    Output output(args);
-    product<S, false>(input, weight, args.tiling, output);
-  } else {
-    not_compiled();
-  }
-}
-
 struct Start {
   const ForwardArgs& args;
   const Launch& on;
 
   template <class S>
   cudaError_t run() const {
-    const int depth = int(args.g.c_in);
-    const Input<S> input{static_cast<const typename S::T*>(args.u), parameters_of(args.input), depth};
-    return start_convolution<S, S::kAligned>(kernel<S, StatisticsOutput<S, S::kAligned>>,
-                                             kernel<S, NormActOutput<S, S::kAligned>>, input, depth, args, on);
+    const auto input = norm_act_input_of<typename S::T, S::kAligned>(args);
+    return start_convolution<S, S::kAligned>(input, input.channels, args, on);
   }
 };
 

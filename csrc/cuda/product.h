@@ -360,6 +360,19 @@ Tiling tiling_of(int64_t rows, int64_t depth, int64_t columns, const Launch& on)
   return tiling;
 }
 
+// The epilogue is made of its Arguments, which have the tiling; a multiprocessor is to hold kBlocks blocks, and each has
+// kSharedBytes of shared memory.
+template <class S, bool transposed, class Source, class Epilogue>
+__global__ void __launch_bounds__(S::kThreads, Epilogue::kBlocks)
+    product_kernel(const Source source, const typename S::T* weight, const typename Epilogue::Arguments args) {
+  if constexpr (S::kAvailable) {
+    Epilogue epilogue(args);
+    product<S, transposed>(source, weight, args.tiling, epilogue);
+  } else {
+    not_compiled();
+  }
+}
+
 // Launches a kernel that is a product of this tiling.
 template <class S, class... Parameters, class... Args>
 cudaError_t launch_product(void (*kernel)(Parameters...), const Tiling& tiling, int shared_bytes, const Launch& on,
@@ -367,6 +380,13 @@ cudaError_t launch_product(void (*kernel)(Parameters...), const Tiling& tiling, 
   if (tiling.programs == 0) return cudaSuccess;
   return launch(kernel, dim3(tiling.column_blocks, tiling.programs), dim3(S::kThreads), shared_bytes, on.stream,
                 args...);
+}
+
+template <class S, bool transposed, class Epilogue, class Source>
+cudaError_t start_product(const Source& source, const void* weight, const typename Epilogue::Arguments& args,
+                          const Launch& on) {
+  return launch_product<S>(product_kernel<S, transposed, Source, Epilogue>, args.tiling, Epilogue::kSharedBytes, on,
+                           source, static_cast<const typename S::T*>(weight), args);
 }
 
 // f(Kind<T, Math>()) of a dtype on a device.

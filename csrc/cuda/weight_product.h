@@ -184,11 +184,20 @@ __device__ __forceinline__ void weight_product(const SourceDy& source_dy, const 
       }
 }
 
-// Launches kernel(dy, a, tiling, partial).
 template <class S, class SourceDy, class SourceA>
-cudaError_t start_weight_product(void (*kernel)(SourceDy, SourceA, WeightTiling, float*), const SourceDy& dy,
-                                 const SourceA& a, int64_t rows, int outputs, int depth, Partial& partial,
-                                 const Launch& on) {
+__global__ void __launch_bounds__(S::kThreads, 2)
+    weight_kernel(const SourceDy dy, const SourceA a, const WeightTiling tiling, float* partial) {
+  if constexpr (S::kAvailable) {
+    weight_product<S>(dy, a, tiling, partial);
+  } else {
+    not_compiled();
+  }
+}
+
+// Launches it.
+template <class S, class SourceDy, class SourceA>
+cudaError_t start_weight_product(const SourceDy& dy, const SourceA& a, int64_t rows, int outputs, int depth,
+                                 Partial& partial, const Launch& on) {
   WeightTiling tiling{};
   tiling.rows = rows, tiling.outputs = outputs, tiling.depth = depth;
   tiling.steps = int((rows + S::kRows - 1) / S::kRows);
@@ -199,8 +208,8 @@ cudaError_t start_weight_product(void (*kernel)(SourceDy, SourceA, WeightTiling,
   partial.programs = tiling.programs;
   partial.data = on.temporary<float>(size_t(tiling.programs) * outputs * depth);
   if (tiling.programs == 0) return cudaSuccess;
-  return launch(kernel, dim3(blocks, tiling.programs), dim3(S::kThreads), S::kSharedBytes, on.stream, dy, a, tiling,
-                partial.data);
+  return launch(weight_kernel<S, SourceDy, SourceA>, dim3(blocks, tiling.programs), dim3(S::kThreads), S::kSharedBytes,
+                on.stream, dy, a, tiling, partial.data);
 }
 
 // start.run<WeightShape<...>, kWide>() of the shape for a gradient [outputs, depth]; kWide: `pointers`, all that rows
