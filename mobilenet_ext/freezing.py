@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import nn
 
-from mobilenet_ext import fusion, storage
+from mobilenet_ext import fusing, fusion, storage
 from mobilenet_ext.plans import FoldedChain, Plans, parts_of
 
 
@@ -64,9 +64,16 @@ def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
             folds = folds or any(isinstance(part, FoldedChain) for part in parts_of(module))
         if not isinstance(module, torch.jit.ScriptModule):
             module.train = _StayInEval(module)  # on each: dropout in a parent must not come back either
+    fusing.put_plans_in(frozen, folds=True)
+    folds = folds or any(_folds(module) for module in frozen.modules() if fusing.is_fused(module))
     if not folds:
         warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
     return frozen
+
+
+def _folds(module: nn.Module) -> bool:
+    with torch.no_grad():
+        return bool(fusing.plans_of(module).of(module).chains)
 
 
 class _StayInEval:

@@ -24,9 +24,9 @@ from mobilenet_ext import chain, layers
 from mobilenet_ext.arguments import as_padding, check_batch_norm, check_conv, check_running_stats
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.contract import NO_PADDING, Act
-from mobilenet_ext.fusion import TENSORS
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.tracing import is_traced
+from mobilenet_ext.units import TENSORS
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
 

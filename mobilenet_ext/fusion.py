@@ -1,19 +1,13 @@
 """Which modules may run as a fused chain: the decision, made anew at each forward, and the run.
 
-A unit is fused only if its modules are exactly ``Conv2d``, ``BatchNorm2d`` (in inference it may be missing) and perhaps
-an activation with settings the kernels support, and nothing watches or changes them: no hooks (theirs or global), no
-pruning, no parametrisation, no replaced ``forward``. Everything else runs as the modules it is made of, and the chain
-starts again after it.
+What is no unit (``units.py``) runs as the modules that it is made of, and the chain starts again after it.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +15,22 @@ from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
-from mobilenet_ext.chain import Kind, Unit
-from mobilenet_ext.contract import DTYPES, KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Act, Padding, conv_output_size
+from mobilenet_ext.contract import DTYPES, conv_output_size
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
 from mobilenet_ext.running_stats import why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
-
-TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
-
-
-class UnitModules(NamedTuple):
-    """The modules of a unit that can be fused; its activation has nothing to keep."""
-
-    kind: Kind
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d | None  # None: in inference alone
-    act: int
-    slope: float  # of a leaky ReLU
-    size: int  # how many modules: a linear unit has no activation
+from mobilenet_ext.units import (
+    TENSORS,
+    UnitModules,
+    as_tensors,
+    is_exactly,
+    is_untouched,
+    leading_unit,
+    padding_of,
+    pools_to_one,
+    tracks,
+    vectors_of,
+)
 
 
 class Staged(nn.Module):
@@ -126,7 +118,7 @@ def leading_chain(modules: list[nn.Module], inference: bool = False) -> tuple[li
     units: list[UnitModules] = []
     tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
     count = 0
-    while (unit := _unit(modules[count : count + 3], inference)) is not None:
+    while (unit := leading_unit(modules[count : count + 3], inference)) is not None:
         if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
         buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None] if unit.bn else []
@@ -138,7 +130,7 @@ def leading_chain(modules: list[nn.Module], inference: bool = False) -> tuple[li
         count += unit.size
     pool = False
     if units and (after := modules[count:]):
-        pool = is_exactly(after[0], nn.AdaptiveAvgPool2d) and _pools_to_one(after[0])
+        pool = is_exactly(after[0], nn.AdaptiveAvgPool2d) and pools_to_one(after[0])
     return units, pool
 
 
@@ -161,7 +153,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     _, channels, h, w = x.shape
     for _, conv, bn, *_ in units:
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
-        vectors = [t for t in _vectors(bn) if t is not None]
+        vectors = [t for t in vectors_of(bn) if t is not None]
         if any(t.device != x.device for t in (*conv_tensors, *vectors)):
             return False
         if any(t.dtype not in conv_dtypes for t in conv_tensors):
@@ -169,7 +161,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
         if vectors and (vectors[0].dtype not in vector_dtypes or any(t.dtype != vectors[0].dtype for t in vectors)):
             return False
         if bn is not None and any(
-            why_unusable(t, _tracks(bn)) for t in (bn.running_mean, bn.running_var) if t is not None
+            why_unusable(t, tracks(bn)) for t in (bn.running_mean, bn.running_var) if t is not None
         ):
             return False
         h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], padding_of(conv))
@@ -189,49 +181,10 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     tensors = [as_tensors(unit) for unit in units]
     out = chain.run(x, tensors, pool)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
-    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if _tracks(bn) and bn.num_batches_tracked is not None]
+    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if tracks(bn) and bn.num_batches_tracked is not None]
     if batches:
         torch._foreach_add_(batches, 1)
     return match_memory_format(out, gives_channels_last(x, tensors))
-
-
-def as_tensors(unit: UnitModules) -> Unit:
-    """The unit's tensors and settings at this moment, before its batch is counted in ``num_batches_tracked``."""
-    kind, conv, bn, act, slope, _ = unit
-    convolution = (kind, conv.stride[0], padding_of(conv), conv.weight, conv.bias)
-    if bn is None:
-        return Unit(*convolution, *_vectors(None), False, None, 0.0, act, slope)
-    batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
-    momentum = None
-    if _tracks(bn):
-        momentum = bn.momentum
-        if momentum is None:  # a cumulative average
-            momentum = 0.0 if bn.num_batches_tracked is None else 1.0 / (float(bn.num_batches_tracked) + 1)
-    return Unit(*convolution, *_vectors(bn), batch_stats, momentum, bn.eps, act, slope)
-
-
-def _vectors(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
-    return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-
-
-def _tracks(bn: nn.BatchNorm2d | None) -> bool:
-    return bn is not None and bn.training and bn.track_running_stats and bn.running_mean is not None
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does what its class's ``forward`` does and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or "_compiled_call_impl" in module.__dict__  # of module.compile()
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
 
 
 def forward_hooks_around(modules: Iterable[nn.Module]) -> list[dict]:
@@ -250,120 +203,3 @@ def is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, counters
         or is_transformed()
     )
-
-
-def conv_kind(conv: nn.Conv2d) -> Kind | None:
-    """What the kernels take this convolution for, or None where they do not support it."""
-    if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
-        return None
-    kernel, padding = conv.kernel_size[0], padding_of(conv)
-    if conv.kernel_size != (kernel, kernel):
-        return None
-    if kernel == 1:
-        return "pointwise" if (conv.groups, conv.stride, padding) == (1, (1, 1), NO_PADDING) else None
-    if conv.stride not in [(s, s) for s in STRIDES] or any(side not in PADDINGS for side in padding):
-        return None
-    if conv.groups == conv.in_channels == conv.out_channels:
-        kind = "depthwise"
-    elif conv.groups == 1:
-        kind = "dense"
-    else:
-        return None
-    return kind if kernel in KERNEL_SIZES[kind] else None
-
-
-def padding_of(conv: nn.Conv2d) -> Padding:
-    """The zeros around the image of a convolution that pads with zeros and has dilation 1."""
-    if conv.padding == "valid":
-        return NO_PADDING
-    if conv.padding == "same":  # the larger half of what is odd comes last
-        rows, columns = (size - 1 for size in conv.kernel_size)
-        return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
-    rows, columns = conv.padding
-    return columns, columns, rows, rows
-
-
-def _unit(modules: list[nn.Module], inference: bool) -> UnitModules | None:
-    """The unit that these three modules, or fewer, begin with."""
-    conv, bn, activation = (*modules, None, None, None)[:3]
-    if not is_exactly(conv, nn.Conv2d):
-        return None
-    if not is_exactly(bn, nn.BatchNorm2d):
-        if not inference:
-            return None
-        bn, activation = None, bn
-    layers = (conv,) if bn is None else (conv, bn)
-    known = _act_of(activation)
-    act, slope = (Act.LINEAR.value, 0.0) if known is None else known
-    size = len(layers) + (known is not None)
-    if any(name not in layer._parameters for layer in layers for name in ("weight", "bias")):
-        return None  # pruned, or a replica of DataParallel
-    if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
-        return None
-    kind = conv_kind(conv)
-    return UnitModules(kind, conv, bn, act, slope, size) if kind is not None and _is_consistent(conv, bn) else None
-
-
-_ACTIVATIONS = {
-    nn.Identity: Act.LINEAR,
-    nn.ReLU: Act.RELU,
-    nn.ReLU6: Act.RELU6,
-    nn.Hardswish: Act.HARDSWISH,
-    nn.SiLU: Act.SILU,
-    nn.LeakyReLU: Act.LEAKY_RELU,
-}
-
-
-def _act_of(module: nn.Module | None) -> tuple[int, float] | None:
-    """The activation that ``module`` is, and its slope, or None where the kernels have none like it."""
-    act = _ACTIVATIONS.get(type(module))
-    if act is None or not is_exactly(module, type(module)):
-        return None
-    if act == Act.RELU6 and (module.min_val, module.max_val) != (0, 6):  # a Hardtanh, whose bounds can be set
-        return None
-    if act == Act.LEAKY_RELU:
-        slope = module.negative_slope
-        return (act.value, float(slope)) if type(slope) in (int, float) and abs(slope) <= _LARGEST else None
-    return act.value, 0.0
-
-
-def _is_consistent(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> bool:
-    """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
-    vectors = (conv.bias, *_vectors(bn))
-    if not (
-        all(tensor is None or type(tensor) in TENSORS for tensor in (conv.weight, *vectors))
-        and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-        and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
-    ):
-        return False
-    return bn is None or (
-        bn.num_features == conv.out_channels
-        and (bn.running_mean is None) == (bn.running_var is None)
-        and bn.eps > 0
-        and not any(type(number) is int and abs(number) > _LARGEST for number in (bn.eps, bn.momentum))
-    )
-
-
-_LARGEST = sys.float_info.max  # integers go on
-
-# As they are at import: tools that quantise or trace replace them on the class.
-_CONV_FORWARD = nn.Conv2d._conv_forward
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, *_ACTIVATIONS, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear)
-_FORWARDS = {kind: kind.forward for kind in _CLASSES}
-_forward_of = operator.attrgetter("forward")
-
-
-def forwards_are_original() -> bool:
-    """Whether the classes of a unit's modules have their own ``forward``."""
-    return nn.Conv2d._conv_forward is _CONV_FORWARD and all(
-        map(operator.is_, map(_forward_of, _FORWARDS), _FORWARDS.values())
-    )
-
-
-def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what PyTorch's own class does and nothing else."""
-    return type(module) is kind and kind.forward is _FORWARDS[kind] and is_untouched(module)
-
-
-def _pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
-    return pool.output_size in (1, (1, 1), [1, 1])

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mobilenet_ext import _host, backends, chain, fusion
 from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
-from mobilenet_ext.fusion import UnitModules
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
+from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_original, is_exactly
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 
@@ -111,7 +111,7 @@ class _Decision:
         return (
             self._children is module._modules  # the module is no replica of another
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
-            and fusion.forwards_are_original()
+            and forwards_are_original()
         )
 
 
@@ -175,7 +175,7 @@ class FoldedChain:
         plan = self._plan(prepared, x.device, dtype)
         is_input = x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
         flat = self._linear is not None
-        channels_last = gives_channels_last(x, map(fusion.as_tensors, self.units))
+        channels_last = gives_channels_last(x, map(as_tensors, self.units))
 
         def run(x: Tensor) -> Tensor:
             out = plan(x if is_input else chain.as_input(x, dtype))
@@ -188,7 +188,7 @@ class FoldedChain:
             return True
         tensors = [t for t in (self._linear.weight, self._linear.bias) if t is not None]
         dtypes = DTYPES if chain.is_autocast(x) else (dtype,)
-        return all(type(t) in fusion.TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
+        return all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
     def _plan(self, prepared: _Prepared, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
@@ -197,7 +197,7 @@ class FoldedChain:
             # Whoever is the first to run it may be in inference mode, others not.
             with torch.inference_mode(False), torch.no_grad():
                 pack = backends.cpu.pack if packs else None
-                units = [chain.fold(fusion.as_tensors(unit)) for unit in self.units]
+                units = [chain.fold(as_tensors(unit)) for unit in self.units]
                 steps = chain.plan(units, self.pool, dtype, pack)
                 if self._linear is not None:
                     steps += chain.plan([_pointwise(self._linear)], False, dtype, pack)
@@ -220,24 +220,34 @@ def parts_of(module: fusion.Staged) -> list[Part]:
     modules = list(fusion.flatten(module.stages()))
     parts: list[Part] = []
     while modules:
-        units, pool = fusion.leading_chain(modules, inference=True)
-        foldable = list(takewhile(lambda unit: unit.bn is None or unit.bn.running_mean is not None, units))
-        if foldable:
-            pool = pool and len(foldable) == len(units)
-            count = fusion.count_of(foldable) + pool
-            linear = _linear_after_pooling(modules[count : count + 2]) if pool else None
-            count += 2 if linear is not None else 0
-            parts.append(FoldedChain(modules[:count], foldable, pool, linear))
+        folded = leading_folded_chain(modules)
+        if folded is not None:
+            parts.append(folded)
+            count = len(folded.modules)
         else:
+            units, _ = fusion.leading_chain(modules, inference=True)
             count = units[0].size if units else 1  # a unit without running statistics
             parts.append(partial(fusion.run_modules, modules[:count]) if units else modules[0])
         del modules[:count]
     return parts
 
 
+def leading_folded_chain(modules: list[nn.Module]) -> FoldedChain | None:
+    """The longest chain that modules in eval mode begin with."""
+    units, pool = fusion.leading_chain(modules, inference=True)
+    foldable = list(takewhile(lambda unit: unit.bn is None or unit.bn.running_mean is not None, units))
+    if not foldable:
+        return None
+    pool = pool and len(foldable) == len(units)
+    count = fusion.count_of(foldable) + pool
+    linear = _linear_after_pooling(modules[count : count + 2]) if pool else None
+    count += 2 if linear is not None else 0
+    return FoldedChain(modules[:count], foldable, pool, linear)
+
+
 def _linear_after_pooling(modules: list[nn.Module]) -> nn.Linear | None:
     """The linear layer, if these are ``Flatten()`` and one that nothing changes."""
-    if len(modules) < 2 or not (fusion.is_exactly(modules[0], nn.Flatten) and fusion.is_exactly(modules[1], nn.Linear)):
+    if len(modules) < 2 or not (is_exactly(modules[0], nn.Flatten) and is_exactly(modules[1], nn.Linear)):
         return None
     flatten, linear = modules
     flattens = (flatten.start_dim, flatten.end_dim) == (1, -1)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _CALL = nn.Module.__call__
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def analysing() -> Iterator[None]:
+    """This thread follows modules itself meanwhile, to see what their plain forward does (``forward_graph.py``)."""
+    _thread.analyses = True
+    try:
+        yield
+    finally:
+        _thread.analyses = False
 
 
 def is_traced() -> bool:
@@ -26,4 +41,5 @@ def is_traced() -> bool:
 def is_followed() -> bool:
     """:func:`is_traced` where nothing is compiled."""
     # torch.fx replaces the calls of all modules while it traces; whoever else does so wants to see them all too.
-    return nn.Module.__call__ is not _CALL or torch.jit.is_tracing() or get_proxy_mode() is not None
+    replaced = nn.Module.__call__ is not _CALL or getattr(_thread, "analyses", False)
+    return replaced or torch.jit.is_tracing() or get_proxy_mode() is not None

@@ -21,7 +21,8 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import optimizer as optimizer_module
 
-from mobilenet_ext import _host, cuda_graph, fusion
+from mobilenet_ext import _host, cuda_graph
+from mobilenet_ext.units import forwards_are_original, is_untouched
 
 Measured = tuple[Tensor, ...]
 Compute = Callable[[Tensor, Tensor], Measured]
@@ -87,7 +88,7 @@ class StepGraph:
             self._say(f"training steps run without a CUDA graph: {why_not}")
             return _plain(compute, optimizer, images, labels)
         inputs = (_layout(images), _layout(labels), torch.is_grad_enabled())
-        rests_on = (inputs, tuple(modules), others, fusion.forwards_are_original(), cuda_graph.settings())
+        rests_on = (inputs, tuple(modules), others, forwards_are_original(), cuda_graph.settings())
         if self._gradients is not None:
             if self._gradients.rests_on[1:] != rests_on[1:] or not self._gradients.modules_hold():
                 self._gradients = self._update = self._last = None  # at once: its memory is wanted
@@ -237,7 +238,7 @@ def _why_not(modules: tuple[nn.Module, ...], images: Tensor, labels: Tensor) -> 
         return "it may talk to other processes"
     if any(isinstance(m, nn.DataParallel) for m in modules) or any(t.device != images.device for t in tensors):
         return f"not all of the model is on {images.device}"
-    if not all(map(fusion.is_untouched, modules)) or any(map(_has_hooks, tensors)):
+    if not all(map(is_untouched, modules)) or any(map(_has_hooks, tensors)):
         return "the model is compiled or watched: a module or parameter has hooks, or a forward of its own"
     if any(isinstance(m, _NormBase) and m.track_running_stats and m.momentum is None for m in modules):
         return "a BatchNorm with momentum=None reads on the host how many batches there were"

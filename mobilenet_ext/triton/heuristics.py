@@ -94,7 +94,10 @@ def depthwise_forward(channels: int, itemsize: int, size: int, stride: int, stat
     """
     whole, half = 16 // itemsize, 8 // itemsize
     if size == 5:
-        return _depthwise(channels, 2, 4, 3 * stats), _depthwise(channels, 2, 8, stats)
+        few, many = _depthwise(channels, 2, 4, 2 * stats), _depthwise(channels, 2, 8, stats)
+        if stats:
+            few["kernel"]["maxnreg"] = 255  # two programs per multiprocessor; for a third, ptxas would spill
+        return few, many
     if itemsize == 4:
         return _depthwise(channels, whole, 4, 2 * stats), _depthwise(channels, half, 4, 3 * stats)
     if not stats:
@@ -110,7 +113,7 @@ def depthwise_backward(channels: int, itemsize: int, size: int) -> tuple[Config,
     float32 with two not on every GPU."""
     if size == 5:
         two, one = _depthwise(channels, 2, 4, 2), _depthwise(channels, 1, 4, 2)
-        one["kernel"]["maxnreg"] = 255  # else ptxas stops at 168, and spills
+        one["kernel"]["maxnreg"] = 255  # as forward
         return (one, two) if itemsize == 4 else (two, one)
     return _depthwise(channels, 4, 4, 2), _depthwise(channels, 4, 8, 1), _depthwise(channels, 2, 4, 3)
 

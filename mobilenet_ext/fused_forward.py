@@ -1,0 +1,274 @@
+"""A module's forward with its chains on the kernels: found in the graph of its calls, and run in the graph's place.
+
+A plan holds for one state of the modules that it was made of: which they are, their settings, their mode, and who
+watches. Any other state is looked at anew; the last few are kept, so that training and evaluation may take turns.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain as concatenated
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as nn_module
+
+from mobilenet_ext import _host, fusion
+from mobilenet_ext.forward_graph import ForwardGraph, NotKnown
+from mobilenet_ext.plans import FoldedChain, leading_folded_chain
+from mobilenet_ext.units import UnitModules, forwards_are_original, is_exactly, is_layer
+
+KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
+
+
+class Step(NamedTuple):
+    """A layer on a path."""
+
+    nodes: list[fx.Node]  # its call, and after it those of modules that do nothing
+    module: nn.Module  # the one that is called, or one that computes what is called
+
+
+class FusedChain:
+    """Layers that run as a chain of units, where the kernels take the input."""
+
+    def __init__(self, modules: list[nn.Module], units: list[UnitModules], pool: bool) -> None:
+        self.modules, self.units, self.pool = modules, units, pool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if fusion.accepts(x, self.units):
+            return fusion.run_chain(self.units, self.pool, x)
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+class Found(NamedTuple):
+    """A chain in a graph, and the nodes in whose place it runs."""
+
+    nodes: list[fx.Node]
+    chain: FusedChain | FoldedChain
+
+
+class Plans:
+    """Finds how the forward of a fused module runs; copies and pickles of it start empty.
+
+    Args:
+        folds: whether the module is in eval mode for good, so that BatchNorm can be folded and weights packed.
+    """
+
+    def __init__(self, folds: bool = False) -> None:
+        self.folds = folds
+        self._plans: tuple[Plan, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Plans, (self.folds,)
+
+    def find(self, module: nn.Module) -> Callable[[Tensor], object] | None:
+        """What runs the module's forward of one tensor; None: the forward itself."""
+        if self.folds and fusion.is_observed():
+            return None
+        return self.of(module).run
+
+    def of(self, module: nn.Module) -> Plan:
+        """The plan for the module's present state."""
+        plans = self._plans
+        for plan in plans:
+            if plan.holds(module):
+                break
+        else:
+            plan = Plan(module, self.folds)
+        if not plans or plan is not plans[0]:
+            self._plans = (plan, *(each for each in plans if each is not plan))[:KEPT]
+        return plan
+
+
+class Plan:
+    """How a module's forward runs in one state of its modules.
+
+    Attributes:
+        run: the forward, of one tensor; None where there is nothing in it to fuse.
+        chains: what runs on the kernels.
+        opaque: modules whose own forward is called, and why, as far as that was a surprise.
+        why_not: why the forward as a whole is not known, or None.
+    """
+
+    run: Callable[[Tensor], object] | None = None
+
+    def __init__(self, module: nn.Module, folds: bool) -> None:
+        self.chains: list[FusedChain | FoldedChain] = []
+        self.graph: ForwardGraph | None = None
+        self.why_not: str | None = None
+        self._mode = _mode()
+        try:
+            self.graph = ForwardGraph(module)
+        except NotKnown as error:
+            self.why_not = str(error)
+        self._guard(module)
+        if self.graph is not None:
+            found = list(_find_chains(self.graph, leading_folded_chain if folds else _leading_fused_chain))
+            self.chains = [each.chain for each in found]
+            if found:
+                self.run = _compile(self.graph, found)
+
+    @property
+    def opaque(self) -> dict[nn.Module, str]:
+        return {} if self.graph is None else self.graph.opaque
+
+    def holds(self, module: nn.Module) -> bool:
+        return (
+            self._mode == _mode()
+            and self._children is module._modules
+            and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
+            and forwards_are_original()
+            and all(kind.forward is forward for kind, forward in self._forwards)
+        )
+
+    def _guard(self, module: nn.Module) -> None:
+        containers = [module] if self.graph is None else [module, *self.graph.containers]
+        called = [] if self.graph is None else [self.graph.module_of(node) for node in self.graph.graph.nodes]
+        layers = [part for each in called if each is not None and is_layer(each) for part in each.modules()]
+        looked_at = dict.fromkeys([*containers, *layers, *(each for each in called if each is not None)])
+        hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
+        hooks += [getattr(each, f"_{kind}") for each in looked_at for kind in _HOOKS]
+        known = dict.fromkeys([*containers, *layers])
+        attributes = [each.__dict__ for each in known]
+        self._children = module._modules
+        self._counted = (*hooks, *attributes)
+        self._counts = tuple(map(len, self._counted))
+        slots = [s for each in known for s in (each.__dict__, each._modules, each._parameters, each._buffers)]
+        self._slots = tuple(filter(None, slots))
+        self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
+        self._forwards = tuple({(type(each), type(each).forward) for each in containers})
+
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def _mode() -> tuple[bool, ...]:
+    """What a forward may ask PyTorch for, besides its module."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+
+
+def _find_chains(
+    known: ForwardGraph, leading_chain: Callable[[list[nn.Module]], FusedChain | FoldedChain | None]
+) -> Iterator[Found]:
+    """The longest chains on the paths of a graph."""
+    for path in _paths(known):
+        while path:
+            chain = leading_chain([step.module for step in path])
+            count = 1 if chain is None else len(chain.modules)
+            if chain is not None:
+                yield Found([node for step in path[:count] for node in step.nodes], chain)
+            del path[:count]
+
+
+def _leading_fused_chain(modules: list[nn.Module]) -> FusedChain | None:
+    """The longest chain that the modules begin with."""
+    units, pool = fusion.leading_chain(modules, inference=not torch.is_grad_enabled())
+    return FusedChain(modules[: fusion.count_of(units) + pool], units, pool) if units else None
+
+
+def _paths(known: ForwardGraph) -> list[list[Step]]:
+    """Layers one after the other, of which each is called once and the next is all that reads its output."""
+    calls = Counter(node.target for node in known.graph.nodes if node.op == "call_module")
+    paths: dict[fx.Node, list[Step]] = {}  # by the last node
+    for node in known.graph.nodes:
+        module = _layer(known, node, calls)
+        if module is None:
+            continue
+        (source,) = node.all_input_nodes
+        path = paths.pop(source, []) if len(source.users) == 1 else []
+        if path and _does_nothing(module):
+            path[-1].nodes.append(node)
+        else:
+            path.append(Step([node], module))
+        paths[node] = path
+    return list(paths.values())
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    dropout = is_exactly(module, nn.Dropout) and not module.training
+    return dropout or is_exactly(module, nn.Identity)
+
+
+def _layer(known: ForwardGraph, node: fx.Node, calls: Counter) -> nn.Module | None:
+    """The module that a call of one input is a call of, or is computed by."""
+    if node.op == "call_module":
+        module = known.module_of(node)
+        has_state = bool(module._parameters or module._buffers)
+        if (
+            len(node.args) != 1
+            or node.kwargs
+            or not isinstance(node.args[0], fx.Node)
+            or (has_state and calls[node.target] > 1)
+        ):
+            return None
+        return module
+    return _module_of_function(node)
+
+
+def _module_of_function(node: fx.Node) -> nn.Module | None:
+    """A module that computes what an activation called as a function does."""
+    make = _FUNCTIONS.get(node.target if node.op == "call_function" else f"Tensor.{node.target}")
+    if make is None or node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
+        return None
+    x, *args = node.args
+    if not isinstance(x, fx.Node):
+        return None
+    try:
+        return make(*args, **node.kwargs)
+    except TypeError:
+        return None
+
+
+def _without_settings(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+    def make(inplace: bool = False) -> nn.Module:
+        return kind(inplace)
+
+    return make
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> nn.Module:
+    return nn.LeakyReLU(negative_slope, inplace)
+
+
+_FUNCTIONS: dict[object, Callable[..., nn.Module]] = {
+    F.relu: _without_settings(nn.ReLU),
+    torch.relu: lambda: nn.ReLU(),
+    torch.relu_: lambda: nn.ReLU(True),
+    F.relu_: lambda: nn.ReLU(True),
+    "Tensor.relu": lambda: nn.ReLU(),
+    "Tensor.relu_": lambda: nn.ReLU(True),
+    F.relu6: _without_settings(nn.ReLU6),
+    F.hardswish: _without_settings(nn.Hardswish),
+    F.silu: _without_settings(nn.SiLU),
+    F.leaky_relu: _leaky_relu,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    torch.flatten: lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim),
+    "Tensor.flatten": lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim),
+}
+
+
+def _compile(known: ForwardGraph, chains: list[Found]) -> Callable[[Tensor], object]:
+    """The graph as a function, with each chain in one call."""
+    objects: dict[str, object] = dict(known.objects)
+    first = {each.nodes[0]: (f"chain{i}", each) for i, each in enumerate(chains)}
+    inner = {node for each in chains for node in each.nodes}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in known.graph.nodes:
+        if node in first:
+            name, each = first[node]
+            objects[name] = each.chain
+            (source,) = node.all_input_nodes
+            new[each.nodes[-1]] = graph.create_node("call_module", name, (new[source],), {})
+        elif node not in inner:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<fused forward>", "exec"), scope)
+    return types.MethodType(scope["forward"], types.SimpleNamespace(**objects))

@@ -1,0 +1,146 @@
+"""``fuse``: a network that is there already, run on the kernels."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mobilenet_ext import fusion
+from mobilenet_ext.forward_graph import PLAIN, plain_class
+from mobilenet_ext.fused_forward import Plans
+from mobilenet_ext.plans import exact_batch_norms
+from mobilenet_ext.tracing import is_traced
+
+PLANS = "_fused_plans"  # an attribute of a fused module
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Run a network on the fused kernels, in place, in training and in eval mode.
+
+    Its modules, parameters, ``state_dict`` keys, hooks and results are what they were: an optimizer made before, a
+    copy, a pickle, DistributedDataParallel and ``isinstance`` notice nothing. What a forward does with its layers is
+    found by running it once with stand-ins for its input (as ``torch.fx`` does), for each mode; convolution, BatchNorm
+    and activation units of which each is read by the next alone run as chains. What is not proven to be such a unit
+    runs as it did, and :func:`fusion_report` says why.
+
+    Modules may be replaced, settings changed and hooks registered afterwards: it is looked at again. Not noticed is
+    what a ``forward`` reads besides its modules' attributes and its inputs (a global variable, a file, the time).
+
+    Args:
+        model: any ``nn.Module``. A forward of one tensor can be looked at; of another module its children can.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``, or has no Python code to look at (scripted, compiled, a GraphModule).
+    """
+    _check_module(model)
+    for kind, instead in (
+        (torch.jit.ScriptModule, "fuse it before torch.jit.script or torch.jit.trace"),
+        (torch._dynamo.eval_frame.OptimizedModule, "fuse it before torch.compile"),
+        (fx.GraphModule, "fuse the module that it was traced from"),
+    ):
+        if isinstance(model, kind):
+            raise TypeError(f"model: expected a module with a forward of its own, got {kind.__name__}; {instead}")
+    put_plans_in(model, folds=False)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse`, in place: the modules have the classes again that they had before.
+
+    Args:
+        model: any ``nn.Module``; in one that was not fused nothing changes.
+
+    Returns:
+        The same object.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if is_fused(module):
+            module.__class__ = plain_class(type(module))
+            del module.__dict__[PLANS]
+    return model
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def is_fused(module: nn.Module) -> bool:
+    return PLAIN in vars(type(module))
+
+
+def plans_of(module: nn.Module) -> Plans:
+    return module.__dict__[PLANS]
+
+
+def put_plans_in(model: nn.Module, folds: bool) -> None:
+    """Make every container with a convolution in it run its forward from a plan; those that do already if ``folds``."""
+    for module in model.modules():
+        if _may_be_fused(module):
+            module.__class__ = _fused_class(type(module))
+            module.__dict__[PLANS] = Plans(folds)
+        elif is_fused(module) and folds:
+            module.__dict__[PLANS] = Plans(folds)
+
+
+def _may_be_fused(module: nn.Module) -> bool:
+    kind = type(module)
+    if is_fused(module) or isinstance(module, (fusion.Staged, torch.jit.ScriptModule, fx.GraphModule, nn.Conv2d)):
+        return False
+    if kind.forward.__module__.startswith("torch.") and kind.forward is not nn.Sequential.forward:
+        return False
+    return any(isinstance(child, nn.Conv2d) for child in module.modules())
+
+
+@functools.cache
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``kind`` that passes for it, and runs its forward from a plan where there is one."""
+    plain_forward = kind.forward
+
+    @functools.wraps(plain_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not is_traced():
+            if torch.compiler.is_compiling():
+                if plain_forward is nn.Sequential.forward:
+                    return fusion.run_modules(self, args[0])
+            else:
+                run = plans_of(self).find(self)
+                if run is not None:
+                    return run(args[0])
+        return plain_forward(self, *args, **kwargs)
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if plans_of(self).folds:
+            with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
+                return kind._apply(self, exact_batch_norms(self, fn), recurse)
+        return kind._apply(self, fn, recurse)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        make, args, *rest = kind.__reduce_ex__(self, protocol)
+        if make is copyreg.__newobj__:
+            return _new_fused, (kind, *args[1:]), *rest
+        return make, args, *rest
+
+    members = {
+        PLAIN: kind,
+        "forward": forward,
+        "_apply": apply,
+        "__reduce_ex__": reduce,
+        **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+    }
+    return type(kind)(kind.__name__, (kind,), members)
+
+
+def _new_fused(kind: type[nn.Module], *args: Any) -> nn.Module:
+    """An object of the fused class of ``kind``; a pickle names ``kind``, which other processes have too."""
+    fused = _fused_class(kind)
+    return fused.__new__(fused, *args)
