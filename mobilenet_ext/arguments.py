@@ -45,9 +45,9 @@ def check_conv(input, weight, bias, *, depthwise, stride=1, padding=NO_PADDING):
     _check_vector("bias", bias, weight.shape[0])
     if not _is_integer(stride) or stride not in STRIDES:
         raise ValueError(f"stride: got {stride!r}, accepted are 1 and 2")
-    if min(conv_output_size(*input.shape[2:], weight.shape[2], 1, padding)) < 1:
+    if min(*input.shape[2:], *conv_output_size(*input.shape[2:], weight.shape[2], 1, padding)) < 1:
         left, right, top, bottom = padding
-        smallest = [max(weight.shape[2] - sides, 0) for sides in (top + bottom, left + right)]
+        smallest = [max(weight.shape[2] - sides, 1) for sides in (top + bottom, left + right)]
         raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are {smallest} and more")
 
     accepted = [d for d in DTYPES if d != torch.float64] if chain.is_autocast(input) else [input.dtype]

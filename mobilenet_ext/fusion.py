@@ -17,12 +17,13 @@ from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.contract import DTYPES, conv_output_size
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
-from mobilenet_ext.running_stats import why_unusable
+from mobilenet_ext.running_stats import share_memory, why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
 from mobilenet_ext.units import (
     TENSORS,
     UnitModules,
     as_tensors,
+    counts_batches,
     is_exactly,
     is_untouched,
     leading_unit,
@@ -116,22 +117,26 @@ def leading_chain(modules: list[nn.Module], inference: bool = False) -> tuple[li
     ``inference``: a convolution without BatchNorm is a unit too.
     """
     units: list[UnitModules] = []
-    tracked: set[Tensor] = set()  # and not their id(), which torch.compile would guard
     count = 0
     while (unit := leading_unit(modules[count : count + 3], inference)) is not None:
         if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
             break
-        buffers = [buffer for buffer in unit.bn._buffers.values() if buffer is not None] if unit.bn else []
-        different = len(tracked) + len(buffers)
-        tracked.update(buffers)
-        if len(tracked) < different:
-            break  # a chain updates the running statistics of all its units at once, and these twice
         units.append(unit)
         count += unit.size
+    # A chain updates the buffers of all its units at once.
+    while share_memory([buffer for unit in units for buffer in _updated(unit)]):
+        count -= units.pop().size
     pool = False
     if units and (after := modules[count:]):
         pool = is_exactly(after[0], nn.AdaptiveAvgPool2d) and pools_to_one(after[0])
     return units, pool
+
+
+def _updated(unit: UnitModules) -> list[Tensor]:
+    """The buffers that a forward of the unit changes, or more of its BatchNorm's."""
+    if not (tracks(unit.bn) or counts_batches(unit.bn)):
+        return []
+    return [buffer for buffer in unit.bn._buffers.values() if buffer is not None]
 
 
 def count_of(units: Iterable[UnitModules]) -> int:
@@ -181,7 +186,7 @@ def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
     tensors = [as_tensors(unit) for unit in units]
     out = chain.run(x, tensors, pool)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
-    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if tracks(bn) and bn.num_batches_tracked is not None]
+    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if counts_batches(bn)]
     if batches:
         torch._foreach_add_(batches, 1)
     return match_memory_format(out, gives_channels_last(x, tensors))

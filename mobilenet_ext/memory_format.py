@@ -6,20 +6,22 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mobilenet_ext.chain import InferenceUnit, Unit
+from mobilenet_ext.chain import Unit
+from mobilenet_ext.contract import Act
 
 
-def gives_channels_last(x: Tensor, units: Iterable[Unit | InferenceUnit]) -> bool:
+def gives_channels_last(x: Tensor, units: Iterable[Unit]) -> bool:
     """Whether the plain modules' output is channels_last: a convolution's is if its input or weight is.
 
-    A tensor of one channel or one pixel is contiguous in both formats, and PyTorch goes by its strides: those that
-    BatchNorm writes are not channels_last.
+    A tensor of one channel or one pixel is contiguous in both formats, and PyTorch goes by its strides: those that a
+    convolution writes are channels_last, those that BatchNorm or an activation writes are not.
     """
     _, _, h, w = x.shape
     channels_last = is_channels_last(x)
     for unit in units:
         _, c, h, w = unit.output_size(1, h, w)
-        channels_last = (channels_last or is_channels_last(unit.weight)) and 1 not in (c, h * w)
+        bare = not unit.batch_stats and unit.running_mean is None and unit.act == Act.LINEAR
+        channels_last = (channels_last or is_channels_last(unit.weight)) and (bare or 1 not in (c, h * w))
     return channels_last
 
 

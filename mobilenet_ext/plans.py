@@ -19,7 +19,7 @@ from mobilenet_ext import _host, backends, chain, fusion
 from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
 from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
-from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_original, is_exactly
+from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_original, has_its_tensors, is_exactly
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 
@@ -251,4 +251,4 @@ def _linear_after_pooling(modules: list[nn.Module]) -> nn.Linear | None:
         return None
     flatten, linear = modules
     flattens = (flatten.start_dim, flatten.end_dim) == (1, -1)
-    return linear if flattens and "weight" in linear._parameters else None
+    return linear if flattens and has_its_tensors(linear) else None

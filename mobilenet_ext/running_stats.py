@@ -33,6 +33,27 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return bool(_bytes_of(b, covered).any())
 
 
+def share_memory(tensors: list[Tensor]) -> bool:
+    """Whether two of the tensors overlap."""
+    if torch.compiler.is_compiling():  # what it traces has no memory yet; their id() would be guarded
+        return len(set(tensors)) < len(tensors)
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    if len(set(storages)) == len(storages):
+        return False
+    by_storage: dict[int, list[Tensor]] = {}
+    for storage, tensor in zip(storages, tensors, strict=True):
+        by_storage.setdefault(storage, []).append(tensor)
+    for group in by_storage.values():
+        reached: list[Tensor] = []  # those that end last, of what begins earlier
+        for tensor in sorted(group, key=lambda each: _span(each)[0]):
+            first, last = _span(tensor)
+            reached = [each for each in reached if _span(each)[1] >= first]
+            if any(overlap(tensor, each) for each in reached):
+                return True
+            reached.append(tensor)
+    return False
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first and the last byte of ``tensor`` in its storage."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

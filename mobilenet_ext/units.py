@@ -11,6 +11,7 @@ import operator
 import sys
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -18,6 +19,11 @@ from mobilenet_ext.chain import Kind, Unit
 from mobilenet_ext.contract import KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Act, Padding
 
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
+
+
+# Of a dense 3x3 convolution's input, a unit's: the kernels are made for the first layers of a network, and PyTorch's are
+# faster from 64 channels on (benchmarks/NOTES.md).
+MOST_DENSE_CHANNELS = 32
 
 
 class UnitModules(NamedTuple):
@@ -58,9 +64,34 @@ def tracks(bn: nn.Module | None) -> bool:
     )
 
 
+def counts_batches(bn: nn.Module | None) -> bool:
+    """Whether a forward adds one to its ``num_batches_tracked``."""
+    return (
+        bn is not None
+        and not _is_frozen(bn)
+        and bn.training
+        and bn.track_running_stats
+        and bn.num_batches_tracked is not None
+    )
+
+
+def has_its_tensors(layer: nn.Module) -> bool:
+    """Whether a layer's tensors are where its class puts them; not so where it was pruned, or is a replica of
+    DataParallel."""
+    frozen = is_norm(layer) and _is_frozen(layer)
+    parameters, buffers = ((), ("weight", "bias")) if frozen else (("weight", "bias"), ())
+    if is_norm(layer):
+        buffers = (*buffers, "running_mean", "running_var", *(() if frozen else ("num_batches_tracked",)))
+    return all(name in layer._parameters for name in parameters) and all(name in layer._buffers for name in buffers)
+
+
 def _is_frozen(bn: nn.Module) -> bool:
     """Whether it is a FrozenBatchNorm2d, whose vectors are buffers and whose statistics no mode changes."""
     return not isinstance(bn, nn.BatchNorm2d)
+
+
+# What a call goes through: an attribute of the module itself takes its place. The second is of module.compile().
+_CALLED = ("forward", "_compiled_call_impl", "_call_impl", "_wrapped_call_impl", "_check_input_dim")
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -70,8 +101,8 @@ def is_untouched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or "_compiled_call_impl" in module.__dict__  # of module.compile()
+        or any(name in module.__dict__ for name in _CALLED)
+        or type(module).__call__ is not nn.Module.__call__
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
@@ -81,6 +112,11 @@ def is_untouched(module: nn.Module) -> bool:
 
 def conv_kind(conv: nn.Conv2d) -> Kind | None:
     """What the kernels take this convolution for, or None where they do not support it."""
+    pairs = [conv.kernel_size, conv.stride, conv.dilation]
+    if conv.padding not in ("valid", "same"):
+        pairs.append(conv.padding)
+    if not all(map(_is_pair, pairs)):
+        return None  # F.conv2d takes more than that, and says what is wrong
     if conv.padding_mode != "zeros" or conv.dilation != (1, 1):
         return None
     kernel, padding = conv.kernel_size[0], padding_of(conv)
@@ -92,11 +128,15 @@ def conv_kind(conv: nn.Conv2d) -> Kind | None:
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
         kind = "depthwise"
-    elif conv.groups == 1:
+    elif conv.groups == 1 and conv.in_channels <= MOST_DENSE_CHANNELS:
         kind = "dense"
     else:
         return None
     return kind if kernel in KERNEL_SIZES[kind] else None
+
+
+def _is_pair(setting: object) -> bool:
+    return type(setting) is tuple and [type(number) for number in setting] == [int, int]
 
 
 def padding_of(conv: nn.Conv2d) -> Padding:
@@ -127,8 +167,8 @@ def leading_unit(modules: list[nn.Module], inference: bool) -> UnitModules | Non
     known = _act_of(bn.act if holds_activation else activation)
     act, slope = (Act.LINEAR.value, 0.0) if known is None else known
     size = len(layers) + (known is not None and not holds_activation)
-    if any(name not in {**layer._parameters, **layer._buffers} for layer in layers for name in ("weight", "bias")):
-        return None  # pruned, or a replica of DataParallel
+    if not all(map(has_its_tensors, layers)):
+        return None
     if "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     kind = conv_kind(conv)
@@ -154,7 +194,7 @@ def _act_of(module: nn.Module | None) -> tuple[int, float] | None:
         return None
     if act == Act.LEAKY_RELU:
         slope = module.negative_slope
-        return (act.value, float(slope)) if type(slope) in (int, float) and abs(slope) <= _LARGEST else None
+        return (act.value, float(slope)) if type(slope) in (int, float) and abs(slope) <= _LARGEST_SLOPE else None
     return act.value, 0.0
 
 
@@ -212,6 +252,7 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.Module | None) -> bool:
 
 
 _LARGEST = sys.float_info.max  # integers go on
+_LARGEST_SLOPE = torch.finfo(torch.float32).max  # PyTorch refuses larger ones, but in float64
 
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
@@ -233,4 +274,6 @@ def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
-    return pool.output_size in (1, (1, 1), [1, 1])
+    size = pool.output_size
+    numbers = size if type(size) in (tuple, list) else (size,)
+    return len(numbers) in (1, 2) and all(type(number) is int and number == 1 for number in numbers)

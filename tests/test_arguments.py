@@ -97,8 +97,9 @@ def test_no_channels(function):
 @pytest.mark.parametrize("shape", [(2, 8, 0, 6), (2, 8, 6, 0)])
 def test_no_pixels(function, shape):
     arguments = CALLS[function]() | {"input": torch.randn(shape)}
-    with pytest.raises(ValueError, match="^input: "):
-        getattr(mx.functional, function)(**arguments)
+    for padding in [{}, {"padding": 2}] if function in DEPTHWISE else [{}]:  # a kernel that sees padding alone
+        with pytest.raises(ValueError, match="^input: "):
+            getattr(mx.functional, function)(**arguments, **padding)
 
 
 @pytest.mark.parametrize("function", DEPTHWISE)

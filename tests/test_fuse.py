@@ -1,4 +1,4 @@
-"""``mx.fuse``: a fused network does what the plain one does, whatever is done to it, and no plan outlives its reasons."""
+"""``mx.fuse``: a fused network does what the plain one does, whatever is done to it; no plan outlives its reasons."""
 
 from __future__ import annotations
 

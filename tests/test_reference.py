@@ -60,3 +60,27 @@ def test_zero_stays_zero() -> None:
     """Padding relies on it."""
     zero, bn = torch.zeros(1, 1, 1, 1), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).view(5, 1)
     assert not any(ops.norm_act_forward(zero, bn, act, False).item() for act in Act)
+
+
+def test_autocast_does_not_reach_into_an_op() -> None:
+    """What it casts are an op's arguments: the op computes in the accumulation dtype all the same."""
+    calls = [call for call in every_op.calls("cpu", (torch.bfloat16,)) if "norm" not in call.op]
+    for call in calls:
+        expected = call.run()
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = call.run()
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b), str(call)
+
+
+def test_the_mean_of_an_infinite_channel_is_infinite() -> None:
+    y = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    y[:, 1] = math.inf
+    y[0, 2, 0, 0] = -math.inf
+    _, bn = ops.pointwise_forward(
+        y, None, Act.LINEAR, torch.eye(3).view(3, 3, 1, 1) * 0 + 1, 1, [0] * 4, None, None, 1e-5, True
+    )
+    assert bn[0].isnan().all()  # Inf - Inf
+    weight = torch.ones(3, 1, 3, 3)
+    _, bn = ops.depthwise_forward(y, None, Act.LINEAR, weight, 1, [1, 1, 1, 1], None, None, 1e-5, True)
+    assert bn[0, 1] == math.inf and bn[0, 2] == -math.inf and bn[0, 0].isfinite()

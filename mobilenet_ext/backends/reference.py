@@ -8,6 +8,7 @@ has the alphabet; the mathematics is the project's: a normalised activation is n
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import torch
@@ -92,7 +93,8 @@ def _batch_bn(y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) 
     if rows.shape[1] == 0:
         mean = var = rows.new_zeros(rows.shape[0])
     else:
-        var, mean = torch.var_mean(rows, dim=1, correction=0)
+        # Each by itself: of an infinite value var_mean makes a mean of NaN.
+        mean, var = rows.mean(1), rows.var(1, correction=0)
     return _make_bn(mean, var, gamma, beta, eps)
 
 
@@ -214,7 +216,11 @@ def _inference(
 def _conv(depthwise: bool, a: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     groups = a.shape[1] if depthwise else 1
     symmetric, rest = _split_padding(padding)
-    return F.conv2d(F.pad(a, rest), _acc(weight), stride=stride, padding=symmetric, groups=groups)
+    device = a.device.type
+    # Autocast, which has cast the op's arguments, would cast these too.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return F.conv2d(F.pad(a, rest), _acc(weight), stride=stride, padding=symmetric, groups=groups)
 
 
 def _split_padding(padding: Padding) -> tuple[list[int], list[int]]:
