@@ -21,8 +21,8 @@ from mobilenet_ext.contract import KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, 
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 
 
-# Of a dense 3x3 convolution's input, a unit's: the kernels are made for the first layers of a network, and PyTorch's are
-# faster from 64 channels on (benchmarks/NOTES.md).
+# Of a dense 3x3 unit's input: the kernels are made for the first layers of a network, and PyTorch's are faster from 64
+# channels on (benchmarks/NOTES.md).
 MOST_DENSE_CHANNELS = 32
 
 
