@@ -8,11 +8,14 @@ a random number or changes autograd's mode is *opaque*: a call of it is one node
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
@@ -151,12 +154,9 @@ class _Attempt:
         self._tracer = _Tracer(self)
 
     def trace(self) -> fx.Graph:
-        random_states = random.getstate(), torch.random.get_rng_state()
         placeholder = self._tracer.create_proxy("placeholder", "x", (), {})
-        with analysing(), _Recorder(self._tracer):
+        with _same_random_numbers(), analysing(), _Recorder(self._tracer):
             out = self._stand_in(self._root)(placeholder)
-        if random.getstate() != random_states[0] or not torch.equal(torch.random.get_rng_state(), random_states[1]):
-            raise NotKnown("it draws random numbers")
         if not _can_be_returned(out):
             raise NotKnown(f"it returns a {type(out).__name__}")
         self._tracer.create_proxy("output", "output", (out,), {})
@@ -226,6 +226,22 @@ def _sharing(module: nn.Module, members: dict[str, Any]) -> nn.Module:
     return stand_in
 
 
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Whoever draws numbers of Python's or NumPy's meanwhile is not known; afterwards the same are drawn as before.
+    (Those of PyTorch's are drawn when the graph runs.)"""
+    python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
+    before = pickle.dumps((python, of_numpy))
+    try:
+        yield
+        drawn = pickle.dumps((random.getstate(), np.random.get_state(legacy=False))) != before
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
+    if drawn:
+        raise NotKnown("it draws random numbers")
+
+
 def _autograd_mode() -> tuple[object, ...]:
     """What the operations of a forward depend on besides their arguments, and a graph of them does not repeat."""
     return (
@@ -243,7 +259,3 @@ def _can_be_returned(out: object) -> bool:
     if type(out) is dict:
         return all(map(_can_be_returned, out.values()))
     return isinstance(out, fx.Proxy) or out is None or isinstance(out, (int, float, str, bool))
-
-
-def nodes_that_read(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "get_attr")

@@ -10,6 +10,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain as concatenated
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ class Plan:
     Attributes:
         run: the forward, of one tensor; None where there is nothing in it to fuse.
         chains: what runs on the kernels.
-        opaque: modules whose own forward is called, and why, as far as that was a surprise.
+        graph: what the forward calls; None where that is not known.
         why_not: why the forward as a whole is not known, or None.
     """
 
@@ -114,22 +115,22 @@ class Plan:
             if found:
                 self.run = _compile(self.graph, found)
 
-    @property
-    def opaque(self) -> dict[nn.Module, str]:
-        return {} if self.graph is None else self.graph.opaque
-
     def holds(self, module: nn.Module) -> bool:
         return (
             self._mode == _mode()
+            and self._training == module.training
             and self._children is module._modules
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and forwards_are_original()
             and all(kind.forward is forward for kind, forward in self._forwards)
+            and all(len(held) == len(items) and all(map(is_, held, items)) for held, items in self._lists)
         )
 
     def _guard(self, module: nn.Module) -> None:
-        containers = [module] if self.graph is None else [module, *self.graph.containers]
+        # A forward that is not known runs itself, whatever changes: what it leaves in its attributes is no news.
+        containers = [] if self.graph is None else [module, *self.graph.containers]
         called = [] if self.graph is None else [self.graph.module_of(node) for node in self.graph.graph.nodes]
+        self._training = module.training
         layers = [part for each in called if each is not None and is_layer(each) for part in each.modules()]
         looked_at = dict.fromkeys([*containers, *layers, *(each for each in called if each is not None)])
         hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
@@ -138,13 +139,19 @@ class Plan:
         attributes = [each.__dict__ for each in known]
         self._children = module._modules
         self._counted = (*hooks, *attributes)
-        self._counts = tuple(map(len, self._counted))
         slots = [s for each in known for s in (each.__dict__, each._modules, each._parameters, each._buffers)]
+        own = [value for each in known for name, value in each.__dict__.items() if name not in _ATTRIBUTES]
+        dicts = [value for value in own if type(value) is dict]
+        self._lists = tuple((value, tuple(value)) for value in own if type(value) is list)
+        slots += dicts
+        self._counted += tuple(dicts)
+        self._counts = tuple(map(len, self._counted))
         self._slots = tuple(filter(None, slots))
         self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
         self._forwards = tuple({(type(each), type(each).forward) for each in containers})
 
 
+_ATTRIBUTES = vars(nn.Module()).keys()  # that every module has
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 

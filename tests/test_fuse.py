@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -362,6 +363,10 @@ def python_random(self: Network, x: Tensor) -> Tensor:
     return self.a(x) if random.random() < 0.5 else self.b(x)
 
 
+def numpy_random(self: Network, x: Tensor) -> Tensor:
+    return self.a(x) if np.random.rand() < 0.5 else self.b(x)
+
+
 def torch_random(self: Network, x: Tensor) -> Tensor:
     return self.a(x) if float(torch.rand(())) < 0.5 else self.b(x)
 
@@ -401,8 +406,8 @@ def several_outputs(self: Network, x: Tensor) -> dict[str, object]:
 
 HARD = {
     tap: 0, shape_of_the_inside: 0, twice: 0, shared_activation: 0, control_flow: 1, leaves_something: 2,
-    fills_a_list: 2, python_random: 1, torch_random: 1, noise: 2, without_gradients: 2, a_parameter_of_its_own: 2,
-    checkpoints: 2, in_place: 2, functions: 0, several_outputs: 2,
+    fills_a_list: 2, python_random: 1, numpy_random: 1, torch_random: 1, noise: 2, without_gradients: 2,
+    a_parameter_of_its_own: 2, checkpoints: 2, in_place: 2, functions: 0, several_outputs: 2,
 }  # fmt: skip
 
 
@@ -412,11 +417,11 @@ def test_what_is_hard_to_follow(calls: Callable, training: bool) -> None:
     """With how many units fused, in which the networks' own modules are found one by one."""
     plain = Network(calls).train(training)
     fused = mx.fuse(copy.deepcopy(plain))
-    for i in range(4):
+    for i in range(8):
         x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
         results = []
         for network in (fused, plain):
-            torch.manual_seed(i), random.seed(i)
+            torch.manual_seed(i), random.seed(i), np.random.seed(i)
             network.zero_grad()
             leaf = x.clone().requires_grad_()
             with KernelOps() as ops:
@@ -433,16 +438,41 @@ def test_what_is_hard_to_follow(calls: Callable, training: bool) -> None:
     assert len(fused.kept) == len(plain.kept)
 
 
-def test_attributes_that_decide(x) -> None:
+def set_attribute(network: nn.Module, flag: bool) -> None:
+    network.flag = flag
+
+
+def set_item(network: nn.Module, flag: bool) -> None:
+    network.flags["a"] = flag
+
+
+def set_element(network: nn.Module, flag: bool) -> None:
+    network.list_of_flags[0] = flag
+
+
+@pytest.mark.parametrize("change", [set_attribute, set_item, set_element])
+def test_attributes_that_decide(change: Callable) -> None:
     """A forward that reads them is looked at again when they change."""
-    plain = Network(lambda self, x: self.a(x) if self.flag else self.b(x))
-    plain.flag = True
+    plain = Network(lambda self, x: self.a(x) if self.flag and self.flags["a"] and self.list_of_flags[0] else self.b(x))
+    plain.flag, plain.flags, plain.list_of_flags = True, {"a": True}, [True]
     fused = mx.fuse(copy.deepcopy(plain))
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     for flag in (True, False, True):
-        fused.flag = plain.flag = flag
+        change(fused, flag), change(plain, flag)
         assert_close(fused(x), plain(x))
         assert fused_units(fused, x) == 1
+
+
+def test_a_forward_that_is_not_known_is_looked_at_once_for_each_mode(monkeypatch) -> None:
+    from mobilenet_ext import fused_forward
+
+    fused = mx.fuse(Network(leaves_something))
+    looks = []
+    real = fused_forward.ForwardGraph
+    monkeypatch.setattr(fused_forward, "ForwardGraph", lambda module: looks.append(module) or real(module))
+    for training in (True, True, False, False, True):
+        fused.train(training)(torch.randn(2, 8, 6, 6, dtype=torch.float64))
+    assert sum(module is fused for module in looks) == 2
 
 
 def test_modules_in_a_list_are_called_themselves() -> None:
