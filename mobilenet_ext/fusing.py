@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 from collections.abc import Callable
@@ -67,6 +68,30 @@ def unfuse(model: nn.Module) -> nn.Module:
             module.__class__ = plain_class(type(module))
             del module.__dict__[PLANS]
     return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A twin of ``model`` on PyTorch's own operations alone, for tools that want to see nothing else.
+
+    ``torch.export``, ONNX exporters, ``torch.fx`` and ``torch.jit`` are shown the plain operations of a fused or frozen
+    model in any case; the twin is for those that look at classes, and to compare with.
+
+    Args:
+        model: any ``nn.Module``: fused, frozen, of :mod:`mobilenet_ext.nn`, or plain already.
+
+    Returns:
+        A copy with the same keys and values, in the same mode: containers of :mod:`mobilenet_ext.nn` are
+        ``nn.Sequential``, fused modules have their own classes. What was frozen follows ``train()`` again.
+    """
+    _check_module(model)
+    twin = unfuse(copy.deepcopy(model))
+    for module in twin.modules():
+        if isinstance(module, fusion.Staged):
+            module.__dict__.pop("plans", None)
+        if isinstance(module, fusion.FusedSequential) and type(module).forward is fusion.FusedSequential.forward:
+            module.__class__ = nn.Sequential
+        module.__dict__.pop("train", None)  # of a frozen model
+    return twin
 
 
 def _check_module(model: object) -> None:

@@ -302,6 +302,43 @@ def test_threads(fused, plain, x):
         assert_close(output, expected)
 
 
+MAKERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fused": mx.fuse,
+    "frozen": mx.freeze,
+    "of mx.nn": lambda network: mx.nn.FusedSequential(network, mx.nn.PointwiseConvBNReLU(10, 4)).double(),
+    "plain already": lambda network: network,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_plain_twin(plain, name) -> None:
+    plain.eval()
+    body = nn.Sequential(*unit(3, 8), *unit(8, 10)).double().eval() if name == "of mx.nn" else plain
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = MAKERS[name](copy.deepcopy(body)).eval()
+    twin = mx.plain(model)
+    with torch.no_grad():
+        with KernelOps() as ops:
+            assert_close(twin(x), model(x) if name == "of mx.nn" else body(x))
+        assert name == "of mx.nn" or not ops.names
+        with KernelOps() as ops:
+            twin(x)
+    assert not ops.names and list(twin.state_dict()) == list(model.state_dict())
+    assert not any(type(module).__module__.startswith("mobilenet_ext") for module in twin.modules())
+    assert all(module.training for module in twin.train().modules())
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+def test_plain_twin_of_mobilenet_v1() -> None:
+    for model in (mx.MobileNetV1(10, 0.25).eval(), mx.freeze(mx.MobileNetV1(10, 0.25))):
+        x = torch.randn(2, 3, 32, 32)
+        twin = mx.plain(model)
+        with torch.no_grad(), KernelOps() as ops:
+            out = twin(x)
+        assert not ops.names
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+
+
 # Networks that make it hard: what is not proven stays as it is.
 
 
