@@ -1,17 +1,24 @@
 """What a module's forward does with its children, as a graph of calls, or nothing where that cannot be known.
 
-The forward is run once with stand-ins for its input (``torch.fx`` proxies), for the module and for the modules in it,
-which share their attributes but write down that they were called. Nothing global is replaced, so other threads go on
-meanwhile, and nothing of the model is changed. A module whose forward asks for a value, leaves something behind, draws
-a random number or changes autograd's mode is *opaque*: a call of it is one node, and what it does is left to it.
+The forward is run once with stand-ins: for its input, a ``torch.fx`` proxy that passes for a tensor; for the module and
+those in it, objects of the same classes with the same attributes, which write down that they were called. Nothing
+global is replaced, so other threads go on meanwhile, and nothing of the model is changed. A module whose forward asks
+for a value, leaves something behind, draws a random number or changes autograd's mode is *opaque*: a call of it is one
+node, and what it does is left to it. So is one that holds what cannot be compared later, in its attributes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dis
+import enum
+import functools
+import operator
 import pickle
 import random
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +34,9 @@ from mobilenet_ext.units import is_norm, is_untouched
 _SETTINGS = {"shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_sparse", "is_quantized"}
 _SETTING_CALLS = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.stride}
 
-
 PLAIN = "_plain_class"  # of a class that fuse() made: the one that it stands for
+PLANS = "_fused_plans"  # an attribute of a fused module
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -47,23 +55,23 @@ class ForwardGraph:
             ``objects``; the values of a ``get_attr`` node are read from its module when the node is run.
         objects: the modules that are called, and those that parameters are read from, by name.
         containers: the modules whose forward the graph repeats.
-        opaque: the modules whose forward it leaves to them, and why.
+        read: the modules that parameters or buffers are read from beside their call.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.opaque: dict[nn.Module, str] = {}
+        opaque: set[nn.Module] = set()
         while True:
-            attempt = _Attempt(root, self.opaque)
+            attempt = _Attempt(root, opaque)
             try:
                 self.graph = attempt.trace()
                 break
             except Exception as error:  # whatever a forward makes of a stand-in
                 culprit = attempt.running[-1]
-                self.opaque[culprit] = f"{type(error).__name__}: {error}".splitlines()[0]
+                opaque.add(culprit)
                 if culprit is root:
-                    raise NotKnown(self.opaque[culprit]) from error
-        self.objects = attempt.objects
-        self.containers = [stands_for for stands_for in attempt.containers if stands_for not in self.opaque]
+                    raise NotKnown(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        self.objects, self.read = attempt.objects, attempt.read_from
+        self.containers = [module for module in attempt.containers if module not in opaque]
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         return self.objects[node.target] if node.op == "call_module" else None
@@ -72,24 +80,117 @@ class ForwardGraph:
 def is_container(module: nn.Module) -> bool:
     """Whether the graph may look into ``module``: Python code of somebody's own, or a sequence, that nobody watches."""
     kind = type(module)
-    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)) or kind.__call__ is not nn.Module.__call__:
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule, nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
         return False
-    if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)) or is_norm(module):
+    if is_norm(module) or module.__dict__.get("plans") is not None:  # a frozen module has a plan of its own
         return False
     forward = plain_class(kind).forward
-    if forward.__module__.startswith("torch.") and forward is not nn.Sequential.forward:
+    if (forward.__module__ or "").startswith("torch.") and forward is not nn.Sequential.forward:
         return False
-    held = (value for name, value in module.__dict__.items() if name != "_modules")
-    return is_untouched(module) and not any(map(_holds_modules, held))
+    return is_untouched(module) and all(map(is_data, attributes_of(module).values()))
 
 
-def _holds_modules(value: object) -> bool:
-    """Modules in attributes would be called themselves, and not their stand-ins."""
+def attributes_of(module: nn.Module) -> dict[str, object]:
+    """What the module's own class, or its user, keeps in it besides parameters, buffers and modules."""
+    return {name: value for name, value in module.__dict__.items() if name not in MODULE_ATTRIBUTES and name != PLANS}
+
+
+_DATA = (
+    int, float, complex, str, bytes, type, types.NoneType, types.BuiltinFunctionType, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, enum.Enum,
+)  # fmt: skip
+
+
+def is_data(value: object) -> bool:
+    """Whether a value has no state but what comparing it shows."""
+    if isinstance(value, functools.partial):
+        return all(map(is_data, (value.func, value.args, value.keywords)))
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
     if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, nn.Module) or (
-        isinstance(value, (list, tuple)) and any(isinstance(each, nn.Module) for each in value)
-    )
+        return type(value).__module__ in ("builtins", "collections") and all(map(is_data, (*value, *value.values())))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(is_data, value))
+    return isinstance(value, _DATA)
+
+
+# A stand-in, or a fused module, would answer them otherwise; and it raises nothing where a tensor does.
+_QUESTIONS = {"isinstance", "issubclass", "is_tensor", "type", "__class__", "id", "vars", "locals"}
+_HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "BEFORE_WITH", "PUSH_EXC_INFO"}
+_TRUSTED = {"torch", "mobilenet_ext", *sys.stdlib_module_names}
+
+
+@functools.cache
+def _why_not_followed(code: types.CodeType) -> str | None:
+    """What there is in the code of a function that stand-ins cannot be handed to."""
+    asked = _QUESTIONS.intersection(code.co_names)
+    if asked:
+        return f"{code.co_name} calls {min(asked)}()"
+    if any(instruction.opname in _HANDLERS for instruction in dis.get_instructions(code)):
+        return f"{code.co_name} handles exceptions, or has a context"
+    return None
+
+
+@contextlib.contextmanager
+def _every_function_followed() -> Iterator[None]:
+    """Whoever calls a function, in this thread, that cannot be followed is not known."""
+
+    def look_at(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").split(".")[0] not in _TRUSTED:
+            reason = _why_not_followed(frame.f_code)
+            if reason is not None:
+                raise NotKnown(reason)
+
+    before = sys.getprofile()
+    sys.setprofile(look_at)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+class _Guarded:
+    """A proxy that refuses what it would answer with something of its own, and changes in place what a tensor would."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name in ("dtype", "device", "layout", "grad", "grad_fn") and not _is_library(sys._getframe(1)):
+            raise NotKnown(f"it asks for {name}")  # and may compare it in a way that leaves no trace
+        return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        raise NotKnown("it looks a value up")
+
+    def __repr__(self) -> str:
+        raise NotKnown("it prints a value")
+
+    def __format__(self, _: str) -> str:
+        raise NotKnown("it prints a value")
+
+    def _in_place(name: str) -> Any:
+        function = getattr(operator, name)
+
+        def change(self: fx.Proxy, other: object) -> fx.Proxy:
+            return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+        return change
+
+    for _name in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split():
+        locals()[f"__i{_name}__"] = _in_place(f"i{_name}")
+    del _name, _in_place
+
+
+class _StandIn(_Guarded, fx.Proxy):
+    """Of a tensor, or of what is computed of one."""
+
+
+class _Attribute(_Guarded, fx.proxy.Attribute):
+    """Of a tensor's attribute, which may be a method."""
+
+
+def _is_library(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "torchvision", "timm")
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
@@ -98,6 +199,9 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def __init__(self, attempt: _Attempt) -> None:
         super().__init__(fx.Graph())
         self._attempt = attempt
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
@@ -121,28 +225,29 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").startswith(("set_", "_set_")) and not types:
+        name = getattr(func, "__name__", "")
+        if name.startswith(("set_", "_set_")) and not types:
             raise NotKnown("it changes the mode of autograd or autocast")
         if not any(issubclass(kind, fx.Proxy) for kind in types):
-            name = getattr(func, "__name__", "")
-            if name == "__get__" and func.__self__.__name__ in _SETTINGS or func in _SETTING_CALLS:
+            if (name == "__get__" and func.__self__.__name__ in _SETTINGS) or func in _SETTING_CALLS:
                 return func(*args, **kwargs)
             if name in ("__get__", "__set__"):
                 raise NotKnown(f"Tensor.{func.__self__.__name__} of a parameter")
-        if name_of_method := is_tensor_method_or_property(func) and getattr(func, "__name__", ""):
-            if name_of_method == "__get__":
-                return fx.proxy.Attribute(args[0], func.__self__.__name__)
-            return self._tracer.create_proxy("call_method", name_of_method, args, kwargs)
+        if is_tensor_method_or_property(func):
+            if name == "__get__":
+                return _Attribute(args[0], func.__self__.__name__)
+            return self._tracer.create_proxy("call_method", name, args, kwargs)
         return self._tracer.create_proxy("call_function", func, args, kwargs)
 
 
 class _Attempt:
     """One run of a forward, with these modules opaque."""
 
-    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str]) -> None:
+    def __init__(self, root: nn.Module, opaque: set[nn.Module]) -> None:
         self._root, self._opaque = root, opaque
         self.objects: dict[str, nn.Module] = {}
         self.containers: list[nn.Module] = []
+        self.read_from: set[nn.Module] = set()
         self.running: list[nn.Module] = [root]  # the containers whose forward is being run, the innermost last
         self._names: dict[nn.Module, str] = {}
         self._stand_ins: dict[nn.Module, nn.Module] = {}
@@ -154,8 +259,10 @@ class _Attempt:
         self._tracer = _Tracer(self)
 
     def trace(self) -> fx.Graph:
+        if not all(map(is_data, attributes_of(self._root).values())):
+            raise NotKnown("an attribute may have a state of its own")
         placeholder = self._tracer.create_proxy("placeholder", "x", (), {})
-        with _same_random_numbers(), analysing(), _Recorder(self._tracer):
+        with _same_random_numbers(), analysing(), _Recorder(self._tracer), _every_function_followed():
             out = self._stand_in(self._root)(placeholder)
         if not _can_be_returned(out):
             raise NotKnown(f"it returns a {type(out).__name__}")
@@ -175,55 +282,68 @@ class _Attempt:
         if id(tensor) not in self._owners:
             raise NotKnown("a tensor that is no parameter or buffer")
         module, name = self._owners[id(tensor)]
+        self.read_from.add(module)
         node = self._tracer.create_node("get_attr", self.name_of(module), (), {})
         return self._tracer.create_node("call_function", getattr, (node, name), {})
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
-        if module not in self._stand_ins:
-            opaque = module in self._opaque or not (is_container(module) or module is self._root)
-            make = self._stand_in_of_leaf if opaque else self._stand_in_of_container
-            self._stand_ins[module] = make(module)
-        return self._stand_ins[module]
-
-    def _stand_in_of_leaf(self, module: nn.Module) -> nn.Module:
-        def call(_: nn.Module, *args: Any, **kwargs: Any) -> fx.Proxy:
-            return self._tracer.create_proxy("call_module", self.name_of(module), args, kwargs)
-
-        return _sharing(module, {"__call__": call})
-
-    def _stand_in_of_container(self, module: nn.Module) -> nn.Module:
-        def call(stand_in: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.containers.append(module)
-            before = dict(stand_in.__dict__)
-            self.running.append(module)
-            out = type(module).forward(stand_in, *args, **kwargs)
-            if before.keys() != stand_in.__dict__.keys() or any(
-                before[name] is not value for name, value in stand_in.__dict__.items()
-            ):
-                raise NotKnown("it changes its attributes")
-            if any(stand_in.__dict__[name] != module.__dict__[name] for name in copied):
-                raise NotKnown("it changes a list or dictionary")
-            self.running.pop()
-            return out
-
-        stand_in = _sharing(module, {"__call__": call})
-        copied = [name for name, value in module.__dict__.items() if type(value) in (list, dict, set)]
-        copied = [name for name in copied if not name.startswith("_") or name not in nn.Module().__dict__]
-        attributes = dict(module.__dict__)
-        attributes |= {name: copy.copy(attributes[name]) for name in copied}
-        attributes["_modules"] = {
-            name: None if child is None else self._stand_in(child) for name, child in module._modules.items()
-        }
-        stand_in.__dict__ = attributes
+        """An object of the module's class, with copies of what its attributes hold, that writes down its call."""
+        if module in self._stand_ins:
+            return self._stand_ins[module]
+        looks_into = module is self._root or (module not in self._opaque and is_container(module))
+        called = functools.partial(self._run if looks_into else self._call, module)
+        if type(module).__call__ is not nn.Module.__call__ or isinstance(module, torch.jit.ScriptModule):
+            stand_in = self._stand_ins[module] = nn.Module()
+            stand_in.__dict__["_compiled_call_impl"] = called
+            return stand_in
+        stand_in = self._stand_ins[module] = object.__new__(type(module))
+        state = dict(module.__dict__)
+        state |= {name: _copy(value) for name, value in attributes_of(module).items()}
+        state |= {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers")}
+        state["_modules"] = {name: child and self._stand_in(child) for name, child in module._modules.items()}
+        # Where nn.Module.__call__ goes first, if it is there.
+        stand_in.__dict__ = {**state, "_compiled_call_impl": called}
         return stand_in
 
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Proxy:
+        self._check_unchanged(module)
+        return self._tracer.create_proxy("call_module", self.name_of(module), args, kwargs)
 
-def _sharing(module: nn.Module, members: dict[str, Any]) -> nn.Module:
-    """An object of a class that differs from the module's in these members, with the same attributes."""
-    kind = type(module)
-    stand_in = object.__new__(type(kind.__name__, (kind,), {**members, "__module__": kind.__module__}))
-    stand_in.__dict__ = module.__dict__
-    return stand_in
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.containers.append(module)
+        self.running.append(module)
+        self._check_unchanged(module)
+        out = plain_class(type(module)).forward(self._stand_ins[module], *args, **kwargs)
+        for each in module.modules() if module is self._root else (module,):
+            self._check_unchanged(each)
+        self.running.pop()
+        return out
+
+    def _check_unchanged(self, module: nn.Module) -> None:
+        """A forward that changes a module, and be it for a moment, is not known."""
+        if module not in self._stand_ins or type(self._stand_ins[module]) is not type(module):
+            return
+        state, real = self._stand_ins[module].__dict__, module.__dict__
+        if state.keys() - {"_compiled_call_impl"} != real.keys() - {"_compiled_call_impl"}:
+            raise NotKnown("it adds or removes an attribute")
+        for name, value in real.items():
+            if name == "_compiled_call_impl":
+                continue
+            now = state[name]
+            if name == "_modules":
+                same = list(now.items()) == [(key, each and self._stand_ins[each]) for key, each in value.items()]
+            elif name in ("_parameters", "_buffers"):
+                same = now.keys() == value.keys() and all(now[key] is value[key] for key in value)
+            else:
+                same = (
+                    now is value or name == "_compiled_call_impl" or (is_data(value) and is_data(now) and now == value)
+                )
+            if not same:
+                raise NotKnown(f"it changes {name}")
+
+
+def _copy(value: object) -> object:
+    return copy.deepcopy(value) if isinstance(value, (list, dict, set)) and is_data(value) else value
 
 
 @contextlib.contextmanager
@@ -258,4 +378,4 @@ def _can_be_returned(out: object) -> bool:
         return all(map(_can_be_returned, out))
     if type(out) is dict:
         return all(map(_can_be_returned, out.values()))
-    return isinstance(out, fx.Proxy) or out is None or isinstance(out, (int, float, str, bool))
+    return type(out) is _StandIn or out is None or type(out) in (int, float, str, bool)

@@ -6,6 +6,7 @@ watches. Any other state is looked at anew; the last few are kept, so that train
 
 from __future__ import annotations
 
+import copy
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import _host, fusion
-from mobilenet_ext.forward_graph import ForwardGraph, NotKnown
+from mobilenet_ext.forward_graph import ForwardGraph, NotKnown, attributes_of, is_data
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
 from mobilenet_ext.units import UnitModules, forwards_are_original, is_exactly, is_layer
 
 KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
+PATIENCE = 8  # with a module that is another one at each call: then its own forward runs for good
 
 
 class Step(NamedTuple):
@@ -64,13 +66,14 @@ class Plans:
     def __init__(self, folds: bool = False) -> None:
         self.folds = folds
         self._plans: tuple[Plan, ...] = ()
+        self._wasted = 0  # plans in a row that held for one call
 
     def __reduce__(self) -> tuple[object, ...]:
         return Plans, (self.folds,)
 
     def find(self, module: nn.Module) -> Callable[[Tensor], object] | None:
         """What runs the module's forward of one tensor; None: the forward itself."""
-        if self.folds and fusion.is_observed():
+        if self._wasted > PATIENCE or (self.folds and fusion.is_observed()):
             return None
         return self.of(module).run
 
@@ -79,9 +82,12 @@ class Plans:
         plans = self._plans
         for plan in plans:
             if plan.holds(module):
+                self._wasted = 0
                 break
         else:
-            plan = Plan(module, self.folds)
+            same = next((plan for plan in plans if plan.has_same_structure(module)), None)
+            plan = Plan(module, self.folds, same)
+            self._wasted += same is None
         if not plans or plan is not plans[0]:
             self._plans = (plan, *(each for each in plans if each is not plan))[:KEPT]
         return plan
@@ -90,24 +96,30 @@ class Plans:
 class Plan:
     """How a module's forward runs in one state of its modules.
 
+    Args:
+        same: a plan from when all was the same but for parameters and buffers.
+
     Attributes:
         run: the forward, of one tensor; None where there is nothing in it to fuse.
         chains: what runs on the kernels.
         graph: what the forward calls; None where that is not known.
-        why_not: why the forward as a whole is not known, or None.
+        why_not: why it is not known, or None.
     """
 
     run: Callable[[Tensor], object] | None = None
 
-    def __init__(self, module: nn.Module, folds: bool) -> None:
+    def __init__(self, module: nn.Module, folds: bool, same: Plan | None = None) -> None:
         self.chains: list[FusedChain | FoldedChain] = []
         self.graph: ForwardGraph | None = None
         self.why_not: str | None = None
         self._mode = _mode()
-        try:
-            self.graph = ForwardGraph(module)
-        except NotKnown as error:
-            self.why_not = str(error)
+        if same is not None:
+            self.graph, self.why_not = same.graph, same.why_not
+        else:
+            try:
+                self.graph = ForwardGraph(module)
+            except NotKnown as error:
+                self.why_not = str(error)
         self._guard(module)
         if self.graph is not None:
             found = list(_find_chains(self.graph, leading_folded_chain if folds else _leading_fused_chain))
@@ -115,43 +127,51 @@ class Plan:
             if found:
                 self.run = _compile(self.graph, found)
 
-    def holds(self, module: nn.Module) -> bool:
+    def has_same_structure(self, module: nn.Module) -> bool:
+        """Whether all is as it was but for which parameters and buffers there are."""
         return (
             self._mode == _mode()
             and self._training == module.training
             and self._children is module._modules
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and forwards_are_original()
+            and all(map(is_, map(type, self._modules), self._kinds))
             and all(kind.forward is forward for kind, forward in self._forwards)
-            and all(len(held) == len(items) and all(map(is_, held, items)) for held, items in self._lists)
+            and all(held == copied for held, copied in self._data)
         )
 
+    def holds(self, module: nn.Module) -> bool:
+        return self.has_same_structure(module) and _host.dicts_are((), (), self._tensor_slots, self._tensors)
+
     def _guard(self, module: nn.Module) -> None:
+        self._training, self._children = module.training, module._modules
         # A forward that is not known runs itself, whatever changes: what it leaves in its attributes is no news.
-        containers = [] if self.graph is None else [module, *self.graph.containers]
-        called = [] if self.graph is None else [self.graph.module_of(node) for node in self.graph.graph.nodes]
-        self._training = module.training
-        layers = [part for each in called if each is not None and is_layer(each) for part in each.modules()]
-        looked_at = dict.fromkeys([*containers, *layers, *(each for each in called if each is not None)])
-        hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
-        hooks += [getattr(each, f"_{kind}") for each in looked_at for kind in _HOOKS]
-        known = dict.fromkeys([*containers, *layers])
-        attributes = [each.__dict__ for each in known]
-        self._children = module._modules
-        self._counted = (*hooks, *attributes)
-        slots = [s for each in known for s in (each.__dict__, each._modules, each._parameters, each._buffers)]
-        own = [value for each in known for name, value in each.__dict__.items() if name not in _ATTRIBUTES]
-        dicts = [value for value in own if type(value) is dict]
-        self._lists = tuple((value, tuple(value)) for value in own if type(value) is list)
-        slots += dicts
-        self._counted += tuple(dicts)
-        self._counts = tuple(map(len, self._counted))
-        self._slots = tuple(filter(None, slots))
-        self._contents = tuple(concatenated.from_iterable(map(dict.values, self._slots)))
+        graph = self.graph
+        called = [] if graph is None else [graph.module_of(node) for node in graph.graph.nodes]
+        opaque = {each for each in called if each is not None and not is_layer(each)}
+        inside = {part for each in opaque for part in each.modules()} - set([] if graph is None else graph.containers)
+        known = [] if graph is None else [each for each in module.modules() if each not in inside]
+        self._modules = (*known, *opaque)
+        self._kinds = tuple(map(type, self._modules))
+        containers = [] if graph is None else graph.containers
         self._forwards = tuple({(type(each), type(each).forward) for each in containers})
+        hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
+        hooks += [getattr(each, f"_{kind}") for each in self._modules for kind in _HOOKS]
+        self._counted = (*hooks, *(each.__dict__ for each in known))
+        self._counts = tuple(map(len, self._counted))
+        self._slots = tuple(filter(None, (slots for each in known for slots in (each.__dict__, each._modules))))
+        self._contents = _values(self._slots)
+        self._tensor_slots = tuple(filter(None, (s for each in known for s in (each._parameters, each._buffers))))
+        self._tensors = _values(self._tensor_slots)
+        held = [value for each in known for value in attributes_of(each).values()]
+        mutable = [value for value in held if isinstance(value, (list, dict, set)) and is_data(value)]
+        self._data = [(value, copy.deepcopy(value)) for value in mutable]
 
 
-_ATTRIBUTES = vars(nn.Module()).keys()  # that every module has
+def _values(slots: tuple[dict, ...]) -> tuple[object, ...]:
+    return tuple(concatenated.from_iterable(map(dict.values, slots)))
+
+
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
@@ -206,6 +226,8 @@ def _layer(known: ForwardGraph, node: fx.Node, calls: Counter) -> nn.Module | No
     """The module that a call of one input is a call of, or is computed by."""
     if node.op == "call_module":
         module = known.module_of(node)
+        if module in known.read:
+            return None  # somebody looks at its tensors between two calls
         has_state = bool(module._parameters or module._buffers)
         if (
             len(node.args) != 1

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mobilenet_ext import fusion
-from mobilenet_ext.forward_graph import PLAIN, plain_class
+from mobilenet_ext.forward_graph import PLAIN, PLANS, plain_class
 from mobilenet_ext.fused_forward import Plans
 from mobilenet_ext.plans import exact_batch_norms
 from mobilenet_ext.tracing import is_traced
-
-PLANS = "_fused_plans"  # an attribute of a fused module
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -66,7 +64,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if is_fused(module):
             module.__class__ = plain_class(type(module))
-            del module.__dict__[PLANS]
+            module.__dict__.pop(PLANS, None)
     return model
 
 
@@ -104,7 +102,11 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def plans_of(module: nn.Module) -> Plans:
-    return module.__dict__[PLANS]
+    """Of a fused module; one that its class has made since, a slice of a sequence for instance, gets its own."""
+    plans = module.__dict__.get(PLANS)
+    if plans is None:
+        plans = module.__dict__[PLANS] = Plans()
+    return plans
 
 
 def put_plans_in(model: nn.Module, folds: bool) -> None:
@@ -121,7 +123,7 @@ def _may_be_fused(module: nn.Module) -> bool:
     kind = type(module)
     if is_fused(module) or isinstance(module, (fusion.Staged, torch.jit.ScriptModule, fx.GraphModule, nn.Conv2d)):
         return False
-    if kind.forward.__module__.startswith("torch.") and kind.forward is not nn.Sequential.forward:
+    if (kind.forward.__module__ or "").startswith("torch.") and kind.forward is not nn.Sequential.forward:
         return False
     return any(isinstance(child, nn.Conv2d) for child in module.modules())
 
