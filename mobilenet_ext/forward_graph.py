@@ -28,19 +28,14 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mobilenet_ext.tracing import analysing
-from mobilenet_ext.units import is_norm, is_untouched
+from mobilenet_ext.units import is_norm, is_untouched, plain_class
 
 # What a tensor of the model is asked for without a node: the answers are settings, as its module's attributes are.
 _SETTINGS = {"shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_sparse", "is_quantized"}
 _SETTING_CALLS = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.stride}
 
-PLAIN = "_plain_class"  # of a class that fuse() made: the one that it stands for
 PLANS = "_fused_plans"  # an attribute of a fused module
 MODULE_ATTRIBUTES = vars(nn.Module()).keys()
-
-
-def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return vars(kind).get(PLAIN, kind)
 
 
 class NotKnown(Exception):
@@ -300,7 +295,9 @@ class _Attempt:
         state = dict(module.__dict__)
         state |= {name: _copy(value) for name, value in attributes_of(module).items()}
         state |= {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers")}
-        state["_modules"] = {name: child and self._stand_in(child) for name, child in module._modules.items()}
+        state["_modules"] = {
+            name: None if child is None else self._stand_in(child) for name, child in module._modules.items()
+        }
         # Where nn.Module.__call__ goes first, if it is there.
         stand_in.__dict__ = {**state, "_compiled_call_impl": called}
         return stand_in
@@ -331,13 +328,11 @@ class _Attempt:
                 continue
             now = state[name]
             if name == "_modules":
-                same = list(now.items()) == [(key, each and self._stand_ins[each]) for key, each in value.items()]
+                same = list(now.items()) == [(key, self._stand_ins.get(each)) for key, each in value.items()]
             elif name in ("_parameters", "_buffers"):
                 same = now.keys() == value.keys() and all(now[key] is value[key] for key in value)
             else:
-                same = (
-                    now is value or name == "_compiled_call_impl" or (is_data(value) and is_data(now) and now == value)
-                )
+                same = now is value or (is_data(value) and is_data(now) and now == value)
             if not same:
                 raise NotKnown(f"it changes {name}")
 

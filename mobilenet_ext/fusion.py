@@ -28,6 +28,7 @@ from mobilenet_ext.units import (
     is_untouched,
     leading_unit,
     padding_of,
+    plain_class,
     pools_to_one,
     tracks,
     vectors_of,
@@ -105,7 +106,8 @@ def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
 def flatten(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """``modules``, with those of untouched sequential containers among them in their places."""
     for module in modules:
-        if type(module).forward in (nn.Sequential.forward, FusedSequential.forward) and is_untouched(module):
+        forward = plain_class(type(module)).forward
+        if forward in (nn.Sequential.forward, FusedSequential.forward) and is_untouched(module):
             yield from flatten(module)
         else:
             yield module

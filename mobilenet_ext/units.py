@@ -90,6 +90,13 @@ def _is_frozen(bn: nn.Module) -> bool:
     return not isinstance(bn, nn.BatchNorm2d)
 
 
+PLAIN = "_plain_class"  # of a class that fuse() made: the one that it stands for
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return vars(kind).get(PLAIN, kind)
+
+
 # What a call goes through: an attribute of the module itself takes its place. The second is of module.compile().
 _CALLED = ("forward", "_compiled_call_impl", "_call_impl", "_wrapped_call_impl", "_check_input_dim")
 

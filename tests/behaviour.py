@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from plain import is_conv_bias
+from plain import is_conv_bias, randomise_
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import mobilenet_ext as mx
 
 _CONVOLUTIONS = {
     f"{kind}_{pass_}": 1 for kind in ("dense", "depthwise", "pointwise") for pass_ in ("forward", "inference")
@@ -115,3 +117,23 @@ def _assert_same(
         assert difference <= limit, f"{what}: {difference:.1e} from the plain modules, {limit:.1e} is accepted"
     else:
         assert torch.equal(actual, expected), what
+
+
+UNITS = 9  # of `first_units`
+
+
+def first_units() -> nn.Module:
+    """The first nine units of MobileNetV1 and a pooling, in float64."""
+    torch.manual_seed(5)
+    feature = randomise_(mx.MobileNetV1(10, 0.25)).double().feature
+    return mx.nn.FusedSequential(*feature[:UNITS], feature[-1])
+
+
+def image_with_gradient() -> Tensor:
+    torch.manual_seed(6)
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+
+
+def units_without(index: int) -> int:
+    """How many units are left where one's module ``index`` runs by itself: in front of an activation a linear unit."""
+    return UNITS if index == 2 else UNITS - 1

@@ -172,6 +172,25 @@ def test_slices(fused, plain, x) -> None:
     mx.unfuse(parts[0])
 
 
+@pytest.mark.parametrize("make", [mx.fuse, mx.freeze])
+def test_sequences_in_a_fused_sequence_are_one_chain(make) -> None:
+    model = make(mx.nn.FusedSequential(unit(8, 8, 3), nn.Sequential(unit(8, 8), nn.Sequential(), unit(8, 8, 3))).eval())
+    x = torch.randn(2, 8, 6, 6)
+    assert {row.chain for row in mx.fusion_report(model)} == {0}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(x)
+        targets: list[str] = []
+
+        def backend(graph, inputs):
+            targets.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), expected)
+    assert sum("block_inference" in target or "_inference" in target for target in targets) == 2
+    torch._dynamo.reset()
+
+
 def test_unfuse(fused, plain, x):
     assert mx.unfuse(fused) is fused
     assert [type(module) for module in fused.modules()] == [type(module) for module in plain.modules()]
