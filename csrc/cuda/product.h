@@ -360,8 +360,8 @@ Tiling tiling_of(int64_t rows, int64_t depth, int64_t columns, const Launch& on)
   return tiling;
 }
 
-// The epilogue is made of its Arguments, which have the tiling; a multiprocessor is to hold kBlocks blocks, and each has
-// kSharedBytes of shared memory.
+// The epilogue is made of its Arguments, which have the tiling; a multiprocessor is to hold kBlocks blocks, and each
+// has kSharedBytes of shared memory.
 template <class S, bool transposed, class Source, class Epilogue>
 __global__ void __launch_bounds__(S::kThreads, Epilogue::kBlocks)
     product_kernel(const Source source, const typename S::T* weight, const typename Epilogue::Arguments args) {
