@@ -174,9 +174,11 @@ from_prebuilt() {
   mapfile -t places < <("$python" -c 'if True:
     import os, sysconfig, torch
     print(sysconfig.get_path("include"), os.path.dirname(torch.__file__), sysconfig.get_config_var("EXT_SUFFIX"), sep="\n")')
-  run cp "$prebuilt"/_cpu.abi3.so "$prebuilt"/_cuda.abi3.so mobilenet_ext/ &&
+  local host="mobilenet_ext/_host${places[2]}"
+  run cp "$prebuilt"/_cpu.abi3.so "$prebuilt"/_cuda.abi3.so mobilenet_ext/ || return
+  [ "$host" -nt "$prebuilt/build_info_generated.h" ] ||
     run "${CXX:-g++}" -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Icsrc -I"$prebuilt" -isystem "${places[0]}" \
-      -isystem "${places[1]}/include" csrc/host/*.cpp -o "mobilenet_ext/_host${places[2]}"
+      -isystem "${places[1]}/include" csrc/host/*.cpp -o "$host"
 }
 
 if (($# == 0)); then

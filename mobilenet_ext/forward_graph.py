@@ -85,9 +85,12 @@ def is_container(module: nn.Module) -> bool:
     return is_untouched(module) and all(map(is_data, attributes_of(module).values()))
 
 
+_OURS = {PLANS, "train"}  # what fuse() and freeze() put there
+
+
 def attributes_of(module: nn.Module) -> dict[str, object]:
     """What the module's own class, or its user, keeps in it besides parameters, buffers and modules."""
-    return {name: value for name, value in module.__dict__.items() if name not in MODULE_ATTRIBUTES and name != PLANS}
+    return {name: value for name, value in module.__dict__.items() if name not in MODULE_ATTRIBUTES | _OURS}
 
 
 _DATA = (

@@ -16,13 +16,14 @@ import torch
 
 import mobilenet_ext as mx
 from mobilenet_ext import ops
-from mobilenet_ext.contract import NO_PADDING, Act
+from mobilenet_ext.contract import NO_PADDING, Act, conv_output_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels that fill 128-bit accesses and that do not, odd sizes, tails of every tile.
 SHAPES = [(2, 40, 9, 13), (3, 3, 7, 5), (1, 8, 1, 1), (1, 24, 17, 33)]  # N, C, H, W
 ACTS = (Act.RELU, Act.RELU6, Act.HARDSWISH, Act.SILU)  # one for each shape
 ONE = (1, 1, 1, 1)  # on each side
+UNEQUAL = (1, 2, 0, 2)
 SLOPE = 0.2  # of leaky ReLU
 FILTERS = {40: 72, 3: 5, 8: 16, 24: 136}
 
@@ -123,6 +124,14 @@ def calls(
                 "dense_backward",
                 (image(n, k, *out), y, grad_bn, u, None, Act.LINEAR, False, dense, stride, ONE, True, True),
             )
+            for size, padding in ((3, UNEQUAL), (5, (2, 2, 2, 2))):
+                out = conv_output_size(h, w, size, stride, padding)
+                depthwise, y = filters(c, 1, size, size), image(n, c, *out)
+                conv = (depthwise, stride, padding)
+                yield Call("depthwise_forward", (u, bn_u, act, *conv, *with_affine(c)))
+                backward = (image(n, c, *out), y, random(6, c).to(device), u, bn_u, act, True, *conv)
+                yield Call("depthwise_backward", (*backward, True, True))
+                yield Call("depthwise_inference", (u, bn_u, act, *conv, None, image(n, c, *out)))
             yield Call("dense_inference", (u, bn(k), act, dense, stride, ONE))
             yield Call("dense_inference", (u, bn(k), act, dense, stride, ONE, None, residual))
     mean, var = random(24).to(device), random(24).abs().to(device)
