@@ -68,9 +68,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="replay training steps from CUDA graphs: on a GPU, not with --amp fp16; saves time on the host, and keeps "
-        "the memory of a step",
+        action=argparse.BooleanOptionalAction,
+        help="replay training steps from CUDA graphs, which saves time on the host and keeps the memory of a step "
+        "[on a GPU, but not with --amp fp16]",
     )
 
 

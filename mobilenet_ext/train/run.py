@@ -45,8 +45,8 @@ class RunOptions:
         workers: data loading processes; None for a default by the kind of data.
         data_dir: where Imagenette lies, or is to be put.
         corrupt: what to do with unreadable images: ``"skip"`` or ``"refuse"``.
-        cuda_graph: whether training steps are replayed from CUDA graphs, see ``StepGraph``: on a GPU, without float16,
-            whose gradient scaler decides on the host.
+        cuda_graph: whether training steps are replayed from CUDA graphs, see ``StepGraph``; None where they can be: on
+            a GPU, without float16, whose gradient scaler decides on the host.
     """
 
     device: torch.device = torch.device("cpu")
@@ -54,7 +54,7 @@ class RunOptions:
     workers: int | None = None
     data_dir: str = "data"
     corrupt: str = "skip"
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def run_training(
             with Interrupt() as interrupt:
                 run.go(interrupt)
         except torch.OutOfMemoryError as error:
-            instead = "a smaller --batch-size" + (" or no --cuda-graph" if run.step_graph is not None else "")
+            instead = "a smaller --batch-size" + (" or --no-cuda-graph" if run.step_graph is not None else "")
             raise TrainError(f"out of memory on {options.device}: try {instead}") from error
         finally:
             run.records.close()
@@ -217,9 +217,10 @@ def _captures(recipe: Recipe, options: RunOptions) -> bool:
     Raises:
         TrainError: it is to, and cannot.
     """
+    on_gpu = cuda_graph.is_for(options.device)
     if not options.cuda_graph:
-        return False
-    if not cuda_graph.is_for(options.device):
+        return options.cuda_graph is None and on_gpu and recipe.amp != "fp16"
+    if not on_gpu:
         raise TrainError(f"--cuda-graph: expected a CUDA device, got {options.device}")
     if recipe.amp == "fp16":
         raise TrainError(

@@ -297,9 +297,9 @@ def test_a_run_and_its_resumption(graphs: list[Graph], images: Path, tmp_path: P
     """As the command line trains: the history and ``last.pt`` are those of a run without graphs, also resumed."""
     settings = {"width": 0.125, "resolution": 40, "batch_size": 5, "lr": 0.05}  # 24 images: the last batch has 4
     recipe = default_recipe(str(images), epochs=4, **settings)
-    plain = run_training(recipe, tmp_path / "plain", RunOptions(workers=0))
+    plain = run_training(recipe, tmp_path / "plain", RunOptions(workers=0, cuda_graph=False))
     assert graphs == []
-    whole = run_training(recipe, tmp_path / "whole", RunOptions(workers=0, cuda_graph=True))
+    whole = run_training(recipe, tmp_path / "whole", RunOptions(workers=0))
     assert [graph.replays for graph in graphs] == [2 + 3 * 4, 1, 3, 3, 3]
     with pytest.MonkeyPatch.context() as patch:
         original = mx.train.run._Run._one_epoch
@@ -327,6 +327,14 @@ def test_nothing_is_captured_on_a_cpu() -> None:
     training = Training(network())
     training.epoch(batches())
     assert training.told == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_unasked_a_run_captures_where_it_can(device: str, amp: str) -> None:
+    recipe = default_recipe("digits", amp=amp)
+    assert mx.train.run._captures(recipe, RunOptions(torch.device(device))) == (device == "cuda" and amp != "fp16")
+    assert not mx.train.run._captures(recipe, RunOptions(torch.device(device), cuda_graph=False))
 
 
 def test_the_run_says_where_it_cannot(tmp_path: Any) -> None:
