@@ -27,7 +27,7 @@ def _grid(**choices: tuple) -> Iterator[Any]:
     """Every combination, as a namespace."""
     for values in itertools.product(*choices.values()):
         choice = argparse.Namespace(**dict(zip(choices, values, strict=True)))
-        if "waves" in choices and "registers" not in choices:
+        if "waves" in choices and not {"registers", "elements"} & choices.keys():
             choice.registers = heuristics.registers(choice.warps, choice.waves)
         yield choice
 
@@ -220,33 +220,46 @@ def backward_tma(layer: Layer) -> Iterator[Candidate]:
         yield Candidate(vars(c), _backward(choose))
 
 
-def _depthwise(layer: Layer, heuristic: str, elements: tuple[int, ...], waves: tuple[int, ...]) -> Iterator[Candidate]:
-    for c in _grid(
-        elements=elements, warps=(2, 4, 8), C=(32, 64, 128), rows=(0, 28, 14), waves=waves, registers=(255,)
-    ):
-        if c.C > max(16, layer.in_channels) or c.rows >= layer.size:
+def _depthwise(layer: Layer, heuristic: str, columns: tuple[int, ...], **choices: tuple) -> Iterator[Candidate]:
+    """``columns``: of a lane, where the kernel leaves them open. ``elements``: of a thread in a column, with the
+    registers that it may have."""
+    out_size = layer.out_size
+    for c in _grid(columns=columns, C=(32, 64, 128), **choices):
+        elements, registers = c.elements
+        if c.C > max(16, layer.in_channels) or c.C == 32 < layer.in_channels:
             continue
-        kernel = config(c.warps, BLOCK_P=c.warps * 32 * c.elements // c.C, BLOCK_C=c.C)
-
-        def grid(images, channels, height, lanes, processors, tile, waves, c=c) -> tuple[int, int]:
-            rows = min(height, c.rows) if c.rows else height
-            tasks = -(-images * lanes // tile[0]) * -(-height // rows)
-            return rows, min(tasks, max(1, waves * processors // -(-channels // tile[1])) if waves else 65535)
-
+        if registers * 32 * c.warps * c.waves > REGISTERS:
+            continue
+        constants = {"STAGES": c.stages}
+        if c.columns:
+            exact = out_size * layer.stride == layer.size and out_size % c.columns == 0
+            constants.update(COLUMNS=c.columns, EXACT=exact)
+        kernel = config(c.warps, maxnreg=registers, BLOCK_P=c.warps * 32 * elements // c.C, BLOCK_C=c.C, **constants)
         chosen = {"waves": c.waves, "kernel": kernel}
-        yield Candidate(vars(c), {heuristic: lambda *problem, chosen=chosen: (chosen,), "depthwise_grid": grid})
+        yield Candidate(vars(c), {heuristic: lambda *problem, chosen=chosen: (chosen,)})
 
 
 def depthwise_forward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), (1, 2, 3, 4, 6))
+    columns = (2, 4) if layer.stride == 1 else (1, 2)
+    elements = ((8, 255), (4, 255), (4, 168), (4, 128))
+    yield from _depthwise(
+        layer, "depthwise_forward", columns, elements=elements, warps=(2, 4), waves=(2, 3, 4, 6, 8), stages=(3, 4)
+    )
 
 
 def depthwise_inference(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_forward", (4, 8), (0,))
+    columns = (2, 4) if layer.stride == 1 else (1, 2)
+    elements = ((8, 255), (4, 168), (4, 128))
+    yield from _depthwise(
+        layer, "depthwise_forward", columns, elements=elements, warps=(2, 4), waves=(0,), stages=(4, 8)
+    )
 
 
 def depthwise_backward(layer: Layer) -> Iterator[Candidate]:
-    yield from _depthwise(layer, "depthwise_backward", (2, 4), (1, 2, 3, 4, 6))
+    elements = ((4, 255), (2, 168), (2, 128))
+    yield from _depthwise(
+        layer, "depthwise_backward", (0,), elements=elements, warps=(2, 4), waves=(2, 3, 4, 6), stages=(3, 4)
+    )
 
 
 def dense_forward(layer: Layer) -> Iterator[Candidate]:

@@ -77,7 +77,7 @@ def compile_share(kernels: list[str], width: float, resolution: int, share: int,
         small = case.layer._replace(size=min(case.layer.size, 28))
         call = None
         for candidate in KERNELS[case.kernel][2](case.layer):
-            compiled = {name: value for name, value in candidate.parameters.items() if name not in ("waves", "rows")}
+            compiled = {name: value for name, value in candidate.parameters.items() if name != "waves"}
             depends = (case.kernel, str(compiled), case.layer.stride, case.layer.in_channels <= compiled.get("K", 0))
             if depends in done:
                 continue

@@ -113,7 +113,7 @@ def loses_nan(code: MachineCode) -> str | None:
 def narrow(code: MachineCode, bits: int = 128) -> str | None:
     """Accesses of fewer ``bits``. Activations are what is loaded and stored in loops; vectors of channels are read and
     written around them."""
-    accesses = [op for op in code.in_loops if re.match("LDG|STG", op)]
+    accesses = [op for op in code.in_loops if re.match(r"(LDG|LDGSTS|STG)\b", op)]
     wide = {128: r".*\.(128|ENL2\.256)", 64: r".*\.(64|128|ENL2\.256)", 32: r"(?!.*\.[US](8|16)\b)"}
     narrower = [op for op in accesses if not re.match(wide[bits], op)]
     if narrower:

@@ -6,9 +6,7 @@ in a product for either gradient. A thread keeps nine taps of the filter, nine s
 vectors per channel in registers, so it has four channels, in 16 bits half a 128-bit access: with eight, ptxas spills
 592 bytes per thread with stride 1 and 544 with stride 2 (sm_90, bfloat16, Triton 3.6).
 
-A row's dz, y and u are loaded before the products of the row before it, and stay as they are stored until it is their
-turn: so all its loads are on their way at once, and the products hide their latency. Loaded where they are used, they
-would wait for memory one after another, six times per row, because ptxas moves each load down to its use.
+Rows of dz, y and u are copied into shared memory some steps before their turn, as in the forward kernel.
 
 At the image's border a lane also multiplies its inputs by the dy of outputs that do not exist, which is 0: there a NaN
 or an infinity makes more of its channel's taps NaN than those that see it (PyTorch's: only those).
@@ -47,7 +45,7 @@ from mobilenet_ext.triton import autotune, depthwise_backward_5x5, gpu, heuristi
 from mobilenet_ext.triton.activation import compiled, load_norm, norm_act, norm_act_inside
 from mobilenet_ext.triton.checks import check_input
 from mobilenet_ext.triton.depthwise import gradient, load_filter, load_outputs, store_dz, store_filter
-from mobilenet_ext.triton.formulas import load_gradient_coefficients, where_also
+from mobilenet_ext.triton.formulas import handed_on, load_gradient_coefficients, where_also
 from mobilenet_ext.triton.merge import store_sums
 
 
@@ -70,7 +68,9 @@ def depthwise_backward(
     multiprocessors, unit = gpu.of(u).multiprocessors, math.gcd(channels, 8)
     size = weight.shape[2]
     if size == 3:
-        kernel, constants = (_stride_1 if stride == 1 else _stride_2), {}
+        # Whether the image is as wide and high as the outputs, times the stride, and every lane and row of it is full.
+        exact = tuple(padding) == (1, 1, 1, 1) and width % 2 == height % stride == 0
+        kernel, constants = (_stride_1 if stride == 1 else _stride_2), {"EXACT": exact}
     else:
         kernel, constants = depthwise_backward_5x5.kernel, {"STRIDE": stride}
     want_sums = need_input and bn_u is not None
@@ -129,6 +129,7 @@ def _stride_1(
     dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_ptr, dz_u_ptr, sums_ptr, partial_ptr,
     images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, ACT_U: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A lane owns two neighbouring input columns, left and right, which are seen by four output columns."""
     BATCH_STATS: tl.constexpr = y_ptr is not None
@@ -159,12 +160,12 @@ def _stride_1(
 
         out_column = column + pad_left  # j'
         left_inside = (lane < images * pairs)[:, None] & channel_inside[None, :]
-        right_inside = left_inside & (column + 1 < width)[:, None]
+        right_inside = left_inside if EXACT else left_inside & (column + 1 < width)[:, None]
         dy_inside = (
             left_inside & (out_column + 1 < out_width)[:, None],
-            left_inside & (out_column < out_width)[:, None],
-            left_inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None],
-            left_inside & ((out_column >= 2) & (out_column - 2 < out_width))[:, None],
+            left_inside if EXACT else left_inside & (out_column < out_width)[:, None],
+            left_inside if EXACT else left_inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None],
+            left_inside & ((out_column >= 2) if EXACT else (out_column >= 2) & (out_column - 2 < out_width))[:, None],
         )
         out_row = first_row + pad_top - 2
         out_offset = (((image * out_height + out_row) * out_width + out_column + 1) * channels)[:, None] + c[None, :]
@@ -179,12 +180,18 @@ def _stride_1(
         right_middle = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         da_left_top, da_right_top = zero, zero
         da_left_middle, da_right_middle = zero, zero
-        # The first row; in the loop it is the next one.
-        row_inside = (out_row >= 0) & (out_row < out_height)
-        outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
-        left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, first_row < row_end)
-        for row in range(first_row - 2, row_end):
+        u_top = (
+            tl.zeros([BLOCK_P, BLOCK_C], u_ptr.dtype.element_ty),
+            tl.zeros([BLOCK_P, BLOCK_C], u_ptr.dtype.element_ty),
+        )
+        u_middle = (
+            tl.zeros([BLOCK_P, BLOCK_C], u_ptr.dtype.element_ty),
+            tl.zeros([BLOCK_P, BLOCK_C], u_ptr.dtype.element_ty),
+        )
+        for row in tl.range(first_row - 2, row_end, num_stages=STAGES):
             row_inside = (out_row >= 0) & (out_row < out_height)
+            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
+            left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row + 2 < row_end)
             dy = (
                 gradient(outputs[0], coefficients, dy_inside[0], row_inside, BATCH_STATS),
                 gradient(outputs[1], coefficients, dy_inside[1], row_inside, BATCH_STATS),
@@ -193,12 +200,6 @@ def _stride_1(
             )
             left_bottom = norm_act_inside(left, norm_u, where_also(left_inside, row + 2 < row_end), NORM_U, ACT_U)
             right_bottom = norm_act_inside(right, norm_u, where_also(right_inside, row + 2 < row_end), NORM_U, ACT_U)
-            out_row += 1
-            out_offset += out_width * channels
-            in_offset += width * channels
-            row_inside = (out_row >= 0) & (out_row < out_height) & (row + 1 < row_end)
-            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 4)
-            left, right = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row + 3 < row_end)
             if partial_ptr is not None:
                 grad_top = _add_products(grad_top, left_top, right_top, dy)
                 grad_middle = _add_products(grad_middle, left_middle, right_middle, dy)
@@ -207,21 +208,23 @@ def _stride_1(
                 da_left, da_right = _add_row(da_left_top, da_right_top, dy, top)
                 left_mask = where_also(left_inside, row >= first_row)
                 right_mask = where_also(right_inside, row >= first_row)
-                # u again, from the cache: kept for two rows it would need more registers than there are, in float32.
-                offset = in_offset - 3 * width * channels
-                u_left = tl.load(u_ptr + offset, mask=left_mask, other=0.0)
-                left_sums = store_dz(dz_u_ptr + offset, u_left, da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
+                offset = in_offset - 2 * width * channels
+                left_sums = store_dz(dz_u_ptr + offset, u_top[0], da_left, left_top, norm_u, left_mask, NORM_U, ACT_U)
                 offset += channels
-                u_right = tl.load(u_ptr + offset, mask=right_mask, other=0.0)
                 right_sums = store_dz(
-                    dz_u_ptr + offset, u_right, da_right, right_top, norm_u, right_mask, NORM_U, ACT_U
+                    dz_u_ptr + offset, u_top[1], da_right, right_top, norm_u, right_mask, NORM_U, ACT_U
                 )
                 sum_dz += left_sums[0] + right_sums[0]
                 sum_dz_centred += left_sums[1] + right_sums[1]
                 da_left_top, da_right_top = _add_row(da_left_middle, da_right_middle, dy, middle)
                 da_left_middle, da_right_middle = _add_row(zero, zero, dy, bottom)
-            left_top, right_top = left_middle, right_middle
+            left_top, right_top = handed_on(left_middle), handed_on(right_middle)
             left_middle, right_middle = left_bottom, right_bottom
+            u_top = (handed_on(u_middle[0]), handed_on(u_middle[1]))
+            u_middle = (left, right)
+            out_row += 1
+            out_offset += out_width * channels
+            in_offset += width * channels
 
     if sums_ptr is not None:
         program = tl.program_id(1)
@@ -237,6 +240,7 @@ def _stride_2(
     dz_ptr, y_ptr, grad_bn_ptr, u_ptr, bn_u_ptr, weight_ptr, dz_u_ptr, sums_ptr, partial_ptr,
     images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, ACT_U: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A lane owns four inputs, in an even and an odd row and in a left and a right column, which four outputs see."""
     BATCH_STATS: tl.constexpr = y_ptr is not None
@@ -269,20 +273,17 @@ def _stride_2(
         inside = (lane < images * column_pairs)[:, None] & channel_inside[None, :]
         left_inside = inside & (column >= 0)[:, None]
         right_inside = inside & ((column + 1 >= 0) & (column + 1 < width))[:, None]
-        out_right_inside = inside & (out_column < out_width)[:, None]
-        out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
+        if EXACT:
+            out_right_inside = right_inside
+            out_left_inside = left_inside
+        else:
+            out_right_inside = inside & (out_column < out_width)[:, None]
+            out_left_inside = inside & ((out_column >= 1) & (out_column - 1 < out_width))[:, None]
         dy_inside = (out_right_inside, out_left_inside)
         out_offset = (((image * out_height + first_row) * out_width + out_column) * channels)[:, None] + c[None, :]
         in_offset = (((image * height + 2 * first_row - pad_top) * width + column) * channels)[:, None] + c[None, :]
 
-        # The first row; in the loop it is the next one.
-        row_inside = first_row < out_height
-        outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
         in_row = first_row * 2 - pad_top
-        even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, in_row >= 0)
-        odd_offset = in_offset + width * channels
-        odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
-        odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
         # dy of the outputs in the row above.
         above_right = zero
         above_left = zero
@@ -294,12 +295,16 @@ def _stride_2(
             above_left = gradient(above[1], coefficients, out_left_inside, above_inside, BATCH_STATS)
 
         row_end = tl.minimum(first_row + rows, row_pairs)
-        for row in range(first_row, row_end):
+        for row in tl.range(first_row, row_end, num_stages=STAGES):
             row_inside = row < out_height
+            even_inside = in_row >= 0
+            odd_inside = row_inside if EXACT else (in_row + 1 >= 0) & (in_row + 1 < height)
+            odd_offset = in_offset + width * channels
+            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, row_inside, BATCH_STATS, 2)
+            even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, even_inside)
+            odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
             dy_right = gradient(outputs[0], coefficients, out_right_inside, row_inside, BATCH_STATS)
             dy_left = gradient(outputs[1], coefficients, out_left_inside, row_inside, BATCH_STATS)
-            even_inside = in_row >= 0
-            odd_inside = (in_row + 1 >= 0) & (in_row + 1 < height)
             even_left_inside = where_also(left_inside, even_inside)
             even_right_inside = where_also(right_inside, even_inside)
             odd_left_inside = where_also(left_inside, odd_inside)
@@ -312,17 +317,6 @@ def _stride_2(
             even_right = tl.where(even_right_seen, norm_act(even[1], norm_u, NORM_U, ACT_U), 0.0)
             odd_left = tl.where(odd_left_seen, norm_act(odd[0], norm_u, NORM_U, ACT_U), 0.0)
             odd_right = tl.where(odd_right_seen, norm_act(odd[1], norm_u, NORM_U, ACT_U), 0.0)
-            u_even, u_odd = even, odd
-            out_offset += out_width * channels
-            in_offset += 2 * width * channels
-            odd_offset = in_offset + width * channels
-            in_row += 2
-            row_inside = row + 1 < row_end
-            out_inside = row_inside & (row + 1 < out_height)
-            outputs = load_outputs(dz_ptr, y_ptr, out_offset, channels, dy_inside, out_inside, BATCH_STATS, 2)
-            even = _load_inputs(u_ptr, in_offset, channels, left_inside, right_inside, row_inside)
-            odd_inside = row_inside & (in_row + 1 < height)
-            odd = _load_inputs(u_ptr, odd_offset, channels, left_inside, right_inside, odd_inside)
             if partial_ptr is not None:
                 grad_top = (
                     grad_top[0] + even_left * dy_right,
@@ -344,20 +338,21 @@ def _stride_2(
                 da_even_right = dy_right * top[1] + above_right * bottom[1]
                 da_odd_left = dy_right * middle[0] + dy_left * middle[2]
                 da_odd_right = dy_right * middle[1]
-                even_ptr = dz_u_ptr + in_offset - 2 * width * channels
+                even_ptr = dz_u_ptr + in_offset
                 odd_ptr = even_ptr + width * channels
-                sums0 = store_dz(even_ptr, u_even[0], da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
+                sums0 = store_dz(even_ptr, even[0], da_even_left, even_left, norm_u, even_left_inside, NORM_U, ACT_U)
                 even_ptr += channels
-                sums1 = store_dz(
-                    even_ptr, u_even[1], da_even_right, even_right, norm_u, even_right_inside, NORM_U, ACT_U
-                )
-                sums2 = store_dz(odd_ptr, u_odd[0], da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
+                sums1 = store_dz(even_ptr, even[1], da_even_right, even_right, norm_u, even_right_inside, NORM_U, ACT_U)
+                sums2 = store_dz(odd_ptr, odd[0], da_odd_left, odd_left, norm_u, odd_left_inside, NORM_U, ACT_U)
                 odd_ptr += channels
-                sums3 = store_dz(odd_ptr, u_odd[1], da_odd_right, odd_right, norm_u, odd_right_inside, NORM_U, ACT_U)
+                sums3 = store_dz(odd_ptr, odd[1], da_odd_right, odd_right, norm_u, odd_right_inside, NORM_U, ACT_U)
                 sum_dz += sums0[0] + sums1[0] + sums2[0] + sums3[0]
                 sum_dz_centred += sums0[1] + sums1[1] + sums2[1] + sums3[1]
             above_right = dy_right
             above_left = dy_left
+            out_offset += out_width * channels
+            in_offset += 2 * width * channels
+            in_row += 2
 
     if sums_ptr is not None:
         program = tl.program_id(1)

@@ -2,10 +2,14 @@
 output).
 
 A tile is a row of lanes times a block of channels and walks down the image: each input row is loaded, normalised and
-activated once and added to all output rows that see it, whose partial sums stay in registers. A lane owns an output
-column, with stride 1 a pair of them, which at 3x3 see four input columns instead of six. (With stride 2 a pair saves
-one of six and needs more registers than there are.) Lanes count through the columns of all images, so that tiles are
-full whatever the width.
+activated once and added to all output rows that see it, whose partial sums stay in registers. A lane owns neighbouring
+output columns: four of them see six input columns at 3x3, where two see four, so that each input is normalised 1.5
+times and not twice. Lanes count through the columns of all images, so that tiles are full whatever the width.
+
+Rows are copied into shared memory some steps before their turn (Triton's pipelining of the loop): with the few threads
+that so many registers leave room for, a row in flight for each is less than the memory needs to be busy. Where the
+image is as wide as its outputs and every lane is full (``EXACT``), only a lane's first and last columns can be padding;
+masks of all columns are a tenth of the instructions.
 """
 
 from __future__ import annotations
@@ -68,13 +72,13 @@ def _run(
     if y.numel() == 0:
         return y, merge.empty_statistics(u, 0, channels) if stats else None
     unit = math.gcd(channels, 8)
-    lanes = (out_w + 1) // 2 if stride == 1 else out_w
     multiprocessors = gpu.of(u).multiprocessors
-    candidates = heuristics.depthwise_forward(channels, u.dtype.itemsize, size, stride, stats)
+    candidates = heuristics.depthwise_forward(channels, width, out_w, pad_left, u.dtype.itemsize, size, stride, stats)
 
     def launch(config: heuristics.Config) -> tuple[Tensor, Tensor | None]:
         kernel = config["kernel"]
         tile = (kernel["BLOCK_P"], kernel["BLOCK_C"])
+        lanes = heuristics.cdiv(out_w, kernel["COLUMNS"])
         rows, programs = heuristics.depthwise_grid(n, channels, out_h, lanes, multiprocessors, tile, config["waves"])
         partial = merge.empty_statistics(u, programs, channels) if stats else None
         _kernel[(heuristics.cdiv(channels, kernel["BLOCK_C"]), programs)](
@@ -99,21 +103,30 @@ def _load_row(ptr, channels, column_inside, row_inside, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _activate_row(u, column_inside, row_inside, norm, NORM: tl.constexpr, ACT: tl.constexpr, COLUMNS: tl.constexpr):
+def _activate_row(
+    u, column_inside, row_inside, norm, NORM: tl.constexpr, ACT: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, INNER_END: tl.constexpr,
+):  # fmt: skip
+    """The columns from ``INNER`` to ``INNER_END`` are inside, of every lane that counts."""
+    if NORM:  # a row outside is 0, and so becomes z: fewer instructions than a mask for each column
+        norm = (tl.where(row_inside, norm[0], 0), tl.where(row_inside, norm[1], 0), tl.where(row_inside, norm[2], 0))
     a = ()
     for j in tl.static_range(COLUMNS):
-        a = a + (norm_act_inside(u[j], norm, where_also(column_inside[j], row_inside), NORM, ACT),)
+        if INNER <= j and j < INNER_END:
+            a = a + (norm_act(u[j], norm, NORM, ACT),)
+        else:
+            a = a + (norm_act_inside(u[j], norm, column_inside[j], NORM, ACT),)
     return a
 
 
 @triton.jit
-def _add_taps(sums, a, w, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_taps(sums, a, w, KERNEL: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
     """A row of the filter applied to a row of the input, added to a lane's outputs in a row."""
     added = ()
     for column in tl.static_range(COLUMNS):
         acc = sums[column]
         for tap in tl.static_range(KERNEL):
-            acc = acc + a[column + tap] * w[tap]
+            acc = acc + a[column * STRIDE + tap] * w[tap]
         added = added + (acc,)
     return added
 
@@ -126,7 +139,7 @@ def _add_row(sums, a, filter, ROW: tl.constexpr, KERNEL: tl.constexpr, STRIDE: t
     for i in tl.static_range((KERNEL - 1) // STRIDE + 1):
         row = sums[i]
         if ROW - i * STRIDE >= 0:
-            row = _add_taps(row, a, filter[ROW - i * STRIDE], KERNEL, COLUMNS)
+            row = _add_taps(row, a, filter[ROW - i * STRIDE], KERNEL, STRIDE, COLUMNS)
         added = added + (row,)
     return added
 
@@ -138,7 +151,7 @@ def _kernel(
     u_ptr, bn_u_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, bn_y_ptr, residual_ptr,
     images, height, width, C_units, out_height, out_width, pad_left, pad_top, rows,
     UNIT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACT_U: tl.constexpr, ACT_Y: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NORM_U: tl.constexpr = bn_u_ptr is not None
     NORM_Y: tl.constexpr = bn_y_ptr is not None
@@ -160,9 +173,13 @@ def _kernel(
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     count = tl.zeros([BLOCK_P, 1], tl.float32)
 
-    COLUMNS: tl.constexpr = 2 if STRIDE == 1 else 1
-    IN_COLUMNS: tl.constexpr = KERNEL + COLUMNS - 1
-    zeros = (zero, zero) if COLUMNS == 2 else (zero,)
+    IN_COLUMNS: tl.constexpr = KERNEL + (COLUMNS - 1) * STRIDE
+    # Where every lane is full, these are the columns of its input that are padding for none.
+    INNER: tl.constexpr = KERNEL // 2 if EXACT else IN_COLUMNS
+    INNER_END: tl.constexpr = KERNEL // 2 + COLUMNS * STRIDE if EXACT else IN_COLUMNS
+    zeros = ()
+    for _ in tl.static_range(COLUMNS):
+        zeros = zeros + (zero,)
     lanes = (out_width + COLUMNS - 1) // COLUMNS
     chunks = tl.cdiv(out_height, rows)
     tasks = tl.cdiv(images * lanes, BLOCK_P) * chunks
@@ -172,91 +189,85 @@ def _kernel(
         column = lane % lanes * COLUMNS
         row = task % chunks * rows
         row_end = tl.minimum(row + rows, out_height)
-        first_inside = lane < images * lanes
-        second_inside = first_inside & (column + 1 < out_width)
-        first_counts = tl.where(first_inside, 1.0, 0.0)[:, None]
-        second_counts = tl.where(second_inside, 1.0, 0.0)[:, None]
+        lane_inside = lane < images * lanes
 
         first_row = row * STRIDE - pad_top
         last_row = row_end * STRIDE - pad_top + KERNEL - 1 - STRIDE
         last_row = tl.minimum(last_row, height - 1)  # the last to be loaded
         in_column = column * STRIDE - pad_left
-        inside = first_inside[:, None] & channel_inside[None, :]
+        inside = lane_inside[:, None] & channel_inside[None, :]
+        out_inside = ()
+        counts = tl.zeros([BLOCK_P, 1], tl.float32)  # the outputs of a lane in a row
+        for j in tl.static_range(COLUMNS):
+            if EXACT:
+                out_inside = out_inside + (inside,)
+                counts += tl.where(lane_inside, 1.0, 0.0)[:, None]
+            else:
+                out_column_inside = lane_inside & (column + j < out_width)
+                out_inside = out_inside + (out_column_inside[:, None] & channel_inside[None, :],)
+                counts += tl.where(out_column_inside, 1.0, 0.0)[:, None]
         column_inside = ()
         for j in tl.static_range(IN_COLUMNS):
-            image_column = in_column + j
-            image_inside = image_column < width
-            if j < 2:  # no more than two columns of padding
-                image_inside = (image_column >= 0) & image_inside
-            column_inside = column_inside + (inside & image_inside[:, None],)
+            if INNER <= j and j < INNER_END:
+                column_inside = column_inside + (inside,)
+            else:
+                image_column = in_column + j
+                image_inside = image_column < width
+                if j < 2:  # no more than two columns of padding
+                    image_inside = (image_column >= 0) & image_inside
+                column_inside = column_inside + (inside & image_inside[:, None],)
         in_ptr = u_ptr + (((image * height + first_row) * width + in_column) * channels)[:, None] + c[None, :]
         out_pixel = (((image * out_height + row) * out_width + column) * channels)[:, None]
         out_ptr = y_ptr + out_pixel + c[None, :]
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + out_pixel + c[None, :]
-        second_inside = second_inside[:, None] & channel_inside[None, :]
 
-        # Each row is loaded a step before its use. The rows before the loop are those that no output row above this
-        # chunk's first one, but for the chunk before, would complete.
+        # The rows before the loop are those that no output row above this chunk's first one, but for the chunk before,
+        # would complete.
         in_row = first_row
-        row_inside = in_row >= 0
-        u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
         sums = ()  # of the output rows that see a row of the input, from the first that is not complete
         for _ in tl.static_range((KERNEL - 1) // STRIDE + 1):
             sums = sums + (zeros,)
         for i in tl.static_range(KERNEL - STRIDE):
-            a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS)
+            row_inside = (in_row >= 0) & (in_row <= last_row)
+            u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
+            a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS, INNER, INNER_END)
             sums = _add_row(sums, a, filter, i, KERNEL, STRIDE, COLUMNS)
             in_row += 1
             in_ptr += width * channels
-            row_inside = (in_row >= 0) & (in_row <= last_row)
-            u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
         sums = sums[:-1]  # the last has had nothing yet
 
-        for step in range(row, row_end):
+        for step in tl.range(row, row_end, num_stages=STAGES):
             sums = sums + (zeros,)
             for i in tl.static_range(STRIDE):
-                a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS)
-                in_row += 1
-                in_ptr += width * channels
-                row_inside = in_row <= last_row
-                if STRIDE == 1:
-                    sums = _add_row(sums, a, filter, KERNEL - 1, KERNEL, STRIDE, COLUMNS)
-                    # Loaded before the products, it would need more registers than there are.
-                    u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
-                else:
-                    u = _load_row(in_ptr, channels, column_inside, row_inside, IN_COLUMNS)
-                    sums = _add_row(sums, a, filter, KERNEL - 2 + i, KERNEL, STRIDE, COLUMNS)
-            y0 = sums[0][0]
-            y0 = add_bias(y0, bias, bias_ptr is not None)
-            y0 = norm_act(y0, norm_y, NORM_Y, ACT_Y)
-            if residual_ptr is not None:
-                y0 += tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
-            y0 = rounded(y0, y_ptr.dtype.element_ty)
-            tl.store(out_ptr, y0, mask=inside)
-            if STATS:
-                if ((step - row) & (step - row - 1)) == 0:
-                    nearer = tl.where(count > 0, offset + total / tl.where(count > 0, count, 1.0), y0.to(tl.float32))
-                    moved = nearer - offset  # not total/count, but what rounding left of it
-                    squares = move_squares(squares, moved * (count * moved - 2 * total))
-                    total -= count * moved
-                    offset = nearer
-                difference = tl.where(inside, y0.to(tl.float32) - offset, 0.0)
-                total += difference
-                squares += difference * difference
-                count += first_counts
-            if COLUMNS == 2:
-                y1 = add_bias(sums[0][1], bias, bias_ptr is not None)
-                y1 = norm_act(y1, norm_y, NORM_Y, ACT_Y)
+                row_inside = in_row + i <= last_row
+                if STRIDE == 2 and i == 0:  # at 3x3 a second row of padding
+                    row_inside = row_inside & (in_row >= 0)
+                u = _load_row(in_ptr + i * width * channels, channels, column_inside, row_inside, IN_COLUMNS)
+                a = _activate_row(u, column_inside, row_inside, norm_u, NORM_U, ACT_U, IN_COLUMNS, INNER, INNER_END)
+                sums = _add_row(sums, a, filter, KERNEL - STRIDE + i, KERNEL, STRIDE, COLUMNS)
+            in_row += STRIDE
+            in_ptr += STRIDE * width * channels
+            for j in tl.static_range(COLUMNS):
+                y = add_bias(sums[0][j], bias, bias_ptr is not None)
+                y = norm_act(y, norm_y, NORM_Y, ACT_Y)
                 if residual_ptr is not None:
-                    y1 += tl.load(residual_ptrs + channels, mask=second_inside, other=0.0).to(tl.float32)
-                y1 = rounded(y1, y_ptr.dtype.element_ty)
-                tl.store(out_ptr + channels, y1, mask=second_inside)
+                    y += tl.load(residual_ptrs + j * channels, mask=out_inside[j], other=0.0).to(tl.float32)
+                y = rounded(y, y_ptr.dtype.element_ty)
+                tl.store(out_ptr + j * channels, y, mask=out_inside[j])
                 if STATS:
-                    difference = tl.where(second_inside, y1.to(tl.float32) - offset, 0.0)
+                    if j == 0:
+                        if ((step - row) & (step - row - 1)) == 0:
+                            mean = offset + total / tl.where(count > 0, count, 1.0)
+                            nearer = tl.where(count > 0, mean, y.to(tl.float32))
+                            moved = nearer - offset  # not total/count, but what rounding left of it
+                            squares = move_squares(squares, moved * (count * moved - 2 * total))
+                            total -= count * moved
+                            offset = nearer
+                    difference = tl.where(out_inside[j], y.to(tl.float32) - offset, 0.0)
                     total += difference
                     squares += difference * difference
-                    count += second_counts
+            count += counts
             sums = sums[1:]
             out_ptr += out_width * channels
             if residual_ptr is not None:

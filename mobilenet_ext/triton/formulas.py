@@ -89,6 +89,18 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def handed_on(x):
+    """``x``, to be kept for the step after the next: Triton does not load ahead in a loop that hands on what it was
+    handed, and the compiler after it drops the copy."""
+    if _INTERPRETED:
+        return x
+    elif x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 2)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 1)
+
+
+@triton.jit
 def reciprocal(x):
     """1/x in float32 to one unit in the last place; 0 where that is below 2^-126. Triton's division is five
     instructions, with an exact scaling of what is too large or too small for this one."""

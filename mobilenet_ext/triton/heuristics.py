@@ -86,25 +86,34 @@ def norm_act_pool(
 
 
 @cache
-def depthwise_forward(channels: int, itemsize: int, size: int, stride: int, stats: bool) -> tuple[Config, ...]:
-    """Tiles in which every thread has one 128-bit access per column, or half of that, which needs half as many
-    registers. ``waves``: the programs per multiprocessor, where the number matters because each leaves statistics.
+def depthwise_forward(
+    channels: int, width: int, out_width: int, pad_left: int, itemsize: int, size: int, stride: int, stats: bool
+) -> tuple[Config, ...]:
+    """``waves``: the programs per multiprocessor, where the number matters because each leaves statistics.
 
-    A 5x5 convolution has two channels per thread: with four, 25 taps each are 100 registers.
+    A lane of four columns (of two with stride 2) normalises an input for fewer neighbours than one of two, and with
+    four channels per thread leaves registers for three programs, where no padding but the usual one needs some. Without
+    statistics eight channels are as fast. A 5x5 convolution has two channels per thread: with four, 25 taps each are
+    100 registers.
     """
-    whole, half = 16 // itemsize, 8 // itemsize
+
+    def tile(elements: int, warps: int, waves: int, registers: int, columns: int, most_channels: int = 64) -> Config:
+        exact = pad_left == size // 2 and out_width * stride == width and out_width % columns == 0
+        lane = {"COLUMNS": columns, "EXACT": exact, "STAGES": 4 if size == 3 else 3}
+        return _depthwise(channels, elements, warps, waves * stats, most_channels, maxnreg=registers, **lane)
+
     if size == 5:
-        few, many = _depthwise(channels, 2, 4, 2 * stats), _depthwise(channels, 2, 8, stats)
-        if stats:
-            few["kernel"]["maxnreg"] = 255  # two programs per multiprocessor; for a third, ptxas would spill
-        return few, many
+        columns = 2 if stride == 1 else 1
+        return tile(2, 4, 2, 255, columns, 128), tile(2, 8, 1, 255, columns, 128)
+    columns = 4 if stride == 1 else 2
+    four, eight = tile(4, 4, 2, 255, columns), tile(8, 4, 2, 255, columns, 64 if stats else 128)
     if itemsize == 4:
-        return _depthwise(channels, whole, 4, 2 * stats), _depthwise(channels, half, 4, 3 * stats)
+        return four, tile(2, 4, 4, 128, columns)
     if not stats:
-        return _depthwise(channels, half, 4, 0), _depthwise(channels, whole, 4, 0)
-    if stride == 1:
-        return _depthwise(channels, whole, 2, 4), _depthwise(channels, half, 4, 3)
-    return _depthwise(channels, half, 4, 4 if channels >= 128 else 3), _depthwise(channels, whole, 4, 2)
+        return eight, four
+    if four["kernel"]["EXACT"]:
+        four = tile(4, 4, 3, 168, columns)
+    return four, eight
 
 
 @cache
@@ -115,15 +124,18 @@ def depthwise_backward(channels: int, itemsize: int, size: int) -> tuple[Config,
         two, one = _depthwise(channels, 2, 4, 2), _depthwise(channels, 1, 4, 2)
         one["kernel"]["maxnreg"] = 255  # as forward
         return (one, two) if itemsize == 4 else (two, one)
-    return _depthwise(channels, 4, 4, 2), _depthwise(channels, 4, 8, 1), _depthwise(channels, 2, 4, 3)
+    shapes = ((4, 2, 4), (4, 4, 2), (2, 4, 3))
+    return tuple(_depthwise(channels, *shape, 64, STAGES=4) for shape in shapes)
 
 
-def _depthwise(channels: int, elements: int, num_warps: int, waves: int) -> Config:
-    """A tile of ``elements`` per thread, of up to 128 channels, without a rest where 16 divide them."""
-    block_c = min(128, max(16, next_power_of_2(channels)))
+def _depthwise(
+    channels: int, elements: int, num_warps: int, waves: int, most_channels: int = 128, **constants: int
+) -> Config:
+    """A tile of ``elements`` per thread, without a rest of channels where 16 divide them."""
+    block_c = min(most_channels, max(16, next_power_of_2(channels)))
     while block_c > 16 and channels % block_c and channels % 16 == 0:
         block_c //= 2
-    kernel = config(num_warps, BLOCK_P=num_warps * 32 * elements // block_c, BLOCK_C=block_c)
+    kernel = config(num_warps, BLOCK_P=num_warps * 32 * elements // block_c, BLOCK_C=block_c, **constants)
     return {"waves": waves, "kernel": kernel}
 
 

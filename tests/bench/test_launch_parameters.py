@@ -18,9 +18,8 @@ PROBLEMS: dict[str, list[tuple[Any, ...]]] = {
     "pointwise_backward": [
         (50176, k, n, 2, False, True, True, tma, gpu.H100) for k, n in ((512, 512), (64, 128)) for tma in (True, False)
     ],
-    "depthwise_forward": [(128, 2, 3, 1, True)],
+    "depthwise_forward": [(128, 56, 56, 1, 2, 3, 1, True)],
     "depthwise_backward": [(128, 2, 3)],
-    "depthwise_grid": [(256, 128, 56, 28, 132, (16, 64), 2)],
     "dense_forward": [(256, 112, 112, 3, 32, 2, gpu.H100)],
     "dense_weight_gradient": [(256, 112, 112, 3, 32, 2, gpu.H100)],
     "block_inference": [(256, 56, 56, 128, 128, 1, 2, gpu.H100)],

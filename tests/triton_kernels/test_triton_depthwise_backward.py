@@ -32,8 +32,12 @@ UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles per program, several programs, several chunks of rows and blocks of channels."""
-    choice = {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)}
-    monkeypatch.setattr(heuristics, "depthwise_backward", lambda *_: (choice,))
+
+    def tile(*_, **constants):
+        return {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16, **constants)}
+
+    monkeypatch.setattr(heuristics, "depthwise_backward", heuristics.depthwise_backward.__wrapped__)
+    monkeypatch.setattr(heuristics, "_depthwise", tile)
     monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
 
 
@@ -87,6 +91,12 @@ def test_backward(geometry, dtype):
 @pytest.mark.usefixtures("small_tiles")
 def test_backward_over_several_tiles(geometry, dtype):
     check_backward(dtype, 24, (3, 6, 5), *geometry, act=Act.LINEAR if dtype == torch.float32 else Act.RELU)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.usefixtures("small_tiles")
+def test_lanes_that_are_all_full(stride):
+    check_backward(torch.float16, 8, (3, 6, 8), stride, ALL_SIDES)
 
 
 @pytest.mark.parametrize("stride, padding", UNEVEN, ids=str)

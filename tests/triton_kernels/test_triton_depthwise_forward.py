@@ -34,9 +34,18 @@ UNEVEN = [(2, (0, 1, 0, 1)), (1, (2, 0, 1, 2)), (2, (2, 0, 1, 2))]  # the first 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a program, several programs, several chunks of rows and blocks of channels."""
-    choice = {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16)}
-    monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_: (choice,))
-    monkeypatch.setattr(heuristics, "depthwise_grid", lambda *_: (2, 3))
+
+    def tile(*_: int, maxnreg: int, **constants: int) -> heuristics.Config:
+        return {"waves": 1, "kernel": heuristics.config(num_warps=1, BLOCK_P=4, BLOCK_C=16, **constants)}
+
+    monkeypatch.setattr(heuristics, "depthwise_forward", heuristics.depthwise_forward.__wrapped__)
+
+    def grid(images: int, channels: int, height: int, lanes: int, *_: object) -> tuple[int, int]:
+        rows = 2
+        return rows, min(3, heuristics.cdiv(images * lanes, 4) * heuristics.cdiv(height, rows))
+
+    monkeypatch.setattr(heuristics, "_depthwise", tile)
+    monkeypatch.setattr(heuristics, "depthwise_grid", grid)
 
 
 @pytest.fixture
@@ -150,9 +159,10 @@ def test_a_column_outside_the_image_may_overflow():
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("images, channels, height, width", [(9400, 64, 112, 112), (1, 8, 1, 4_400_000)])
 def test_a_grid_that_cuda_allows(images, channels, height, width, stats):
-    choice = heuristics.depthwise_forward(channels, 4, 3, 1, stats)[0]
-    tile = (choice["kernel"]["BLOCK_P"], choice["kernel"]["BLOCK_C"])
-    _, programs = heuristics.depthwise_grid(images, channels, height, (width + 1) // 2, 132, tile, choice["waves"])
+    choice = heuristics.depthwise_forward(channels, width, width, 1, 4, 3, 1, stats)[0]
+    kernel = choice["kernel"]
+    tile, lanes = (kernel["BLOCK_P"], kernel["BLOCK_C"]), heuristics.cdiv(width, kernel["COLUMNS"])
+    _, programs = heuristics.depthwise_grid(images, channels, height, lanes, 132, tile, choice["waves"])
     assert 0 < programs <= 65535
 
 
@@ -183,7 +193,7 @@ def test_5x5_inference(stride, padding):
 
 @pytest.mark.usefixtures("one_program")
 def test_5x5_candidates_agree(monkeypatch):
-    for candidate in heuristics.depthwise_forward(24, 2, 5, 1, True)[1:]:
+    for candidate in heuristics.depthwise_forward(24, 3, 3, 2, 2, 5, 1, True)[1:]:
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
         check_forward(torch.float16, 8, (1, 4, 3), 1, (2, 2, 2, 2), kernel=5)
 
@@ -212,12 +222,26 @@ def test_specials_go_where_pytorch_sends_them(act, dtype, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_all_candidates_agree(monkeypatch, stride):
-    candidates = heuristics.depthwise_forward(24, 2, 3, stride, True)
+@pytest.mark.parametrize("width", [5, 8])
+def test_all_candidates_agree(monkeypatch, stride, width):
+    candidates = heuristics.depthwise_forward(24, width, (width - 1) // stride + 1, 1, 2, 3, stride, True)
     assert len({str(candidate) for candidate in candidates}) == len(candidates) > 1
     for candidate in candidates:
+        assert candidate["kernel"]["EXACT"] == (width == 8)
         monkeypatch.setattr(heuristics, "depthwise_forward", lambda *_, candidate=candidate: (candidate,))
-        check_forward(torch.bfloat16, 24, (2, 7, 5), stride, ALL_SIDES)
+        check_forward(torch.bfloat16, 24, (2, 7, width), stride, ALL_SIDES)
+
+
+@pytest.mark.parametrize("kernel, stride, height", [(3, 1, 5), (3, 2, 6), (3, 2, 7), (5, 1, 3), (5, 2, 4)])
+@pytest.mark.usefixtures("small_tiles")
+def test_lanes_that_are_all_full(kernel, stride, height):
+    """Where only the first and last columns of a lane's input may be padding, and NaN in them is not."""
+    padding, channels, width = (kernel // 2,) * 4, 8, 8
+    check_forward(torch.float16, channels, (3, height, width), stride, padding, kernel=kernel)
+    u = activation(2, channels, height, width, dtype=torch.float32)
+    u[0, 1, 0, 0], u[0, 2, -1, -1], u[1, 3, 0, -1] = float("nan"), float("inf"), -float("inf")
+    args = (u, random_bn(channels, u.dtype), Act.RELU, torch.rand(channels, 1, kernel, kernel) + 0.5, stride, padding)
+    assert_same_specials(depthwise_inference(*args), oracle.depthwise_inference(*args))
 
 
 def test_an_empty_batch():

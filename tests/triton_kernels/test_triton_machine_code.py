@@ -240,6 +240,12 @@ def test_depthwise_kernels_move_128_bits_at_once(kernels) -> None:
         check(wide, lambda launch, code: narrow(code, 8 * channels_of_a_thread(launch) * itemsize(launch)))
 
 
+def test_depthwise_kernels_copy_rows_ahead(kernels) -> None:
+    """Triton leaves a loop as it is, without a word, where it cannot tell how to load ahead in it."""
+    ahead = [(launch, code) for launch, code in kernels if "STAGES" in launch.names and "depthwise" in launch.module]
+    check(ahead, lambda launch, code: None if any("LDGSTS" in op for op in code.in_loops) else "no LDGSTS in a loop")
+
+
 def channels_of_a_thread(launch: Launch) -> int:
     return launch.names["BLOCK_P"] * launch.names["BLOCK_C"] // (32 * launch.options["num_warps"])
 
