@@ -21,7 +21,7 @@
 # `quick` has parts of its own, each with a time limit of its own; what they print is in quick.log, and their results
 # grow in a PART.json each. Asked for alone, such a part has PART.log as any other.
 #
-#   smoke                                 doctor, and every op once on each backend
+#   smoke                                 doctor, and every op once on each backend, on Triton in bfloat16
 #   correct                               both backends agree, and every layer against float64
 #   compile                               the Triton kernels of the networks below, in parallel
 #   layers                                each layer and pass on both backends
@@ -111,7 +111,7 @@ smoke() {
   timeout 10 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit --format=csv || true
   run "$python" -m mobilenet_ext doctor || status=$?
   run "$python" tests/every_op.py cuda || status=$?
-  run "$python" tests/every_op.py triton 12 || status=$?
+  run "$python" tests/every_op.py triton 12 bfloat16 || status=$?
   return "$status"
 }
 

@@ -1,7 +1,7 @@
 """A call of every kernel op, for tests that go through all of them; as a script, runs them on one backend.
 
-``python tests/every_op.py cuda`` is what compute-sanitizer watches. ``python tests/every_op.py triton 12`` runs them in
-so many processes, for a backend that compiles each kernel first.
+``python tests/every_op.py cuda`` is what compute-sanitizer watches. ``python tests/every_op.py triton 12 bfloat16``
+runs those of one dtype in so many processes, for a backend that compiles each kernel first.
 """
 
 from __future__ import annotations
@@ -152,10 +152,11 @@ def run(backend: str, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes: Sequence
 
 if __name__ == "__main__":
     backend, processes = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    dtypes = tuple(getattr(torch, name) for name in sys.argv[3:]) or DTYPES
     if processes == 1:
-        count = run(backend)
+        count = run(backend, dtypes)
     else:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            parts = [(backend, (dtype,), (shape,)) for dtype, shape in product(DTYPES, SHAPES)]
+            parts = [(backend, (dtype,), (shape,)) for dtype, shape in product(dtypes, SHAPES)]
             count = sum(pool.starmap(run, parts, chunksize=1))
     print(f"{backend}: {count} calls")

@@ -42,7 +42,9 @@ def test_an_activation_is_rounded_once(dtype: torch.dtype) -> None:
         expected = getattr(oracle, call.op)(*call.args)
         actual = call.run()[0]
         if actual.dtype == dtype:
-            assert_close(actual, expected[0] if isinstance(expected, tuple) else expected, TOLERANCE[dtype], str(call))
+            # Each of a few values may be off by nearly half a unit.
+            tolerance = TOLERANCE[dtype] if actual.numel() >= 64 else max(TOLERANCE[dtype], torch.finfo(dtype).eps / 2)
+            assert_close(actual, expected[0] if isinstance(expected, tuple) else expected, tolerance, str(call))
 
 
 @pytest.mark.parametrize("act", Act)

@@ -13,7 +13,7 @@ import torch
 from plain import assert_close
 from torch import Tensor
 
-from mobilenet_ext.contract import Act
+from mobilenet_ext.contract import NO_PADDING, Act
 from mobilenet_ext.triton import autotune
 from mobilenet_ext.triton.pointwise_backward import pointwise_backward
 from mobilenet_ext.triton.pointwise_forward import pointwise_forward, pointwise_inference
@@ -71,14 +71,26 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dtype: 
     u = u + 10
     weight, bias = random(g, n, k, 1, 1).to(dtype) / k**0.5, random(g, n)
     for norm, conv_bias in ((bn_u, bias), (bn_u, None), (None, None)):
-        args = (u, norm, act if norm is not None else Act.LINEAR, weight, 1, 0, None, None, 1e-5, True, conv_bias)
+        args = (
+            u,
+            norm,
+            act if norm is not None else Act.LINEAR,
+            weight,
+            1,
+            NO_PADDING,
+            None,
+            None,
+            1e-5,
+            True,
+            conv_bias,
+        )
         tma, (y, partial) = with_each(monkeypatch, lambda args=args: pointwise_forward(*args))
         expected = statistics(partial)
         for y_tma, partial_tma in tma:
             assert_close(y_tma, y, ROUNDED, "y")
             for actual, wanted in zip(statistics(partial_tma), expected, strict=True):
                 assert_close(actual, wanted, SUMMED, "statistics")
-    tma, (y, _) = with_each(monkeypatch, lambda: [pointwise_inference(u, bn_y, act, weight, 1, 0)])
+    tma, (y, _) = with_each(monkeypatch, lambda: [pointwise_inference(u, bn_y, act, weight, 1, NO_PADDING)])
     for y_tma, _ in tma:
         assert_close(y_tma, y, ROUNDED, "inference")
 
@@ -106,7 +118,7 @@ def test_backward(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dtype:
     for grad_bn, norm, need_weight in cases:
         args = (
             dz, y if grad_bn is not None else None, grad_bn, u, norm, act if norm is not None else Act.LINEAR, True,
-            weight, 1, 0, True, need_weight,
+            weight, 1, NO_PADDING, True, need_weight,
         )  # fmt: skip
         tma, expected = with_each(monkeypatch, lambda args=args: pointwise_backward(*args))
         for outputs in tma:
