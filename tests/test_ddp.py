@@ -9,6 +9,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -83,6 +84,36 @@ def work(rank: int, folder: str, backend: str) -> None:
 
 def test_two_processes(tmp_path):
     multiprocessing.spawn(work, args=(str(tmp_path), mx.backends.current("cpu")), nprocs=WORLD, join=True)
+
+
+def train_fused(rank: int, folder: str, backend: str) -> None:
+    """Fused before it is wrapped, and after."""
+    import timm
+
+    join(rank, folder, backend)
+    torch.manual_seed(22)
+    plain = timm.create_model("mobilenetv3_small_050", num_classes=10, drop_rate=0.0).double()
+    reference = DistributedDataParallel(copy.deepcopy(plain))
+    before = DistributedDataParallel(mx.fuse(copy.deepcopy(plain)))
+    after = DistributedDataParallel(copy.deepcopy(plain))
+    mx.fuse(after)
+    for step in range(2):
+        for network in (reference, before, after):
+            network.zero_grad()
+            network(batches(step)[rank]).square().sum().backward()
+        for network in (before, after):
+            largest = max(p.grad.norm() for p in reference.parameters()).item()
+            for (name, a), b in zip(network.named_parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9 * largest, msg=name)
+            for a, b in zip(network.buffers(), reference.buffers(), strict=True):
+                torch.testing.assert_close(a, b)
+    assert mx.fusion_report(before.module).fused == mx.fusion_report(after.module).fused > 30
+    dist.destroy_process_group()
+
+
+def test_a_fused_network(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    multiprocessing.spawn(train_fused, args=(str(tmp_path), mx.backends.current("cpu")), nprocs=WORLD, join=True)
 
 
 def channels_last(model: torch.nn.Module) -> torch.nn.Module:
