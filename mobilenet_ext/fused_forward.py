@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import _host, fusion
+from mobilenet_ext.composite_activations import composite_at
 from mobilenet_ext.forward_graph import ForwardGraph, NotKnown, attributes_of, is_data
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
 from mobilenet_ext.units import UnitModules, forwards_are_original, is_exactly, is_layer
@@ -31,7 +32,7 @@ PATIENCE = 8  # with a module that is another one at each call: then its own for
 class Step(NamedTuple):
     """A layer on a path."""
 
-    nodes: list[fx.Node]  # its call, and after it those of modules that do nothing
+    nodes: list[fx.Node]  # its call or operations, and after them calls of modules that do nothing
     module: nn.Module  # the one that is called, or one that computes what is called
 
 
@@ -204,15 +205,19 @@ def _paths(known: ForwardGraph) -> list[list[Step]]:
     calls = Counter(node.target for node in known.graph.nodes if node.op == "call_module")
     paths: dict[fx.Node, list[Step]] = {}  # by the last node
     for node in known.graph.nodes:
-        module = _layer(known, node, calls)
-        if module is None:
-            continue
-        (source,) = node.all_input_nodes
-        path = paths.pop(source, []) if len(source.users) == 1 else []
+        composite = composite_at(known, node)
+        if composite is not None:
+            nodes, source, module = composite
+        else:
+            nodes, module = [node], _layer(known, node, calls)
+            if module is None:
+                continue
+            (source,) = node.all_input_nodes
+        path = paths.pop(source, []) if source.users.keys() <= set(nodes) else []
         if path and _does_nothing(module):
             path[-1].nodes.append(node)
         else:
-            path.append(Step([node], module))
+            path.append(Step(nodes, module))
         paths[node] = path
     return list(paths.values())
 

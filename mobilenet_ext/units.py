@@ -263,7 +263,11 @@ _LARGEST_SLOPE = torch.finfo(torch.float32).max  # PyTorch refuses larger ones, 
 
 # As they are at import: tools that quantise or trace replace them on the class.
 _CONV_FORWARD = nn.Conv2d._conv_forward
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, *_ACTIVATIONS, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten, nn.Linear)
+_PARTS_OF_ACTIVATIONS = (nn.Sigmoid, nn.Hardsigmoid)
+_CLASSES = (
+    nn.Conv2d, nn.BatchNorm2d, *_ACTIVATIONS, *_PARTS_OF_ACTIVATIONS, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten,
+    nn.Linear,
+)  # fmt: skip
 _FORWARDS = {kind: kind.forward for kind in _CLASSES}
 _forward_of = operator.attrgetter("forward")
 
