@@ -78,7 +78,7 @@ class Launch(NamedTuple):
 def with_activation(launch: Launch, act: Act) -> Launch | None:
     """The launch with ``act`` in place of ReLU; None if there is none in it."""
     names = list(launch.signature)
-    relus = [key for key, value in launch.constants.items() if "ACT" in names[key[0]] and value == Act.RELU]
+    relus = [key for key, value in launch.constants.items() if names[key[0]].startswith("ACT") and value == Act.RELU]
     constants = {**launch.constants, **dict.fromkeys(relus, compiled(act, slope=0.01))}
     return launch._replace(constants=constants) if relus else None
 
