@@ -223,7 +223,6 @@ def backward_tma(layer: Layer) -> Iterator[Candidate]:
 def _depthwise(layer: Layer, heuristic: str, columns: tuple[int, ...], **choices: tuple) -> Iterator[Candidate]:
     """``columns``: of a lane, where the kernel leaves them open. ``elements``: of a thread in a column, with the
     registers that it may have."""
-    out_size = layer.out_size
     for c in _grid(columns=columns, C=(32, 64, 128), **choices):
         elements, registers = c.elements
         if c.C > max(16, layer.in_channels) or c.C == 32 < layer.in_channels:
@@ -232,7 +231,7 @@ def _depthwise(layer: Layer, heuristic: str, columns: tuple[int, ...], **choices
             continue
         constants = {"STAGES": c.stages}
         if c.columns:
-            exact = out_size * layer.stride == layer.size and out_size % c.columns == 0
+            exact = heuristics.lanes_are_full(layer.size, layer.out_size, 1, 3, layer.stride, c.columns)
             constants.update(COLUMNS=c.columns, EXACT=exact)
         kernel = config(c.warps, maxnreg=registers, BLOCK_P=c.warps * 32 * elements // c.C, BLOCK_C=c.C, **constants)
         chosen = {"waves": c.waves, "kernel": kernel}

@@ -114,8 +114,6 @@ def _operation(known: ForwardGraph, node: fx.Node) -> tuple[str | None, float | 
     if name == "clip":
         limits = numbers + [settings.pop(each) for each in ("min", "min_val", "max", "max_val") if each in settings]
         return nothing if settings or limits != [0, 6] else ("clip to 6", None, tensors)
-    if name == "clip to 6" and numbers[:1] in ([], [True], [False]):
-        numbers = []
     if settings or len(numbers) > 1:
         return nothing
     if name == "multiply" and numbers and abs(6 * numbers[0] - 1) < 1e-6:

@@ -85,12 +85,12 @@ def is_container(module: nn.Module) -> bool:
     return is_untouched(module) and all(map(is_data, attributes_of(module).values()))
 
 
-_OURS = {PLANS, "train"}  # what fuse() and freeze() put there
+_NOT_OF_ITS_CLASS = MODULE_ATTRIBUTES | {PLANS, "train"}  # every module's, and what fuse() and freeze() put there
 
 
 def attributes_of(module: nn.Module) -> dict[str, object]:
     """What the module's own class, or its user, keeps in it besides parameters, buffers and modules."""
-    return {name: value for name, value in module.__dict__.items() if name not in MODULE_ATTRIBUTES | _OURS}
+    return {name: value for name, value in module.__dict__.items() if name not in _NOT_OF_ITS_CLASS}
 
 
 _DATA = (

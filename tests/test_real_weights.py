@@ -229,8 +229,8 @@ def test_training(published: Published, network: nn.Module, x: Tensor) -> None:
 
 
 def test_training_in_float32(published: Published, network: nn.Module) -> None:
-    """Errors against float64, beside those of PyTorch's own float32. The median of some images: where a value lies
-    within rounding of an activation's corner, its gradient goes either way."""
+    """The median of some images: where a value lies within rounding of an activation's corner, its gradient goes either
+    way, also in PyTorch's own float32."""
     networks = [network.train(), mx.fuse(copy.deepcopy(network).float()), copy.deepcopy(network).float()]
     errors = []
     for _ in range(5):
@@ -242,5 +242,5 @@ def test_training_in_float32(published: Published, network: nn.Module) -> None:
             gradients.append(torch.cat([p.grad.double().flatten() for p in each.parameters()]))
         errors.append([relative_error(each, found[0]) for found in (outputs, gradients) for each in found[1:]])
     forward, own_forward, gradient, own_gradient = torch.tensor(errors).median(0).values.tolist()
-    assert forward <= max(TRAINING_FORWARD, 2 * own_forward)
-    assert gradient <= max(GRADIENT, 2 * own_gradient)
+    assert forward <= TRAINING_FORWARD, own_forward
+    assert gradient <= GRADIENT, own_gradient

@@ -85,6 +85,12 @@ def norm_act_pool(
     return tuple(candidates)
 
 
+def lanes_are_full(width: int, out_width: int, pad_left: int, size: int, stride: int, columns: int) -> bool:
+    """Whether an image is as wide as a depthwise convolution's output, times the stride, and each lane of ``columns``
+    outputs has all of them: then the usual padding is all there is (``EXACT``)."""
+    return pad_left == size // 2 and out_width * stride == width and out_width % columns == 0
+
+
 @cache
 def depthwise_forward(
     channels: int, width: int, out_width: int, pad_left: int, itemsize: int, size: int, stride: int, stats: bool
@@ -98,7 +104,7 @@ def depthwise_forward(
     """
 
     def tile(elements: int, warps: int, waves: int, registers: int, columns: int, most_channels: int = 64) -> Config:
-        exact = pad_left == size // 2 and out_width * stride == width and out_width % columns == 0
+        exact = lanes_are_full(width, out_width, pad_left, size, stride, columns)
         lane = {"COLUMNS": columns, "EXACT": exact, "STAGES": 4 if size == 3 else 3}
         return _depthwise(channels, elements, warps, waves * stats, most_channels, maxnreg=registers, **lane)
 
