@@ -8,9 +8,9 @@ import numbers
 import torch
 from torch import Tensor
 
-from mobilenet_ext import chain
 from mobilenet_ext.contract import DTYPES, KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Padding, conv_output_size
 from mobilenet_ext.running_stats import overlap, why_unusable
+from mobilenet_ext.unit_tensors import compute_dtype, is_autocast
 
 
 def as_padding(padding: object) -> Padding:
@@ -50,7 +50,7 @@ def check_conv(input, weight, bias, *, depthwise, stride=1, padding=NO_PADDING):
         smallest = [max(weight.shape[2] - sides, 1) for sides in (top + bottom, left + right)]
         raise ValueError(f"input: got an image of {tuple(input.shape[2:])}, accepted are {smallest} and more")
 
-    accepted = [d for d in DTYPES if d != torch.float64] if chain.is_autocast(input) else [input.dtype]
+    accepted = [d for d in DTYPES if d != torch.float64] if is_autocast(input) else [input.dtype]
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in accepted:
             raise TypeError(
@@ -65,7 +65,7 @@ def check_batch_norm(
         if not isinstance(switch, bool):
             raise TypeError(f"{name}: got {type(switch).__name__}, a bool is accepted")
     vectors = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
-    dtype = chain.compute_dtype(input)
+    dtype = compute_dtype(input)
     accepted = [dtype] if dtype.itemsize > 2 else [dtype, torch.float32]
     given = {name: vector for name, vector in vectors.items() if vector is not None}
     for name, vector in given.items():

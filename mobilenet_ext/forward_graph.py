@@ -14,6 +14,7 @@ import copy
 import dis
 import enum
 import functools
+import gc
 import operator
 import pickle
 import random
@@ -139,12 +140,15 @@ def _every_function_followed() -> Iterator[None]:
             if reason is not None:
                 raise NotKnown(reason)
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # it may call back into anybody's code, in which an exception would end the profile and nothing else
     sys.setprofile(look_at)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 class _Guarded:

@@ -26,6 +26,7 @@ from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.contract import NO_PADDING, Act
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.tracing import is_traced
+from mobilenet_ext.unit_tensors import Unit
 from mobilenet_ext.units import TENSORS
 
 __all__ = ["depthwise_bn_relu", "depthwise_conv2d", "pointwise_bn_relu", "pointwise_conv2d"]
@@ -170,11 +171,11 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, padding, training,
     check_running_stats(running_mean, running_var, others, training)
     track = momentum if training and running_mean is not None and input.numel() else None
     act = (Act.RELU if relu else Act.LINEAR).value
-    unit = chain.Unit(
+    unit = Unit(
         kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps, act
     )
-    out = chain.run(input, [unit], False)
-    return match_memory_format(out, gives_channels_last(input, [unit]))
+    out = chain.run(input, [unit], "activation")
+    return match_memory_format(out, gives_channels_last(input.shape, is_channels_last(input), [unit]))
 
 
 def _plain_conv2d(input, weight, bias, stride, padding, groups):

@@ -7,11 +7,11 @@ watches. Any other state is looked at anew; the last few are kept, so that train
 from __future__ import annotations
 
 import copy
+import operator
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain as concatenated
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import _host, fusion
+from mobilenet_ext.chain import Normalised
 from mobilenet_ext.composite_activations import composite_at
 from mobilenet_ext.forward_graph import ForwardGraph, NotKnown, attributes_of, is_data
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
+from mobilenet_ext.seams import Found, Seams, close_seams, gives
 from mobilenet_ext.units import UnitModules, forwards_are_original, is_exactly, is_layer
 
 KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
@@ -40,21 +42,24 @@ class FusedChain:
     """Layers that run as a chain of units, where the kernels take the input."""
 
     def __init__(self, modules: list[nn.Module], units: list[UnitModules], pool: bool) -> None:
-        self.modules, self.units, self.pool = modules, units, pool
+        self.modules, self.units, self.pool, self.seams = modules, units, pool, Seams()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if fusion.accepts(x, self.units):
-            return fusion.run_chain(self.units, self.pool, x)
+    def __call__(
+        self, x: Tensor | Normalised, gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor | Normalised, Tensor]:
+        multiply, mean, add = self.seams
+        u = x.y if isinstance(x, Normalised) else x
+        accepted = fusion.accepts(u, self.units)
+        if gate is not None and not (accepted and fusion.gate_fits(gate, u)):
+            x, gate = multiply(x.stored() if isinstance(x, Normalised) else x, gate), None
+            accepted = fusion.accepts(x, self.units)
+        if accepted:
+            return fusion.run_chain(self.units, x, gives(self.pool, self.seams), gate, add, residual)
         for module in self.modules:
             x = module(x)
-        return x
-
-
-class Found(NamedTuple):
-    """A chain in a graph, and the nodes in whose place it runs."""
-
-    nodes: list[fx.Node]
-    chain: FusedChain | FoldedChain
+        if residual is not None:
+            x = add(x, residual)
+        return x if mean is None else (x, mean(x))
 
 
 class Plans:
@@ -124,6 +129,7 @@ class Plan:
         self._guard(module)
         if self.graph is not None:
             found = list(_find_chains(self.graph, leading_folded_chain if folds else _leading_fused_chain))
+            close_seams(self.graph, found)
             self.chains = [each.chain for each in found]
             if found:
                 self.run = _compile(self.graph, found)
@@ -136,7 +142,7 @@ class Plan:
             and self._children is module._modules
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and forwards_are_original()
-            and all(map(is_, map(type, self._modules), self._kinds))
+            and all(map(operator.is_, map(type, self._modules), self._kinds))
             and all(kind.forward is forward for kind, forward in self._forwards)
             and all(held == copied for held, copied in self._data)
         )
@@ -291,15 +297,20 @@ def _compile(known: ForwardGraph, chains: list[Found]) -> Callable[[Tensor], obj
     """The graph as a function, with each chain in one call."""
     objects: dict[str, object] = dict(known.objects)
     first = {each.nodes[0]: (f"chain{i}", each) for i, each in enumerate(chains)}
-    inner = {node for each in chains for node in each.nodes}
+    inner = {node for each in chains for node in (*each.nodes, each.mean)}
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in known.graph.nodes:
         if node in first:
             name, each = first[node]
             objects[name] = each.chain
-            (source,) = node.all_input_nodes
-            new[each.nodes[-1]] = graph.create_node("call_module", name, (new[source],), {})
+            others = {"gate": each.gate, "residual": each.residual}
+            others = {role: new[other] for role, other in others.items() if other is not None}
+            out = graph.create_node("call_module", name, (new[each.source],), others)
+            if each.mean is not None:
+                new[each.mean] = graph.create_node("call_function", operator.getitem, (out, 1), {})
+                out = graph.create_node("call_function", operator.getitem, (out, 0), {})
+            new[each.nodes[-1]] = out
         elif node not in inner:
             new[node] = graph.node_copy(node, new.__getitem__)
     code = graph.python_code("self")

@@ -15,10 +15,12 @@ from torch.nn.modules import module as nn_module
 
 from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
+from mobilenet_ext.chain import Gives, Normalised
 from mobilenet_ext.contract import DTYPES, conv_output_size
-from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
+from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.running_stats import share_memory, why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
+from mobilenet_ext.unit_tensors import Unit, compute_dtype, is_autocast
 from mobilenet_ext.units import (
     TENSORS,
     UnitModules,
@@ -95,7 +97,7 @@ def run_modules(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     while i < len(modules):
         units, pool = leading_chain(modules[i:], inference=not torch.is_grad_enabled())
         if units and accepts(x, units):
-            x = run_chain(units, pool, x)
+            x = run_chain(units, x, "mean" if pool else "activation")
             i += count_of(units) + pool
         else:
             x = modules[i](x)
@@ -150,12 +152,12 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     """Whether the kernels take ``x`` and these units' tensors. Where not, the plain modules say what is wrong."""
     if is_transformed() or not is_ordinary(x) or x.ndim != 4 or x.numel() == 0:
         return False
-    dtype = chain.compute_dtype(x)
+    dtype = compute_dtype(x)
     if x.dtype not in DTYPES or dtype not in DTYPES:
         return False
     if dtype == torch.float64 and x.device.type == "cuda":
         return False  # the GPU kernels have no float64
-    conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if chain.is_autocast(x) else (dtype,)
+    conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape
     for _, conv, bn, *_ in units:
@@ -183,15 +185,63 @@ def is_ordinary(x: Tensor) -> bool:
     return type(x) in TENSORS and x.layout == torch.strided and not x.is_nested
 
 
-def run_chain(units: list[UnitModules], pool: bool, x: Tensor) -> Tensor:
-    """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format."""
+def gate_fits(gate: Tensor, x: Tensor) -> bool:
+    """Whether the kernels take ``gate`` as a factor of ``x``, and PyTorch would give the product the dtype of both."""
+    size = (*x.shape[:2], 1, 1)
+    return (
+        is_ordinary(gate)
+        and gate.shape == size
+        and gate.dtype == x.dtype == compute_dtype(x)
+        and gate.device == x.device
+    )
+
+
+def residual_fits(residual: Tensor, x: Tensor, channels_last: bool, units: Iterable[Unit]) -> bool:
+    """Whether the kernels take ``residual`` as an addend of what the units make of ``x``, and PyTorch would give the
+    sum the dtype and memory format (channels_last or not) of both."""
+    size = x.shape
+    for unit in units:
+        size = unit.output_size(size[0], *size[2:])
+    # One channel or one pixel is contiguous in both formats, and PyTorch takes it for the usual one.
+    channels_last = channels_last and 1 not in (size[1], size[2] * size[3])
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return (
+        is_ordinary(residual)
+        and residual.shape == size
+        and residual.dtype == compute_dtype(x)
+        and residual.device == x.device
+        and residual.is_contiguous(memory_format=memory_format)
+    )
+
+
+def run_chain(
+    units: list[UnitModules],
+    x: Tensor | Normalised,
+    gives: Gives = "activation",
+    gate: Tensor | None = None,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor | Normalised, Tensor]:
+    """Run a chain that :func:`accepts` has accepted; the output has the plain modules' memory format.
+
+    ``add`` is what adds a residual that the kernels do not take.
+    """
     tensors = [as_tensors(unit) for unit in units]
-    out = chain.run(x, tensors, pool)
+    u, is_last = (x.y, x.channels_last) if isinstance(x, Normalised) else (x, is_channels_last(x))
+    channels_last = gives_channels_last(u.shape, is_last, tensors)
+    joins = residual is not None and residual_fits(residual, u, channels_last, tensors)
+    out = chain.run(x, tensors, gives, gate, residual if joins else None)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
     batches = [bn.num_batches_tracked for _, _, bn, *_ in units if counts_batches(bn)]
     if batches:
         torch._foreach_add_(batches, 1)
-    return match_memory_format(out, gives_channels_last(x, tensors))
+    if gives == "both":
+        activation, mean = out
+        if isinstance(activation, Normalised):
+            return activation._replace(channels_last=channels_last), mean
+        return match_memory_format(activation, channels_last), mean
+    out = match_memory_format(out, channels_last)
+    return out if joins or residual is None else add(out, residual)
 
 
 def forward_hooks_around(modules: Iterable[nn.Module]) -> list[dict]:

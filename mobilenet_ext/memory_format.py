@@ -6,18 +6,18 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mobilenet_ext.chain import Unit
 from mobilenet_ext.contract import Act
+from mobilenet_ext.unit_tensors import Unit
 
 
-def gives_channels_last(x: Tensor, units: Iterable[Unit]) -> bool:
-    """Whether the plain modules' output is channels_last: a convolution's is if its input or weight is.
+def gives_channels_last(size: tuple[int, ...], channels_last: bool, units: Iterable[Unit]) -> bool:
+    """Whether the plain modules' output is channels_last, given their input's size and whether that is: a
+    convolution's is if its input or weight is.
 
     A tensor of one channel or one pixel is contiguous in both formats, and PyTorch goes by its strides: those that a
     convolution writes are channels_last, those that BatchNorm or an activation writes are not.
     """
-    _, _, h, w = x.shape
-    channels_last = is_channels_last(x)
+    _, _, h, w = size
     for unit in units:
         _, c, h, w = unit.output_size(1, h, w)
         bare = not unit.batch_stats and unit.running_mean is None and unit.act == Act.LINEAR

@@ -15,13 +15,18 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from mobilenet_ext import _host, backends, chain, fusion
+from mobilenet_ext import _host, backends, fusion
 from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
-from mobilenet_ext.memory_format import gives_channels_last, match_memory_format
+from mobilenet_ext.inference_steps import Step, as_input, execute, pooling, steps_of
+from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
+from mobilenet_ext.seams import Seams
+from mobilenet_ext.unit_tensors import InferenceUnit, bias_bn, compute_dtype, fold, is_autocast
 from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_original, has_its_tensors, is_exactly
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
+Output = Tensor | tuple[Tensor, Tensor]  # with its mean over each image, where a gate follows
+Runner = Callable[[Tensor, Tensor | None, Tensor | None], Output]  # of an input, its gate and a residual
 
 
 class Plans:
@@ -120,9 +125,9 @@ class _Prepared(TensorsState):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         super().__init__(tensors)
-        self.plans: dict[tuple[torch.dtype, bool], Callable[[Tensor], Tensor]] = {}
+        self.plans: dict[tuple[torch.dtype, bool], tuple[Runner, Callable[[Tensor], Tensor] | None]] = {}
         # The last input's layout and settings, and what runs an input like it.
-        self.last: tuple[object, Callable[[Tensor], Tensor] | None] = (None, None)
+        self.last: tuple[object, Runner | None] = (None, None)
 
 
 class FoldedChain:
@@ -139,7 +144,8 @@ class FoldedChain:
     def __init__(
         self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
     ) -> None:
-        self.modules, self.units, self.pool, self._linear = modules, units, pool, linear
+        self.modules, self.units, self.pool, self.seams = modules, units, pool, Seams()
+        self._linear = linear
         layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + [linear]
         layers = [layer for layer in layers if layer is not None]
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
@@ -147,39 +153,60 @@ class FoldedChain:
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
         self.prepared: _Prepared | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Output:
         # As few questions as there can be: after a run, whose weights push Python out of the cache, each takes ten
         # times as long as it does in a loop.
-        if self._inference or not fusion.is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()):
-            return fusion.run_modules(self.modules, x)
+        others = () if gate is residual is None else tuple(t for t in (gate, residual) if t is not None)
+        if (
+            self._inference
+            or not fusion.is_ordinary(x)
+            or (torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in others)))
+        ):
+            return _run_modules(self.modules, self.seams, x, gate, residual)
         prepared = self.prepared
         if prepared is None or not prepared.hold():
             prepared = self.prepared = _Prepared(self._tensors)
-        autocast = torch._C._is_any_autocast_enabled() and chain.is_autocast(x)
-        cast_to = chain.compute_dtype(x) if autocast else None
-        layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen())
+        autocast = torch._C._is_any_autocast_enabled() and is_autocast(x)
+        cast_to = compute_dtype(x) if autocast else None
+        layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen(), *map(_layout, others))
         known, run = prepared.last
         if known != layout:
-            run = self._runner(prepared, x, cast_to or x.dtype)
+            run = self._runner(prepared, x, gate, residual)
             prepared.last = (layout, run)
-        return run(x)
+        return run(x, gate, residual)
 
     def is_same(self, other: FoldedChain) -> bool:
         """Whether both stand for the same modules with the same tensors."""
         return self.modules == other.modules and list(map(id, self._tensors)) == list(map(id, other._tensors))
 
-    def _runner(self, prepared: _Prepared, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What runs inputs that are laid out as ``x``; nothing in it refers to this chain, which keeps it."""
-        if not (fusion.accepts(x, self.units) and self._accepts_linear(x, dtype)):
-            return partial(fusion.run_modules, self.modules)
-        plan = self._plan(prepared, x.device, dtype)
-        is_input = x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
-        flat = self._linear is not None
-        channels_last = gives_channels_last(x, map(as_tensors, self.units))
+    def _runner(self, prepared: _Prepared, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Runner:
+        """What runs inputs that are laid out as these; nothing in it refers to this chain, which keeps it."""
+        dtype = compute_dtype(x)
+        if not (
+            fusion.accepts(x, self.units)
+            and (gate is None or fusion.gate_fits(gate, x))
+            and self._accepts_linear(x, dtype)
+        ):
+            return partial(_run_modules, self.modules, self.seams)
+        steps, mean = self._plan(prepared, x.device, dtype)
+        units = list(map(as_tensors, self.units))
+        channels_last = gives_channels_last(x.shape, is_channels_last(x), units)
+        joins = residual is not None and fusion.residual_fits(residual, x, channels_last, units)
+        is_input = all(
+            t is None or (t.dtype == dtype and t.is_contiguous(memory_format=torch.channels_last))
+            for t in (x, gate, residual if joins else None)
+        )
+        flat, add = self._linear is not None, self.seams.add
 
-        def run(x: Tensor) -> Tensor:
-            out = plan(x if is_input else chain.as_input(x, dtype))
-            return out.flatten(1) if flat else match_memory_format(out, channels_last)
+        def run(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Output:
+            inputs = (x, gate, residual if joins else None)
+            if not is_input:
+                inputs = (None if t is None else as_input(t, dtype) for t in inputs)
+            raw = steps(*inputs)
+            out = raw.flatten(1) if flat else match_memory_format(raw, channels_last)
+            if residual is not None and not joins:
+                out = add(out, residual)
+            return out if mean is None else (out, mean(raw))
 
         return run
 
@@ -187,32 +214,57 @@ class FoldedChain:
         if self._linear is None:
             return True
         tensors = [t for t in (self._linear.weight, self._linear.bias) if t is not None]
-        dtypes = DTYPES if chain.is_autocast(x) else (dtype,)
+        dtypes = DTYPES if is_autocast(x) else (dtype,)
         return all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
-    def _plan(self, prepared: _Prepared, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def _plan(
+        self, prepared: _Prepared, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Runner, Callable[[Tensor], Tensor] | None]:
+        """What runs the chain, and what gives the mean over each image of its output, if that is wanted too."""
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
         plan = prepared.plans.get((dtype, packs))
         if plan is None:
             # Whoever is the first to run it may be in inference mode, others not.
             with torch.inference_mode(False), torch.no_grad():
                 pack = backends.cpu.pack if packs else None
-                units = [chain.fold(as_tensors(unit)) for unit in self.units]
-                steps = chain.plan(units, self.pool, dtype, pack)
+                units = [fold(as_tensors(unit)) for unit in self.units]
+                steps = steps_of(units, dtype, pack, self.seams.multiply is not None)
+                pool = pooling(units[-1], dtype)
+                if self.pool:
+                    steps.append(pool)
                 if self._linear is not None:
-                    steps += chain.plan([_pointwise(self._linear)], False, dtype, pack)
-                plan = partial(chain.execute, steps=steps)
-                if packs:  # all in one call
-                    plan = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
+                    steps += steps_of([_pointwise(self._linear)], dtype, pack)
+                # On the CPU all in one call.
+                run = backends.cpu.plan_runner(steps) if packs else partial(_execute, steps)
+                plan = run, None if self.seams.mean is None else partial(execute, steps=[pool])
             prepared.plans[dtype, packs] = plan
         return plan
 
 
-def _pointwise(linear: nn.Linear) -> chain.InferenceUnit:
+def _execute(steps: list[Step], x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+    return execute(x, steps, gate, residual)
+
+
+def _layout(t: Tensor) -> tuple[object, ...]:
+    return type(t), t.shape, t.stride(), t.dtype, t.device
+
+
+def _run_modules(
+    modules: list[nn.Module], seams: Seams, x: Tensor, gate: Tensor | None, residual: Tensor | None
+) -> Output:
+    if gate is not None:
+        x = seams.multiply(x, gate)
+    x = fusion.run_modules(modules, x)
+    if residual is not None:
+        x = seams.add(x, residual)
+    return x if seams.mean is None else (x, seams.mean(x))
+
+
+def _pointwise(linear: nn.Linear) -> InferenceUnit:
     """A linear layer as a pointwise convolution of images of one pixel."""
     weight = linear.weight.detach()
-    bn = chain.bias_bn(weight, linear.bias)
-    return chain.InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, Act.LINEAR.value)
+    bn = bias_bn(weight, linear.bias)
+    return InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, Act.LINEAR.value)
 
 
 def parts_of(module: fusion.Staged) -> list[Part]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from mobilenet_ext.chain import Kind, Unit
 from mobilenet_ext.contract import KERNEL_SIZES, NO_PADDING, PADDINGS, STRIDES, Act, Padding
+from mobilenet_ext.unit_tensors import Kind, Unit
 
 TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # a subclass may give its operations another meaning
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mobilenet_ext import backends, chain
 from mobilenet_ext.contract import Act, Padding
+from mobilenet_ext.inference_steps import as_input, steps_of
+from mobilenet_ext.unit_tensors import Unit, fold
 from mobilenet_ext.units import padding_of
 
 # Three activations: every pair at every two places.
@@ -32,14 +34,14 @@ def plain_units(acts: tuple[Act, ...]) -> nn.Sequential:
     return randomise_(nn.Sequential(*units)).double()
 
 
-def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> list[chain.Unit]:
+def units_of(plain: nn.Sequential, acts: tuple[Act, ...], training: bool) -> list[Unit]:
     """The same as tensors and settings; running statistics are left alone."""
     units = []
     for kind, (conv, bn, activation), act in zip(KINDS, plain, acts, strict=False):
         slope = activation.negative_slope if act == Act.LEAKY_RELU else 0.0
         vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
         shape = (kind, conv.stride[0], padding_of(conv))
-        units.append(chain.Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value, slope))
+        units.append(Unit(*shape, conv.weight, conv.bias, *vectors, training, None, bn.eps, act.value, slope))
     return units
 
 
@@ -55,7 +57,7 @@ def test_gradients(cpu_backend: str, acts: tuple[Act, ...], pool: bool, training
     plain = plain_units(acts).train(training)
     x = torch.randn(2, 3, 9, 11, dtype=torch.float64, requires_grad=True)
     wanted = [x, *plain.parameters()]
-    out = chain.run(x, units_of(plain, acts, training), pool)
+    out = chain.run(x, units_of(plain, acts, training), "mean" if pool else "activation")
     grad = torch.randn_like(out)
     grads = torch.autograd.grad(out, wanted, grad)
     with one_thread():
@@ -92,7 +94,7 @@ def test_other_padding_on_each_side(cpu_backend: str, sides: Padding, training: 
             plain[i] = Padded(plain[i], sides)
     x = torch.randn(2, 3, 9, 12, dtype=torch.float64, requires_grad=True)
     wanted = [x, *plain.parameters()]
-    out = chain.run(x, units, False)
+    out = chain.run(x, units, "activation")
     grad = torch.randn_like(out)
     with one_thread():
         expected = plain(x)
@@ -102,9 +104,9 @@ def test_other_padding_on_each_side(cpu_backend: str, sides: Padding, training: 
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     if not training and cpu_backend == "cpu":
-        steps = chain.plan([chain.fold(unit) for unit in units], False, torch.float64, backends.cpu.pack)
-        run = backends.cpu.plan_runner([(op._schema.name.split("::")[1], args) for op, args in steps])
-        assert_close(run(chain.as_input(x, torch.float64)), expected, 1e-11, "plan")
+        steps = steps_of([fold(unit) for unit in units], torch.float64, backends.cpu.pack)
+        run = backends.cpu.plan_runner(steps)
+        assert_close(run(as_input(x, torch.float64), None, None), expected, 1e-11, "plan")
 
 
 @pytest.mark.parametrize("acts", TRIPLES, ids=str)
@@ -114,7 +116,7 @@ def test_float32(cpu_backend: str, acts: tuple[Act, ...]) -> None:
     x = torch.randn(2, 3, 33, 31)
     with torch.no_grad(), one_thread():
         expected = plain(x.double())
-        out = chain.run(x, units_of(plain.float(), acts, False), False)
+        out = chain.run(x, units_of(plain.float(), acts, False), "activation")
     assert_close(out, expected, FORWARD)
 
 
@@ -128,5 +130,5 @@ def test_the_gradient_of_a_linear_chain_is_that_of_its_convolutions(cpu_backend:
         out = plain(theirs)
         grad = torch.randn_like(out)
         out.backward(grad)
-    chain.run(ours, units_of(plain.float(), acts, True), False).backward(grad.float())
+    chain.run(ours, units_of(plain.float(), acts, True), "activation").backward(grad.float())
     assert_close(ours.grad, theirs.grad, GRADIENT)

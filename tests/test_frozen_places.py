@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mobilenet_ext as mx
-from mobilenet_ext import backends, chain
+from mobilenet_ext import backends, plans
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_a_thread_that_is_late_leaves_no_outdated_plan(monkeypatch):
     """One thread makes a plan of the old weights while another changes them and runs."""
     frozen, x = mx.freeze(mx.nn.PointwiseConvBNReLU(4, 4)), torch.randn(1, 4, 3, 3)
     started, changed = threading.Event(), threading.Event()
-    fold = chain.fold
+    fold = plans.fold
 
     def slow_fold(unit):
         folded = fold(unit)
@@ -312,7 +312,7 @@ def test_a_thread_that_is_late_leaves_no_outdated_plan(monkeypatch):
             changed.wait()
         return folded
 
-    monkeypatch.setattr(chain, "fold", slow_fold)
+    monkeypatch.setattr(plans, "fold", slow_fold)
     thread = threading.Thread(target=frozen, args=(x,))
     thread.start()
     started.wait()

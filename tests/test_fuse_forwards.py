@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import random
 from collections.abc import Callable
 
@@ -236,3 +238,21 @@ def _used(network: Network) -> nn.Module:
         parameter.grad = torch.zeros_like(parameter)
     network.zero_grad = lambda: None
     return network
+
+
+def test_a_garbage_collection_changes_nothing() -> None:
+    """It may call anybody's code while a forward is looked at."""
+
+    def callback(phase: str, info: dict) -> None:
+        with contextlib.suppress(KeyError):
+            info["nothing"]
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert fused_units(mx.fuse(Network(tries)), torch.randn(2, 8, 6, 6, dtype=torch.float64)) == HARD[tries]
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)

@@ -84,6 +84,53 @@ def test_a_plan_gives_the_bits_of_its_ops(dtype: torch.dtype) -> None:
     assert torch.equal(kernels.run_plan(chain.x, chain.plan()), chain.expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_gate_and_a_residual(dtype: torch.dtype, after: bool) -> None:
+    """A gate at the first step and a residual at the last one, which may be the same; the bits of the ops."""
+    x, residual = (torch.randn(2, c, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last) for c in (8, 6))
+    gate = torch.rand(2, 8, 1, 1).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [torch.randn(6, 8, 1, 1).to(dtype), torch.randn(6, 6, 1, 1).to(dtype)][: 1 + after]
+    bns = [torch.rand(5, 6, dtype=acc) for _ in weights]
+    packed = [kernels.pack(None, None, weight) for weight in weights]
+    expected = kernels.gated_pointwise_inference(
+        x, gate, bns[0], Act.RELU, weights[0], packed[0], None if after else residual
+    )
+    if after:
+        expected = kernels.pointwise_inference(
+            expected, bns[1], Act.RELU, weights[1], 1, [0] * 4, packed[1], residual
+        )
+    tensors = [t for row in zip(bns, weights, packed, strict=True) for t in row]
+    settings = [Act.RELU, *([Act.RELU, 1, 0, 0, 0, 0] if after else [])]
+    ops = ["gated_pointwise_inference", "pointwise_inference"][: 1 + after]
+    plan = kernels.make_plan(ops, tensors, settings, [0.0] * len(ops))
+    assert torch.equal(kernels.run_plan(x, plan, gate, residual), expected)
+    for seams, message in (
+        ((None, residual), "gate: expected one"),
+        ((gate[:1], residual), "gate: expected"),
+        ((gate.double() if dtype != torch.float64 else gate.float(), residual), "gate: expected"),
+        ((gate, residual[:, :3]), "residual: expected"),
+        ((gate, residual.contiguous()), "residual: expected"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.run_plan(x, plan, *seams)
+
+
+def test_seams_that_a_plan_has_no_place_for() -> None:
+    chain = Chain(torch.float32)
+    gate, residual = torch.rand(*chain.x.shape[:2], 1, 1), chain.expected.clone()
+    with pytest.raises(RuntimeError, match="gate: expected none"):
+        kernels.run_plan(chain.x, chain.plan(), gate)
+    with pytest.raises(RuntimeError, match="residual: expected none"):  # its last step pools
+        kernels.run_plan(chain.x, chain.plan(), None, residual)
+    weight, bn = torch.randn(8, 8, 1, 1), torch.rand(5, 8)
+    packed = kernels.pack(None, None, weight)
+    ops = ["pointwise_inference", "gated_pointwise_inference"]
+    with pytest.raises(RuntimeError, match="expected the convolution with a gate as the first"):
+        kernels.make_plan(ops, [bn, weight, packed] * 2, [0, 1, 0, 0, 0, 0, 0], [0.0, 0.0])
+
+
 HANDLE_WRITES = {
     "fill_": lambda h: h.fill_(255),
     "add_": lambda h: h.add_(1),

@@ -40,6 +40,7 @@ struct Plan {
   ScalarType type;
   Dtype dtype;
   int64_t channels;  // of the input
+  bool gated;        // the first step, a pointwise convolution, has a gate
   std::vector<Step> steps;
 };
 
@@ -96,7 +97,7 @@ class PlanBuilder {
       : tensors_(tensors),
         settings_(settings),
         slopes_(slopes),
-        plan_(new Plan{{}, weight_of(tensors).scalar_type(), Dtype::f32, 0, {}}),
+        plan_(new Plan{{}, weight_of(tensors).scalar_type(), Dtype::f32, 0, false, {}}),
         call_(weight_of(tensors)) {
     plan_->dtype = dtype_of<Backend>(weight_of(tensors), "weight");
   }
@@ -106,6 +107,7 @@ class PlanBuilder {
     if (op == "pointwise_inference") return add_convolution(Conv::pointwise);
     if (op == "dense_inference") return add_convolution(Conv::dense);
     if (op == "block_inference") return add_block();
+    if (op == "gated_pointwise_inference") return add_convolution(Conv::pointwise, true);
     STD_TORCH_CHECK(op == "norm_act_forward", "ops: no step of a plan: ", op);
     add_pool();
   }
@@ -118,11 +120,13 @@ class PlanBuilder {
   }
 
  private:
-  void add_convolution(Conv conv) {
+  void add_convolution(Conv conv, bool gated = false) {
+    STD_TORCH_CHECK(!gated || plan_->steps.empty(), "ops: expected the convolution with a gate as the first");
+    plan_->gated |= gated;
     const Tensor& bn = tensor();
     const int64_t act = setting();
     const Tensor& weight = tensor();
-    ConvStep step{conv, begin(conv, weight), {}};
+    ConvStep step{conv, begin(conv, weight, gated), {}};
     step.args.dtype = plan_->dtype;
     step.args.g = sizeless(weight.size(0));
     step.args.output = norm_act(bn, act, weight.size(0));
@@ -208,11 +212,12 @@ class PlanBuilder {
     return checked;
   }
 
-  // A convolution, whose stride and padding come next; the first one tells the channels of the input.
-  ConvSettings begin(Conv conv, const Tensor& weight) {
-    const int64_t stride = setting();
+  // A convolution, whose stride and padding come next, unless it has a gate and can only have one of each; the first
+  // one tells the channels of the input.
+  ConvSettings begin(Conv conv, const Tensor& weight, bool gated = false) {
+    const int64_t stride = gated ? 1 : setting();
     std::vector<int64_t> padding;
-    for (int side = 0; side < 4; ++side) padding.push_back(setting());
+    for (int side = 0; side < 4; ++side) padding.push_back(gated ? 0 : setting());
     if (plan_->steps.empty()) {
       STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions, got ", weight.dim());
       plan_->channels = channels_ = weight.size(conv == Conv::depthwise ? 0 : 1);
@@ -242,6 +247,11 @@ class PlanBuilder {
   int64_t channels_ = 0;  // of what the next step reads
 };
 
+// What a call hands to a step besides its input: null where there is none.
+struct Seam {
+  const void *gate, *residual;
+};
+
 template <class AStep>
 Geometry with_sizes(const AStep& step, const Images& x) {
   return conv_geometry(step.settings, x.n, x.h, x.w, step.args.g.c_in, step.args.g.c_out);
@@ -257,21 +267,24 @@ Images output_of(const Step& step, const Images& x) {
   return std::visit([&](const auto& each) { return output_of(each, x); }, step);
 }
 
-void run(const Backend& backend, ConvStep step, const Images& x, const void* from, void* to) {
+void run(const Backend& backend, ConvStep step, const Images& x, const Seam& seam, const void* from, void* to) {
   step.args.g = with_sizes(step, x);
+  step.args.gate = seam.gate;
+  step.args.residual = seam.residual;
   step.args.u = from;
   step.args.y = to;
   backend.forward(step.conv, step.args);
 }
 
-void run(const Backend& backend, BlockStep step, const Images& x, const void* from, void* to) {
+void run(const Backend& backend, BlockStep step, const Images& x, const Seam& seam, const void* from, void* to) {
   step.args.g = with_sizes(step, x);
+  step.args.residual = seam.residual;
   step.args.x = from;
   step.args.y = to;
   backend.block_inference(step.args);
 }
 
-void run(const Backend& backend, PoolStep step, const Images& x, const void* from, void* to) {
+void run(const Backend& backend, PoolStep step, const Images& x, const Seam&, const void* from, void* to) {
   step.args.n = x.n;
   step.args.hw = x.h * x.w;
   step.args.y = from;
@@ -304,7 +317,7 @@ Tensor make_plan(const std::vector<std::string>& ops, const std::vector<Tensor>&
   return plans->add(builder.finish());
 }
 
-Tensor run_plan(const Tensor& x, const Tensor& handle) {
+Tensor run_plan(const Tensor& x, const Tensor& handle, const OptionalTensor& gate, const OptionalTensor& residual) {
   const std::shared_ptr<const Plan> found = plans->at(handle);
   const Plan& plan = *found;
   const Call<Backend> call(x);
@@ -312,6 +325,9 @@ Tensor run_plan(const Tensor& x, const Tensor& handle) {
   call.check_type(x, "x", plan.type);
   const Images input{x.size(0), x.size(1), x.size(2), x.size(3)};
   STD_TORCH_CHECK(input.c == plan.channels, "x: expected ", plan.channels, " channels, got ", input.c);
+
+  STD_TORCH_CHECK(bool(gate) == plan.gated, "gate: expected ", plan.gated ? "one" : "none");
+  if (gate) call.check_activation_like(*gate, "gate", plan.type, {input.n, input.c, 1, 1});
 
   const size_t last = plan.steps.size() - 1, itemsize = x.element_size();
   size_t bytes[2] = {};
@@ -321,6 +337,8 @@ Tensor run_plan(const Tensor& x, const Tensor& handle) {
     bytes[i % 2] = std::max(bytes[i % 2], size_t(images.numel()) * itemsize);
   }
   images = output_of(plan.steps[last], images);
+  STD_TORCH_CHECK(!residual || !std::holds_alternative<PoolStep>(plan.steps[last]), "residual: expected none");
+  if (residual) call.check_activation_like(*residual, "residual", plan.type, {images.n, images.c, images.h, images.w});
   Tensor y = call.empty_activation(images.n, images.c, images.h, images.w, plan.type);
   const Memory memory[2] = {Memory(bytes[0]), Memory(bytes[1])};
 
@@ -328,7 +346,8 @@ Tensor run_plan(const Tensor& x, const Tensor& handle) {
   const void* from = data(x);
   for (size_t i = 0; i <= last; ++i) {
     void* const to = i == last ? y.mutable_data_ptr() : memory[i % 2].data();
-    std::visit([&](const auto& step) { run(call.backend, step, images, from, to); }, plan.steps[i]);
+    const Seam seam{i == 0 ? data(gate) : nullptr, i == last ? data(residual) : nullptr};
+    std::visit([&](const auto& step) { run(call.backend, step, images, seam, from, to); }, plan.steps[i]);
     images = output_of(plan.steps[i], images);
     from = to;
   }

@@ -15,9 +15,10 @@ namespace mx::cpu {
 
 // `tensors`, `settings` and `slopes` are the arguments of the inference ops after the activation (csrc/ops.h), in
 // order; a weight that can be packed comes with its packed form, and the plan copies what it needs. The result is a
-// handle: a tensor that owns the plan, known by where it lies and not by what it holds.
+// handle: a tensor that owns the plan, known by where it lies and not by what it holds. A gate belongs to a plan whose
+// first op is gated_pointwise_inference, a residual to what the last convolution gives.
 Tensor make_plan(const std::vector<std::string>& ops, const std::vector<Tensor>& tensors,
                  const std::vector<int64_t>& settings, const std::vector<double>& slopes);
-Tensor run_plan(const Tensor& x, const Tensor& plan);
+Tensor run_plan(const Tensor& x, const Tensor& plan, const OptionalTensor& gate, const OptionalTensor& residual);
 
 }  // namespace mx::cpu

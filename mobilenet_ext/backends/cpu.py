@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mobilenet_ext.inference_steps import Step
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 
@@ -39,10 +43,11 @@ def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise
     return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
 
 
-def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Tensor], Tensor]:
-    """A chain of inference ops, (name, its arguments after the activation) each and every weight packed, as one call
-    (``csrc/cpu/plan.h``), which has copies of the tensors that it needs."""
-    arguments = [argument for _, args in steps for argument in args if argument is not None]
+def plan_runner(steps: Sequence[Step]) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """A chain of inference ops, every weight packed, as one call of an input, its gate and a residual
+    (``csrc/cpu/plan.h``). It has copies of the tensors that it needs."""
+    names = [step.op._schema.name.split("::")[1] for step in steps]
+    arguments = [argument for step in steps for argument in (*step.before, *step.after) if argument is not None]
     tensors, settings, slopes = [], [], []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -51,8 +56,8 @@ def plan_runner(steps: Sequence[tuple[str, tuple[object, ...]]]) -> Callable[[Te
             slopes.append(argument)
         else:
             settings += map(int, argument) if isinstance(argument, tuple) else [int(argument)]
-    run, plan = kernels.run_plan.default, kernels.make_plan([name for name, _ in steps], tensors, settings, slopes)
-    return lambda x: run(x, plan)
+    run, plan = kernels.run_plan.default, kernels.make_plan(names, tensors, settings, slopes)
+    return lambda x, gate, residual: run(x, plan, gate, residual)
 
 
 def why_not() -> str | None:
