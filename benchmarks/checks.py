@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.network import Plain, Workload
+from benchmarks.network import Workload
 from benchmarks.peers.base import FirstStep
-from benchmarks.peers.torch_peers import LABEL_SMOOTHING, EagerChannelsLast
+from benchmarks.peers.torch_peers import LABEL_SMOOTHING, EagerChannelsLast, gradients_of
 
 # Relative errors, norm of the difference over norm of the reference, that are allowed whatever eager PyTorch's are.
 BOUNDS = {
@@ -51,14 +51,14 @@ def expected_of(work: Workload) -> Expected:
 
 def _exact(work: Workload, device: str) -> dict[str, Tensor]:
     """The plain network's outputs in float64."""
-    model = Plain(copy.deepcopy(work.model()).to(device).double())
+    model = copy.deepcopy(work.plain()).to(device).double()
     if work.task == "inference":
         with torch.no_grad():
             return {"logits": model(work.images()[:IMAGES].to(device).double()).cpu()}
     images, labels = work.images().to(device).double(), work.labels().to(device)
     loss = F.cross_entropy(model(images), labels, label_smoothing=LABEL_SMOOTHING)
     loss.backward()
-    classifier, stem = model.classifier[-1].weight.grad, model.feature[0][0].weight.grad
+    classifier, stem = gradients_of(model)
     return _named(FirstStep(loss.item(), classifier.cpu(), stem.cpu()))
 
 

@@ -15,8 +15,9 @@ import torch
 import mobilenet_ext as mx
 from benchmarks import activations, comparison, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks import compare as compare_module
-from benchmarks.network import DTYPES, Workload
+from benchmarks.network import CLASSES, DTYPES, MOBILENET_V1, Workload
 from benchmarks.peers import NAMES, OURS, is_ours
+from mobilenet_ext.models import libraries
 
 INFERENCE_BATCHES = {"cpu": [1, 32], "cuda": [1, 32, 256]}
 TRAINING_BATCH = {"cpu": [32], "cuda": [256]}
@@ -77,6 +78,9 @@ def _add_options(parser: argparse.ArgumentParser, bench: str) -> None:
         parser.add_argument("--backend", default="auto", help="of mobilenet_ext [auto]")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="16 bits: autocast "
                         "in training, weights and activations in inference [float32 bfloat16]")  # fmt: skip
+    if bench in ("inference", "training"):
+        parser.add_argument("--model", nargs="+", default=[MOBILENET_V1], metavar="NAME",
+                            help=f"torchvision:NAME or timm:NAME, several in one result [{MOBILENET_V1}]")  # fmt: skip
     if bench != "activations":
         parser.add_argument("--width", nargs="+", type=_positive(float), default=[1.0], help="multiplier [1]")
         parser.add_argument("--resolution", type=_positive(int), default=224, help="[224]")
@@ -146,6 +150,7 @@ def _activations(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     backend, *args.others = args.backend if args.bench == "kernels" else [args.backend]
+    args.models = _models(args)
     _set_up(args, backend)
     effort = comparison.Effort(
         getattr(args, "rounds", 0), getattr(args, "burst", 0.0), memory=not getattr(args, "no_memory", False)
@@ -165,7 +170,8 @@ def _measure(args: argparse.Namespace) -> int:
     print(table.heading(report))
     print(table.tables(report))
     if args.save:
-        path = results.default_file(args.bench, report["about"])
+        others = args.models != [MOBILENET_V1]
+        path = results.default_file(f"networks-{args.bench}" if others else args.bench, report["about"])
         results.write(path, report)
         for picture in pictures.draw(report, path):
             print(picture)
@@ -178,8 +184,8 @@ def _results(args: argparse.Namespace, dtype: str, effort: comparison.Effort) ->
     batches = (INFERENCE_BATCHES if args.bench == "inference" else TRAINING_BATCH)[args.device]
     if args.bench == "curves":
         batches = [CURVES_BATCH]
-    for width, batch in product(args.width, args.batch or batches):
-        work = Workload(task, width, args.resolution, batch, dtype, args.device)
+    for model, width, batch in product(args.models, args.width, args.batch or batches):
+        work = Workload(task, width, args.resolution, batch, dtype, args.device, model)
         print(work, file=sys.stderr, flush=True)
         if args.bench == "kernels":
             for pass_ in args.passes:
@@ -190,6 +196,22 @@ def _results(args: argparse.Namespace, dtype: str, effort: comparison.Effort) ->
             yield curves.compare_training(work, args.epochs)
         else:
             yield comparison.compare_runners(work, args.peers, effort)
+
+
+def _models(args: argparse.Namespace) -> list[str]:
+    """The networks to measure.
+
+    Raises:
+        ValueError: there is none of this name, or it has no width.
+    """
+    models = getattr(args, "model", [MOBILENET_V1])
+    for name in models:
+        if name != MOBILENET_V1:
+            if args.width != [1.0]:
+                raise ValueError(f"--width: only {MOBILENET_V1} has one, not {name}")
+            with torch.device("meta"):
+                libraries.create(name, CLASSES)
+    return models
 
 
 def _without_files(words: list[str]) -> list[str]:

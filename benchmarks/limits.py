@@ -63,7 +63,7 @@ def limits_of(report: dict[str, Any]) -> dict[str, Limits]:
     for result in report["results"]:
         dtype = result["workload"]["dtype"]
         for row in result["rows"]:
-            if row.get("seconds"):
+            if row.get("seconds") and result["bytes"]:
                 time = summary(row["seconds"]).median
                 found[dtype] = found[dtype].raised(result["bytes"], result["operations"], time)
     return found

@@ -1,4 +1,4 @@
-"""MobileNetV1 as work: its layers with the bytes and operations of each, and its model, images and labels."""
+"""A network as work: its model, images and labels, and of MobileNetV1 the layers with their bytes and operations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mobilenet_ext import MobileNetV1
+from mobilenet_ext.models import libraries
 from mobilenet_ext.models.mobilenet_v1 import BLOCKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 1000
+MOBILENET_V1 = "mobilenet_v1"
 ONE_PASS = 128 * 128  # a pointwise weight up to this size: both gradients come from one pass over the data
 
 
@@ -24,29 +26,54 @@ class Workload(NamedTuple):
     batch: int
     dtype: str
     device: str
+    network: str = MOBILENET_V1  # or torchvision:NAME, timm:NAME
 
     def __str__(self) -> str:
-        size = f"{self.resolution}x{self.resolution}"
-        return f"{self.task}, width {self.width:g}, {size}, batch {self.batch}, {self.dtype}, {self.device}"
+        return f"{self.task}, {self.title}, batch {self.batch}, {self.dtype}, {self.device}"
+
+    @property
+    def title(self) -> str:
+        """The network and the size of its images."""
+        name = f"MobileNetV1 {self.width:g}" if self.is_mobilenet_v1 else self.network
+        return f"{name}, {self.resolution}x{self.resolution}"
+
+    @property
+    def is_mobilenet_v1(self) -> bool:
+        return self.network == MOBILENET_V1
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def model(self) -> MobileNetV1:
-        """In float32 and channels_last, the same for the same width; its running statistics are those of images."""
+    def model(self) -> nn.Module:
+        """In float32 and channels_last, the same for the same work; its running statistics are those of images.
+
+        A network of another library has nothing that draws random numbers, so that all peers compute the same: dropout
+        and stochastic depth have a probability of 0.
+        """
         generator_state = torch.get_rng_state()
         torch.manual_seed(0)
-        model = MobileNetV1(CLASSES, self.width, conv_bias=False)
+        if self.is_mobilenet_v1:
+            model = MobileNetV1(CLASSES, self.width, conv_bias=False)
+        else:
+            model = libraries.create(self.network, CLASSES)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
+                    module.p = 0.0
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = None  # the average: after one batch, its statistics
         with torch.no_grad():
-            Plain(model)(torch.randn(8, 3, 64, 64))  # no kernel of ours: a GPU's backend may be chosen
-        for norm in norms:
-            norm.momentum = 0.1
+            _plain(model)(torch.randn(8, 3, 64, 64))  # no kernel of ours: a GPU's backend may be chosen
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         torch.set_rng_state(generator_state)
         return model.to(device=self.device, memory_format=torch.channels_last).train(self.task == "training")
+
+    def plain(self) -> nn.Module:
+        """As :meth:`model`, without a fused kernel: what PyTorch alone does."""
+        return _plain(self.model())
 
     def images(self) -> Tensor:
         """Random, float32 ``[batch, 3, resolution, resolution]``, channels_last."""
@@ -59,23 +86,32 @@ class Workload(NamedTuple):
         generator = torch.Generator(self.device).manual_seed(2)
         return torch.randint(CLASSES, (self.batch,), generator=generator, device=self.device)
 
-    def bytes_moved(self) -> int:
-        """Of activations, by the design of the fused kernels: what bounds a network that is limited by memory."""
+    def bytes_moved(self) -> int | None:
+        """Of activations, by the design of the fused kernels: what bounds a network that is limited by memory. None
+        where the layers are not known."""
+        if not self.is_mobilenet_v1:
+            return None
         passes = ("inference",) if self.task == "inference" else ("forward", "backward")
         itemsize = self.torch_dtype.itemsize
         layers = [(layer, p) for p in passes for layer in layers_of(self.width, self.resolution, p)]
         return sum(layer.bytes_moved(p, self.batch, itemsize) for layer, p in layers)
 
-    def operations(self) -> int:
+    def operations(self) -> int | None:
         """Multiplications and additions of the convolutions; a training step has three times those of inference, less
-        the gradient of the images."""
+        the gradient of the images. None where the layers are not known."""
+        if not self.is_mobilenet_v1:
+            return None
         layers = layers_of(self.width, self.resolution, "forward")
         passes = ("forward",) if self.task == "inference" else ("forward", "backward")
         return sum(layer.operations(p, self.batch) for layer in layers for p in passes)
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    return Plain(model) if isinstance(model, MobileNetV1) else model
+
+
 class Plain(nn.Module):
-    """The modules of a MobileNetV1 one by one, without a fused kernel: what PyTorch alone does."""
+    """The modules of a MobileNetV1 one by one."""
 
     def __init__(self, model: MobileNetV1) -> None:
         super().__init__()

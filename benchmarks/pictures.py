@@ -25,7 +25,10 @@ NAME = 26  # characters of a runner's name in a line
 
 
 def draw(report: dict[str, Any], json_file: Path) -> list[Path]:
-    """Writes the pictures of a result beside its JSON file, and returns their paths."""
+    """Writes the pictures of a result beside its JSON file, and returns their paths; of several networks there is none,
+    which the README's table of networks says in less room."""
+    if len({result["workload"].get("network") for result in report["results"]}) > 1:
+        return []
     import matplotlib
 
     path = json_file.with_suffix(".svg")
@@ -83,7 +86,7 @@ def _bars(report: dict[str, Any]) -> Any:
     names = [[textwrap.fill(name, NAME) for _, name in bars] for bars in timed]
     lines = max(sum(1 + name.count("\n") for name in found) for found in names)
     first = Workload(**report["results"][0]["workload"])
-    title = f"MobileNetV1 {first.width:g}, {first.resolution}x{first.resolution}; {report['about']['device']}"
+    title = f"{first.title}; {report['about']['device']}"
     figure, axes = _figure(title, len(timed), 1 + 0.22 * max(lines, 4))
     for axis, result, bars, labels in zip(axes, report["results"], timed, names, strict=True):
         if bars:

@@ -61,6 +61,8 @@ def section(folder: Path) -> str:
                 by_backend.setdefault(report["about"]["backend"], {})[file] = report
             for backend, reports in by_backend.items():
                 parts.append(_part(reports, backend if len(by_backend) > 1 else None))
+        for bench in ("training", "inference"):
+            parts += [_networks(results.read(file), file) for file in device.glob(f"networks-{bench}.json")]
         for name, pattern in PICTURES.items():
             parts += [f"![{name}]({_link(file)})\n" for file in sorted(device.glob(pattern))]
     return "\n".join(parts)
@@ -78,14 +80,11 @@ def _part(reports: dict[Path, dict[str, Any]], backend: str | None) -> str:
     works = [Workload(**result["workload"]) for result in found]
     timed_rows = (row for result in found for row in result["rows"] if row.get("seconds"))
     runners = dict.fromkeys(row["runner"] for row in timed_rows)
-    what = "Training step" if report["bench"] == "training" else "Inference"
-    first = works[0]
-    size = f"MobileNetV1 {first.width:g}, {first.resolution}x{first.resolution}"
     versions = {row["runner"]: row.get("version") for result in found for row in result["rows"]}
     device = report["about"]["device"] + (f", backend {backend}" if backend else "")
     lines = [
-        f"**{what}** of {size} on {device}: milliseconds, the median of {_rounds(found)} rounds taken in "
-        "turn and the quartiles; lower is better.",
+        f"**{_what(report)}** of {works[0].title} on {device}: milliseconds, the median of {_rounds(found)} rounds "
+        "taken in turn and the quartiles; lower is better.",
         "",
         "| | " + " | ".join(f"batch {work.batch}, {work.dtype}" for work in works) + " |",
         "|---|" + "---:|" * len(works),
@@ -103,10 +102,46 @@ def _part(reports: dict[Path, dict[str, Any]], backend: str | None) -> str:
     for file, each in reports.items():
         picture, about = file.with_suffix(".svg"), each["about"]
         if picture.is_file():
-            lines += ["", f"![{what.lower()} beside the peers]({_link(picture)})"]
-        source = f"commit {about['commit']}, {about['date'][:10]}; raw: [{file.name}]({_link(file)})"
-        lines += ["", f"`{each['command']}`, {source}"]
+            lines += ["", f"![{_what(report).lower()} beside the peers]({_link(picture)})"]
+        lines += ["", _source(each, file)]
     return "\n".join(lines) + "\n"
+
+
+def _what(report: dict[str, Any]) -> str:
+    return "Training step" if report["bench"] == "training" else "Inference"
+
+
+def _source(report: dict[str, Any], file: Path) -> str:
+    about = report["about"]
+    return f"`{report['command']}`, commit {about['commit']}, {about['date'][:10]}; raw: [{file.name}]({_link(file)})"
+
+
+def _networks(report: dict[str, Any], file: Path) -> str:
+    """A line for each network: the best peer's time over ours, the time and the peer."""
+    found = {Workload(**result["workload"]): result for result in report["results"]}
+    cells = sorted({(list(DTYPES).index(work.dtype), work.batch) for work in found})
+    networks = dict.fromkeys(work.network for work in found)
+    resolution = next(iter(found)).resolution
+    lines = [
+        f"**{_what(report)}** of networks of torchvision and timm at {resolution}x{resolution} on "
+        f"{report['about']['device']}: how many times faster than the best peer, the milliseconds, and which peer.",
+        "",
+        "| | " + " | ".join(f"batch {batch}, {list(DTYPES)[dtype]}" for dtype, batch in cells) + " |",
+        "|---|" + "---:|" * len(cells),
+    ]
+    for network in networks:
+        by_cell = {(list(DTYPES).index(w.dtype), w.batch): r for w, r in found.items() if w.network == network}
+        lines.append(f"| `{network}` | " + " | ".join(_ratio(by_cell[cell]) for cell in cells) + " |")
+    return "\n".join([*lines, "", _source(report, file)]) + "\n"
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    best = best_peer(result["rows"])
+    ours = next((row["seconds"] for row in result["rows"] if row["runner"] == OURS and "seconds" in row), None)
+    if best is None or ours is None:
+        return "-"
+    time = milliseconds(summary(ours).median)
+    return f"{paired_ratio(best['seconds'], ours).median:.2f} ({time}; {best['runner']})"
 
 
 def _rounds(found: list[dict[str, Any]]) -> int:

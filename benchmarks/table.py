@@ -82,7 +82,7 @@ def comparison_table(result: dict[str, Any], limits: Limits) -> str:
                 milliseconds(time.median),
                 f"{milliseconds(time.low)} to {milliseconds(time.high)}",
                 ratio,
-                f"{limits.share(result, time.median):.0%}",
+                f"{limits.share(result, time.median):.0%}" if result["bytes"] else "",
                 f"{peak / 2**20:.0f}" if peak is not None else "",
                 f"{row['error']:.0e}",
             ]

@@ -9,7 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
-from benchmarks.network import Plain, Workload
+from benchmarks.network import Workload
 from benchmarks.peers.base import Peer
 
 
@@ -53,4 +53,4 @@ class OnnxRuntime(Peer):
 
     def inference(self, work: Workload) -> Inference:
         dtype = work.torch_dtype
-        return Inference(Plain(work.model()).eval().to(dtype), work.images().to(dtype), work.device)
+        return Inference(work.plain().eval().to(dtype), work.images().to(dtype), work.device)

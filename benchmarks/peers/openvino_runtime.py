@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.network import Plain, Workload
+from benchmarks.network import Workload
 from benchmarks.peers.base import Peer
 
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -46,4 +46,4 @@ class OpenVino(Peer):
         return None if work.device == "cpu" else "has no NVIDIA GPUs"
 
     def inference(self, work: Workload) -> Inference:
-        return Inference(Plain(work.model()).eval(), work.images(), PRECISION[work.dtype])
+        return Inference(work.plain().eval(), work.images(), PRECISION[work.dtype])

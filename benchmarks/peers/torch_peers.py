@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
-from benchmarks.network import CLASSES, Plain, Workload
+from benchmarks.network import CLASSES, Workload
 from benchmarks.peers.base import FirstStep, Peer
 
 LEARNING_RATE, MOMENTUM, LABEL_SMOOTHING = 0.01, 0.9, 0.1
@@ -54,9 +54,14 @@ class Training:
 
     def outcome(self) -> FirstStep:
         """Of the last step."""
-        weights = [m.weight for m in self.parameters.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        stem, classifier = (weight.grad.float().cpu() for weight in (weights[0], weights[-1]))
+        classifier, stem = (grad.float().cpu() for grad in gradients_of(self.parameters))
         return FirstStep(self.loss.item(), classifier, stem)
+
+
+def gradients_of(network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Of the weights of its last and its first layer."""
+    weights = [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return weights[-1].grad, weights[0].grad
 
 
 class TorchPeer(Peer):
@@ -64,7 +69,7 @@ class TorchPeer(Peer):
     memory_format = torch.channels_last
 
     def network(self, work: Workload) -> nn.Module:
-        return Plain(work.model())
+        return work.plain()
 
     def compiled(self, model: nn.Module) -> nn.Module:
         return model
@@ -86,12 +91,12 @@ class TorchPeer(Peer):
 
 
 class MobileNetExt(TorchPeer):
-    """``freeze`` for inference, the drop-in model for training."""
+    """``freeze`` for inference; for training the drop-in model, or ``fuse``."""
 
     version_of = "mobilenet_ext"
 
     def network(self, work: Workload) -> nn.Module:
-        return mx.freeze(work.model()) if work.task == "inference" else work.model()
+        return mx.freeze(work.model()) if work.task == "inference" else mx.fuse(work.model())
 
 
 def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -216,7 +221,7 @@ class Timm(TorchPeer):
     module = version_of = "timm"
 
     def refuses(self, work: Workload) -> str | None:
-        return None if work.width == 1 else "mobilenetv1_100 has width 1"
+        return None if work.is_mobilenet_v1 and work.width == 1 else "its mobilenetv1_100 is MobileNetV1 of width 1"
 
     def network(self, work: Workload) -> nn.Module:
         import timm
