@@ -100,7 +100,7 @@ def _part(reports: dict[Path, dict[str, Any]], backend: str | None) -> str:
         ratios.append(f"{paired_ratio(best['seconds'], ours['seconds']).median:.2f}" if timed else "")
     lines.append("| best peer / mobilenet_ext | " + " | ".join(ratios) + " |")
     for file, each in reports.items():
-        picture, about = file.with_suffix(".svg"), each["about"]
+        picture = file.with_suffix(".svg")
         if picture.is_file():
             lines += ["", f"![{_what(report).lower()} beside the peers]({_link(picture)})"]
         lines += ["", _source(each, file)]

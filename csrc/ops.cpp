@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(mobilenet_ext_cpu, m) {
   MX_KERNEL_OPS(MX_DEFINE_OP)
   // For plans of inference that do not change (mobilenet_ext/backends/cpu.py).
   m.def("pack(Tensor? depthwise_bn, Tensor? depthwise_weight, Tensor pointwise_weight) -> Tensor");
-  m.def("make_plan(str[] ops, Tensor[] tensors, int[] settings, float[] slopes) -> Tensor");
-  m.def("run_plan(Tensor x, Tensor plan, Tensor? gate=None, Tensor? residual=None) -> Tensor");
+  m.def(
+      "make_plan(str[] ops, Tensor[] tensors, int[] settings, float[] slopes, int inputs, int[] sources, int[] "
+      "outputs) "
+      "-> Tensor");
+  m.def("run_plan(Tensor[] inputs, Tensor plan) -> Tensor[]");
 }

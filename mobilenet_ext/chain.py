@@ -218,8 +218,8 @@ _PER_UNIT = 5
 
 class _Chain(torch.autograd.Function):
     """``apply(settings, gives, dtype, first, bn_u, act_u, slope_u, u, gate, residual, *params)`` with activations
-    channels_last in ``dtype`` and (weight, conv_bias, gamma, beta, running_bn) a unit in ``params``, ``running_bn`` None
-    where batch statistics are wanted. Backward ends at the unit ``first``, and nothing is kept of those before it.
+    channels_last in ``dtype`` and (weight, conv_bias, gamma, beta, running_bn) a unit in ``params``, the last of them
+    None where batch statistics are wanted. Backward ends at the unit ``first``, and nothing is kept of those before it.
     Returns what ``gives`` says, of ``"both"`` the raw output in the activation's place, and the ``bn`` of every unit
     with batch statistics."""
 

@@ -39,13 +39,13 @@ def _form(known: ForwardGraph, node: fx.Node, source: fx.Node, nodes: list[fx.No
     """What ``node`` computes of ``source``, if that is a part of an activation, whose operations join ``nodes``."""
     if node is source:
         return "x"
-    operation, number, arguments = _operation(known, node)
-    if operation is None or not depth:  # of the longest of the forms
+    name, number, arguments = operation(known, node)
+    if name is None or not depth:  # of the longest of the forms
         return None
     forms = sorted(str(_form(known, each, source, nodes, depth - 1)) for each in arguments)
     if node not in nodes:
         nodes.append(node)
-    return _FORMS.get((operation, number, *forms))
+    return _FORMS.get((name, number, *forms))
 
 
 # Operation, number, forms of the arguments in alphabetical order; h is hardsigmoid(x).
@@ -93,7 +93,7 @@ _OPERATIONS: dict[object, str] = {
 }
 
 
-def _operation(known: ForwardGraph, node: fx.Node) -> tuple[str | None, float | None, list[fx.Node]]:
+def operation(known: ForwardGraph, node: fx.Node) -> tuple[str | None, float | None, list[fx.Node]]:
     """The name of an operation, a number that is its other argument, and the tensors that are its arguments."""
     nothing = None, None, []
     kind = node.target

@@ -171,9 +171,7 @@ def _conv_bn_relu(kind, input, weight, bias, vectors, stride, padding, training,
     check_running_stats(running_mean, running_var, others, training)
     track = momentum if training and running_mean is not None and input.numel() else None
     act = (Act.RELU if relu else Act.LINEAR).value
-    unit = Unit(
-        kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps, act
-    )
+    unit = Unit(kind, stride, padding, weight, bias, gamma, beta, running_mean, running_var, training, track, eps, act)
     out = chain.run(input, [unit], "activation")
     return match_memory_format(out, gives_channels_last(input.shape, is_channels_last(input), [unit]))
 

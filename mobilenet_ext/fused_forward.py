@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain as concatenated
@@ -23,9 +22,11 @@ from mobilenet_ext import _host, fusion
 from mobilenet_ext.chain import Normalised
 from mobilenet_ext.composite_activations import composite_at
 from mobilenet_ext.forward_graph import ForwardGraph, NotKnown, attributes_of, is_data
+from mobilenet_ext.graph_code import Call, function_of
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
+from mobilenet_ext.regions import regions_of
 from mobilenet_ext.seams import Found, Seams, close_seams, gives
-from mobilenet_ext.units import UnitModules, forwards_are_original, is_exactly, is_layer
+from mobilenet_ext.units import UnitModules, does_nothing, forwards_are_original, is_layer
 
 KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
 PATIENCE = 8  # with a module that is another one at each call: then its own forward runs for good
@@ -132,7 +133,7 @@ class Plan:
             close_seams(self.graph, found)
             self.chains = [each.chain for each in found]
             if found:
-                self.run = _compile(self.graph, found)
+                self.run = function_of(self.graph, _calls(self.graph, found, folds))
 
     def has_same_structure(self, module: nn.Module) -> bool:
         """Whether all is as it was but for which parameters and buffers there are."""
@@ -220,17 +221,12 @@ def _paths(known: ForwardGraph) -> list[list[Step]]:
                 continue
             (source,) = node.all_input_nodes
         path = paths.pop(source, []) if source.users.keys() <= set(nodes) else []
-        if path and _does_nothing(module):
+        if path and does_nothing(module):
             path[-1].nodes.append(node)
         else:
             path.append(Step(nodes, module))
         paths[node] = path
     return list(paths.values())
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    dropout = is_exactly(module, nn.Dropout) and not module.training
-    return dropout or is_exactly(module, nn.Identity)
 
 
 def _layer(known: ForwardGraph, node: fx.Node, calls: Counter) -> nn.Module | None:
@@ -293,27 +289,13 @@ _FUNCTIONS: dict[object, Callable[..., nn.Module]] = {
 }
 
 
-def _compile(known: ForwardGraph, chains: list[Found]) -> Callable[[Tensor], object]:
-    """The graph as a function, with each chain in one call."""
-    objects: dict[str, object] = dict(known.objects)
-    first = {each.nodes[0]: (f"chain{i}", each) for i, each in enumerate(chains)}
-    inner = {node for each in chains for node in (*each.nodes, each.mean)}
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in known.graph.nodes:
-        if node in first:
-            name, each = first[node]
-            objects[name] = each.chain
-            others = {"gate": each.gate, "residual": each.residual}
-            others = {role: new[other] for role, other in others.items() if other is not None}
-            out = graph.create_node("call_module", name, (new[each.source],), others)
-            if each.mean is not None:
-                new[each.mean] = graph.create_node("call_function", operator.getitem, (out, 1), {})
-                out = graph.create_node("call_function", operator.getitem, (out, 0), {})
-            new[each.nodes[-1]] = out
-        elif node not in inner:
-            new[node] = graph.node_copy(node, new.__getitem__)
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<fused forward>", "exec"), scope)
-    return types.MethodType(scope["forward"], types.SimpleNamespace(**objects))
+def _calls(known: ForwardGraph, found: list[Found], folds: bool) -> list[Call]:
+    """The chains as calls in a graph; of a frozen network several may be one."""
+    calls, found = regions_of(known, found) if folds else ([], found)
+    for each in found:
+        seams = {"gate": each.gate, "residual": each.residual}
+        kwargs = {role: node for role, node in seams.items() if node is not None}
+        nodes = each.nodes if each.mean is None else [*each.nodes, each.mean]
+        outputs = each.nodes[-1:] if each.mean is None else [each.nodes[-1], each.mean]
+        calls.append(Call(each.chain, nodes, [each.source], kwargs, outputs))
+    return calls

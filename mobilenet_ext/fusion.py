@@ -196,20 +196,26 @@ def gate_fits(gate: Tensor, x: Tensor) -> bool:
     )
 
 
-def residual_fits(residual: Tensor, x: Tensor, channels_last: bool, units: Iterable[Unit]) -> bool:
-    """Whether the kernels take ``residual`` as an addend of what the units make of ``x``, and PyTorch would give the
-    sum the dtype and memory format (channels_last or not) of both."""
-    size = x.shape
+def output_size(size: tuple[int, ...], units: Iterable[Unit]) -> tuple[int, ...]:
+    """Of what the units make of an activation of this size."""
     for unit in units:
         size = unit.output_size(size[0], *size[2:])
+    return tuple(size)
+
+
+def residual_fits(
+    residual: Tensor, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool
+) -> bool:
+    """Whether the kernels take ``residual`` as an addend of an activation, and PyTorch would give the sum the dtype and
+    memory format (channels_last or not) of both."""
     # One channel or one pixel is contiguous in both formats, and PyTorch takes it for the usual one.
     channels_last = channels_last and 1 not in (size[1], size[2] * size[3])
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return (
         is_ordinary(residual)
         and residual.shape == size
-        and residual.dtype == compute_dtype(x)
-        and residual.device == x.device
+        and residual.dtype == dtype
+        and residual.device == device
         and residual.is_contiguous(memory_format=memory_format)
     )
 
@@ -229,7 +235,9 @@ def run_chain(
     tensors = [as_tensors(unit) for unit in units]
     u, is_last = (x.y, x.channels_last) if isinstance(x, Normalised) else (x, is_channels_last(x))
     channels_last = gives_channels_last(u.shape, is_last, tensors)
-    joins = residual is not None and residual_fits(residual, u, channels_last, tensors)
+    joins = residual is not None and residual_fits(
+        residual, output_size(u.shape, tensors), compute_dtype(u), u.device, channels_last
+    )
     out = chain.run(x, tensors, gives, gate, residual if joins else None)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
     batches = [bn.num_batches_tracked for _, _, bn, *_ in units if counts_batches(bn)]

@@ -80,8 +80,13 @@ def execute(x: Tensor, steps: list[Step], gate: Tensor | None = None, residual: 
     return x
 
 
+def is_as_input(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an activation is as the first op takes it."""
+    return x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An activation as the first op takes it."""
-    if x.dtype != dtype or not x.is_contiguous(memory_format=torch.channels_last):
+    if not is_as_input(x, dtype):
         storage.check(x)  # before a copy
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)

@@ -7,18 +7,20 @@ to compute what they compute, and holds as long as they are the same modules wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain as concatenated
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mobilenet_ext import _host, backends, fusion
+from mobilenet_ext.backends.cpu import PlanBuilder
 from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
-from mobilenet_ext.inference_steps import Step, as_input, execute, pooling, steps_of
+from mobilenet_ext.inference_steps import Pack, Step, as_input, execute, is_as_input, pooling, steps_of
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.seams import Seams
 from mobilenet_ext.unit_tensors import InferenceUnit, bias_bn, compute_dtype, fold, is_autocast
@@ -27,6 +29,15 @@ from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_o
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 Output = Tensor | tuple[Tensor, Tensor]  # with its mean over each image, where a gate follows
 Runner = Callable[[Tensor, Tensor | None, Tensor | None], Output]  # of an input, its gate and a residual
+
+
+class Fit(NamedTuple):
+    """How the kernels run a chain on inputs of one layout."""
+
+    dtype: torch.dtype
+    joins: bool  # a residual is added by the last of them
+    channels_last: bool  # the format of the output
+    size: tuple[int, ...]  # of the output
 
 
 class Plans:
@@ -125,7 +136,7 @@ class _Prepared(TensorsState):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         super().__init__(tensors)
-        self.plans: dict[tuple[torch.dtype, bool], tuple[Runner, Callable[[Tensor], Tensor] | None]] = {}
+        self.plans: dict[tuple[torch.dtype, bool, bool], Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {}
         # The last input's layout and settings, and what runs an input like it.
         self.last: tuple[object, Runner | None] = (None, None)
 
@@ -149,8 +160,8 @@ class FoldedChain:
         layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + [linear]
         layers = [layer for layer in layers if layer is not None]
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
-        self._tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
-        self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
+        self.tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
+        self._inference = any(t.is_inference() for t in self.tensors)  # these do not say when they are changed
         self.prepared: _Prepared | None = None
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Output:
@@ -165,10 +176,10 @@ class FoldedChain:
             return _run_modules(self.modules, self.seams, x, gate, residual)
         prepared = self.prepared
         if prepared is None or not prepared.hold():
-            prepared = self.prepared = _Prepared(self._tensors)
+            prepared = self.prepared = _Prepared(self.tensors)
         autocast = torch._C._is_any_autocast_enabled() and is_autocast(x)
         cast_to = compute_dtype(x) if autocast else None
-        layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen(), *map(_layout, others))
+        layout = (x.shape, x.stride(), x.dtype, x.device, cast_to, backends.chosen(), *map(layout_of, others))
         known, run = prepared.last
         if known != layout:
             run = self._runner(prepared, x, gate, residual)
@@ -177,38 +188,44 @@ class FoldedChain:
 
     def is_same(self, other: FoldedChain) -> bool:
         """Whether both stand for the same modules with the same tensors."""
-        return self.modules == other.modules and list(map(id, self._tensors)) == list(map(id, other._tensors))
+        return self.modules == other.modules and list(map(id, self.tensors)) == list(map(id, other.tensors))
 
     def _runner(self, prepared: _Prepared, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Runner:
         """What runs inputs that are laid out as these; nothing in it refers to this chain, which keeps it."""
+        fit = self.fit(x, gate, residual)
+        if fit is None:
+            return partial(_run_modules, self.modules, self.seams)
+        dtype, joins, channels_last, _ = fit
+        plan = self._plan(prepared, x.device, dtype, joins)
+        is_input = all(t is None or is_as_input(t, dtype) for t in (x, gate, residual if joins else None))
+        flat, gives_mean, add = self._linear is not None, self.seams.mean is not None, self.seams.add
+
+        def run(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Output:
+            inputs = [t for t in (x, gate, residual if joins else None) if t is not None]
+            out, *mean = plan(inputs if is_input else [as_input(t, dtype) for t in inputs])
+            out = out.flatten(1) if flat else match_memory_format(out, channels_last)
+            if residual is not None and not joins:
+                out = add(out, residual)
+            return (out, *mean) if gives_mean else out
+
+        return run
+
+    def fit(self, x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Fit | None:
+        """How the kernels take inputs that are laid out as these; None where they do not."""
         dtype = compute_dtype(x)
         if not (
             fusion.accepts(x, self.units)
             and (gate is None or fusion.gate_fits(gate, x))
             and self._accepts_linear(x, dtype)
         ):
-            return partial(_run_modules, self.modules, self.seams)
-        steps, mean = self._plan(prepared, x.device, dtype)
+            return None
         units = list(map(as_tensors, self.units))
+        size = fusion.output_size(x.shape, units)
         channels_last = gives_channels_last(x.shape, is_channels_last(x), units)
-        joins = residual is not None and fusion.residual_fits(residual, x, channels_last, units)
-        is_input = all(
-            t is None or (t.dtype == dtype and t.is_contiguous(memory_format=torch.channels_last))
-            for t in (x, gate, residual if joins else None)
-        )
-        flat, add = self._linear is not None, self.seams.add
-
-        def run(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Output:
-            inputs = (x, gate, residual if joins else None)
-            if not is_input:
-                inputs = (None if t is None else as_input(t, dtype) for t in inputs)
-            raw = steps(*inputs)
-            out = raw.flatten(1) if flat else match_memory_format(raw, channels_last)
-            if residual is not None and not joins:
-                out = add(out, residual)
-            return out if mean is None else (out, mean(raw))
-
-        return run
+        joins = residual is not None and fusion.residual_fits(residual, size, dtype, x.device, channels_last)
+        if self.pool:
+            size = (*size[:2], 1, 1)
+        return Fit(dtype, joins, channels_last, size if self._linear is None else (len(x), self._linear.out_features))
 
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
@@ -218,34 +235,54 @@ class FoldedChain:
         return all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
     def _plan(
-        self, prepared: _Prepared, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Runner, Callable[[Tensor], Tensor] | None]:
-        """What runs the chain, and what gives the mean over each image of its output, if that is wanted too."""
+        self, prepared: _Prepared, device: torch.device, dtype: torch.dtype, joins: bool
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        """What runs the chain on an input, its gate and a residual, where there are such; it gives the output, and its
+        mean over each image if that is wanted too."""
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
-        plan = prepared.plans.get((dtype, packs))
+        plan = prepared.plans.get((dtype, packs, joins))
         if plan is None:
-            # Whoever is the first to run it may be in inference mode, others not.
-            with torch.inference_mode(False), torch.no_grad():
-                pack = backends.cpu.pack if packs else None
-                units = [fold(as_tensors(unit)) for unit in self.units]
-                steps = steps_of(units, dtype, pack, self.seams.multiply is not None)
-                pool = pooling(units[-1], dtype)
-                if self.pool:
-                    steps.append(pool)
-                if self._linear is not None:
-                    steps += steps_of([_pointwise(self._linear)], dtype, pack)
-                # On the CPU all in one call.
-                run = backends.cpu.plan_runner(steps) if packs else partial(_execute, steps)
-                plan = run, None if self.seams.mean is None else partial(execute, steps=[pool])
-            prepared.plans[dtype, packs] = plan
+            if packs:  # all in one call
+                gated = self.seams.multiply is not None
+                builder = backends.cpu.PlanBuilder(1 + gated + joins)
+                out, *mean = self.add_to(builder, dtype, 0, 1 if gated else None, 1 + gated if joins else None)
+                plan = builder.build([out, *mean])
+            else:
+                steps, pool = self._steps(dtype, None)
+                plan = partial(_execute, steps, pool, joins)
+            prepared.plans[dtype, packs, joins] = plan
         return plan
 
+    def add_to(
+        self, builder: PlanBuilder, dtype: torch.dtype, source: int, gate: int | None, residual: int | None
+    ) -> list[int]:
+        """Add the chain to a plan of the CPU; the numbers of its output, and of its mean if that is wanted too."""
+        steps, pool = self._steps(dtype, backends.cpu.pack)
+        out = builder.add_steps(steps, source, gate, residual)
+        return [out] if pool is None else [out, builder.add_steps([pool], out)]
 
-def _execute(steps: list[Step], x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-    return execute(x, steps, gate, residual)
+    def _steps(self, dtype: torch.dtype, pack: Pack | None) -> tuple[list[Step], Step | None]:
+        """The ops of the chain, and the one that gives the mean of its output if that is wanted too."""
+        # Whoever is the first to run it may be in inference mode, others not.
+        with torch.inference_mode(False), torch.no_grad():
+            units = [fold(as_tensors(unit)) for unit in self.units]
+            steps = steps_of(units, dtype, pack, self.seams.multiply is not None)
+            pool = pooling(units[-1], dtype)
+            if self.pool:
+                steps.append(pool)
+            if self._linear is not None:
+                steps += steps_of([_pointwise(self._linear)], dtype, pack)
+        return steps, None if self.seams.mean is None else pool
 
 
-def _layout(t: Tensor) -> tuple[object, ...]:
+def _execute(steps: list[Step], pool: Step | None, joins: bool, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    x, *seams = inputs
+    residual = seams.pop() if joins else None
+    out = execute(x, steps, seams[0] if seams else None, residual)
+    return [out] if pool is None else [out, execute(out, [pool])]
+
+
+def layout_of(t: Tensor) -> tuple[object, ...]:
     return type(t), t.shape, t.stride(), t.dtype, t.device
 
 

@@ -76,9 +76,7 @@ def close_seams(known: ForwardGraph, found: list[Found]) -> None:
             _take_residual(each, places)
 
 
-def _take_gate(
-    known: ForwardGraph, before: Found, starting: dict[fx.Node, Found], places: dict[fx.Node, int]
-) -> None:
+def _take_gate(known: ForwardGraph, before: Found, starting: dict[fx.Node, Found], places: dict[fx.Node, int]) -> None:
     """``before`` and the chain after it, if they have nothing but a gate between them."""
     activation = before.nodes[-1]
     readers = sorted(activation.users, key=places.__getitem__)

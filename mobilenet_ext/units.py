@@ -235,7 +235,21 @@ def _name(kind: type) -> tuple[str, str]:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether chains are made of modules like this one, as far as its class and who watches it say."""
-    return is_norm(module) or (type(module) in _FORWARDS and is_exactly(module, type(module)))
+    return (
+        is_norm(module)
+        or _is_stochastic_depth(module)
+        or (type(module) in _FORWARDS and is_exactly(module, type(module)))
+    )
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Whether a module in its present mode gives what it is given."""
+    drops = is_exactly(module, nn.Dropout) or _is_stochastic_depth(module)
+    return is_exactly(module, nn.Identity) or (drops and (not module.training or module.p == 0))
+
+
+def _is_stochastic_depth(module: nn.Module) -> bool:
+    return _name(type(module)) == ("torchvision.ops.stochastic_depth", "StochasticDepth") and is_untouched(module)
 
 
 def _is_consistent(conv: nn.Conv2d, bn: nn.Module | None) -> bool:

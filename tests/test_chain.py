@@ -105,8 +105,9 @@ def test_other_padding_on_each_side(cpu_backend: str, sides: Padding, training: 
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     if not training and cpu_backend == "cpu":
         steps = steps_of([fold(unit) for unit in units], torch.float64, backends.cpu.pack)
-        run = backends.cpu.plan_runner(steps)
-        assert_close(run(as_input(x, torch.float64), None, None), expected, 1e-11, "plan")
+        builder = backends.cpu.PlanBuilder(1)
+        plan = builder.build([builder.add_steps(steps, 0)])
+        assert_close(plan([as_input(x, torch.float64)])[0], expected, 1e-11, "plan")
 
 
 @pytest.mark.parametrize("acts", TRIPLES, ids=str)

@@ -63,7 +63,7 @@ def run_new_plan():
 
 def refuse_plan():
     with contextlib.suppress(RuntimeError):
-        ops.run_plan(small, bn)
+        ops.run_plan([small], bn)
     return True
 
 

@@ -222,19 +222,24 @@ def test_a_frozen_model_with_parts_in_two_dtypes_is_refused(model, x):
         frozen(x)
 
 
+def in_a_row(ops: int) -> tuple[int, list[int], list[int]]:
+    """One input, ops of which each takes what the one before gives, and the output of the last."""
+    return 1, [number for op in range(ops) for number in (op, -1, -1)], [ops]
+
+
 def test_only_a_plan_is_taken_for_one():
     weight, bn = torch.randn(8, 3, 3, 3), torch.ones(5, 8)
     kernels, x = backends.cpu.kernels, torch.randn(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     dense = ["dense_inference"]
     padding = [1, 1, 1, 1]
-    plan = kernels.make_plan(dense, [bn, weight], [1, 2, *padding], [0.0])
-    assert torch.equal(kernels.run_plan(x, plan), kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
+    plan = kernels.make_plan(dense, [bn, weight], [1, 2, *padding], [0.0], *in_a_row(1))
+    assert torch.equal(kernels.run_plan([x], plan)[0], kernels.dense_inference(x, bn, Act.RELU, weight, 2, 1))
     for wrong, message in ((plan.clone(), "plan"), (x, "plan")):
         with pytest.raises(RuntimeError, match=message):
-            kernels.run_plan(x, wrong)
+            kernels.run_plan([x], wrong)
     for wrong in (x.double(), x[:, :2].contiguous(memory_format=torch.channels_last), torch.randn(1, 3, 8, 8)):
-        with pytest.raises(RuntimeError, match="x: expected"):
-            kernels.run_plan(wrong, plan)
+        with pytest.raises(RuntimeError, match="inputs: expected"):
+            kernels.run_plan([wrong], plan)
     pooled, narrow = [*dense, "norm_act_forward"], bn[:, :4].contiguous()
     for ops, tensors, settings, message in (
         (dense, [bn, weight], [1, 3, *padding], "stride: expected 1 or 2"),
@@ -252,7 +257,7 @@ def test_only_a_plan_is_taken_for_one():
         (dense, [bn], [1, 1, *padding], "tensors: too few"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            kernels.make_plan(ops, tensors, settings, [0.0] * len(ops))
+            kernels.make_plan(ops, tensors, settings, [0.0] * len(ops), *in_a_row(len(ops)))
     for slopes, message in (([], "slopes: too few"), ([0.0, 0.0], "slopes: more")):
         with pytest.raises(RuntimeError, match=message):
-            kernels.make_plan(dense, [bn, weight], [1, 1, *padding], slopes)
+            kernels.make_plan(dense, [bn, weight], [1, 1, *padding], slopes, *in_a_row(1))

@@ -88,7 +88,10 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150), (8, 24, 300)):
     depthwise, pointwise = torch.randn(c, 1, 3, 3).to(dtype), torch.randn(k, c, 1, 1).to(dtype)
     five_by_five, dense = torch.randn(c, 1, 5, 5).to(dtype), torch.randn(k, c, 3, 3).to(dtype)
     packed = kernels.pack(bn, depthwise, pointwise)
-    plan = kernels.make_plan(["dense_inference"], [bn_k, dense], [1, 1, *around], [0.0])
+    in_a_row = (1, [0, -1, -1, 1, -1, -1], [2])
+    ops, settings = ["dense_inference", "norm_act_forward"], [1, 1, *around, 1, 1]
+    pooled_dense = (ops, [bn_k, dense, bn_k], settings, [0.0, 0.0], *in_a_row)
+    plan = kernels.make_plan(*pooled_dense)
     calls = {{
         "depthwise_forward": (u, bn, relu, depthwise, 1, around, None, None, 1e-5, True),
         "depthwise_forward 5x5": (u, bn, silu, five_by_five, 1, [2, 2, 2, 2], None, None, 1e-5, True),
@@ -111,14 +114,14 @@ for c, k, side in ((96, 200, 20), (700, 500, 9), (3, 40, 150), (8, 24, 300)):
         "norm_act_backward pooled": (pooled, u, bn, relu, True, True),
         "block_inference": (u, bn, relu, depthwise, 1, around, bn_k, relu, pointwise),
         "block_inference packed": (u, bn, relu, depthwise, 1, around, bn_k, relu, pointwise, packed),
-        "run_plan": (u, plan),
+        "run_plan": ([u], plan),
         "pack": (bn, depthwise, pointwise),
-        "make_plan": (["dense_inference"], [bn_k, dense], [1, 1, *around], [0.0]),
+        "make_plan": pooled_dense,
     }}
     for name, args in calls.items():
         op = getattr(kernels, name.split()[0])
         if name == "make_plan":  # what it returns is an address
-            made = check(name, lambda: kernels.run_plan(u, op(*args)))
+            made = check(name, lambda: kernels.run_plan([u], op(*args)))
         else:
             made = check(name, lambda: op(*args))
         assert made > 0, name

@@ -18,6 +18,16 @@ kernels = backends.cpu.kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+def in_a_row(ops: int) -> tuple[int, list[int], list[int]]:
+    """One input, ops of which each takes what the one before gives, and the output of the last."""
+    return 1, [number for op in range(ops) for number in (op, -1, -1)], [ops]
+
+
+def run(plan: Tensor, *inputs: Tensor) -> Tensor:
+    (y,) = kernels.run_plan(inputs, plan)
+    return y
+
+
 class Chain:
     """A dense convolution, a block, a depthwise and a pointwise convolution, and the pooling: a step of each kind."""
 
@@ -75,13 +85,13 @@ class Chain:
         return y
 
     def plan(self) -> Tensor:
-        return kernels.make_plan(self.ops, self.tensors, self.settings, self.slopes)
+        return kernels.make_plan(self.ops, self.tensors, self.settings, self.slopes, *in_a_row(len(self.ops)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plan_gives_the_bits_of_its_ops(dtype: torch.dtype) -> None:
     chain = Chain(dtype)
-    assert torch.equal(kernels.run_plan(chain.x, chain.plan()), chain.expected)
+    assert torch.equal(run(chain.plan(), chain.x), chain.expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,37 +108,127 @@ def test_a_gate_and_a_residual(dtype: torch.dtype, after: bool) -> None:
         x, gate, bns[0], Act.RELU, weights[0], packed[0], None if after else residual
     )
     if after:
-        expected = kernels.pointwise_inference(
-            expected, bns[1], Act.RELU, weights[1], 1, [0] * 4, packed[1], residual
-        )
+        expected = kernels.pointwise_inference(expected, bns[1], Act.RELU, weights[1], 1, [0] * 4, packed[1], residual)
     tensors = [t for row in zip(bns, weights, packed, strict=True) for t in row]
     settings = [Act.RELU, *([Act.RELU, 1, 0, 0, 0, 0] if after else [])]
     ops = ["gated_pointwise_inference", "pointwise_inference"][: 1 + after]
-    plan = kernels.make_plan(ops, tensors, settings, [0.0] * len(ops))
-    assert torch.equal(kernels.run_plan(x, plan, gate, residual), expected)
-    for seams, message in (
-        ((None, residual), "gate: expected one"),
-        ((gate[:1], residual), "gate: expected"),
-        ((gate.double() if dtype != torch.float64 else gate.float(), residual), "gate: expected"),
-        ((gate, residual[:, :3]), "residual: expected"),
-        ((gate, residual.contiguous()), "residual: expected"),
+    sources = [0, 1, -1, 3, -1, 2] if after else [0, 1, 2]  # the inputs are 0 to 2
+    plan = kernels.make_plan(ops, tensors, settings, [0.0] * len(ops), 3, sources, [3 + after])
+    assert torch.equal(run(plan, x, gate, residual), expected)
+    for inputs, message in (
+        ((x, gate), "inputs: expected 3"),
+        ((x, gate[:1], residual), "gate: expected shape"),
+        ((x, gate.double() if dtype != torch.float64 else gate.float(), residual), "inputs: expected"),
+        ((x, gate, residual[:, :, :3].contiguous(memory_format=torch.channels_last)), "residual: expected shape"),
+        ((x, gate, residual.contiguous()), "inputs: expected"),
+        ((x[:, :4].contiguous(memory_format=torch.channels_last), gate, residual), "inputs: expected shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            kernels.run_plan(x, plan, *seams)
+            run(plan, *inputs)
 
 
-def test_seams_that_a_plan_has_no_place_for() -> None:
-    chain = Chain(torch.float32)
-    gate, residual = torch.rand(*chain.x.shape[:2], 1, 1), chain.expected.clone()
-    with pytest.raises(RuntimeError, match="gate: expected none"):
-        kernels.run_plan(chain.x, chain.plan(), gate)
-    with pytest.raises(RuntimeError, match="residual: expected none"):  # its last step pools
-        kernels.run_plan(chain.x, chain.plan(), None, residual)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_with_squeeze_excite_and_a_residual(dtype: torch.dtype) -> None:
+    """Values that are read long after they were made, in memory that others use meanwhile; several outputs."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(2, 8, 9, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    depthwise = torch.randn(8, 1, 3, 3).to(dtype)
+    pointwise = [torch.randn(8, 8, 1, 1).to(dtype) for _ in range(4)]
+    packed = [kernels.pack(None, None, weight) for weight in pointwise]
+    bns = [torch.rand(5, 8, dtype=acc) for _ in range(6)]
+
+    def conv(i: int) -> tuple[list[Tensor], list[int]]:
+        return [bns[i], pointwise[i], packed[i]], [Act.RELU, 1, 0, 0, 0, 0]
+
+    expand, reduce, widen = (conv(i) for i in range(3))
+    steps = [
+        ("pointwise_inference", *expand, (0, -1, -1)),  # gives 1
+        ("depthwise_inference", [bns[4], depthwise], [Act.SILU, 1, 1, 1, 1, 1], (1, -1, -1)),
+        ("norm_act_forward", [bns[5]], [Act.LINEAR, True], (2, -1, -1)),
+        ("pointwise_inference", *reduce, (3, -1, -1)),
+        ("pointwise_inference", *widen, (4, -1, -1)),
+        ("hardsigmoid", [], [], (5, -1, -1)),
+        ("sigmoid", [], [], (5, -1, -1)),
+        ("gated_pointwise_inference", [bns[3], pointwise[3], packed[3]], [Act.LINEAR], (2, 6, 0)),
+        ("gated_pointwise_inference", [bns[3], pointwise[3], packed[3]], [Act.LINEAR], (2, 7, 8)),
+    ]
+    values = [x]
+    for name, tensors, settings, (source, gate, residual) in steps:
+        given = values[source]
+        if name == "hardsigmoid":
+            values.append(torch.nn.functional.hardsigmoid(given))
+        elif name == "sigmoid":
+            values.append(given.sigmoid())
+        elif name == "norm_act_forward":
+            values.append(kernels.norm_act_forward(given, tensors[0], *settings))
+        elif gate != -1:
+            bn, weight, packed_weight = tensors
+            values.append(
+                kernels.gated_pointwise_inference(
+                    given, values[gate], bn, settings[0], weight, packed_weight, values[residual]
+                )
+            )
+        else:
+            bn, weight, *packed_weight = tensors
+            act, stride, *padding = settings
+            values.append(getattr(kernels, name)(given, bn, act, weight, stride, padding, *packed_weight))
+    plan = kernels.make_plan(
+        [name for name, *_ in steps],
+        [tensor for _, tensors, *_ in steps for tensor in tensors],
+        [int(setting) for _, _, settings, _ in steps for setting in settings],
+        [0.0] * sum(bool(tensors) for _, tensors, *_ in steps),
+        1,
+        [number for *_, sources in steps for number in sources],
+        [9, 1],
+    )
+    last, first = kernels.run_plan([x], plan)
+    assert torch.equal(first, values[1])
+    torch.testing.assert_close(last, values[9], rtol=1e-6 if dtype.itemsize > 2 else 2e-2, atol=1e-5)
+
+
+def test_gates_of_special_values() -> None:
+    x = torch.tensor([0.0, -0.0, 3.0, -3.0, 88.0, -88.0, -104.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan])
+    for dtype in DTYPES:
+        given = x.to(dtype).view(1, -1, 1, 1)
+        identity = torch.zeros(5, len(x), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        identity[1] = 1
+        for name in ("sigmoid", "hardsigmoid"):
+            weight = torch.zeros(len(x), 1, 3, 3, dtype=dtype)
+            weight[:, :, 1, 1] = 1
+            plan = kernels.make_plan(
+                ["depthwise_inference", name], [identity, weight], [0, 1, 1, 1, 1, 1], [0.0], 1,
+                [0, -1, -1, 1, -1, -1], [2],
+            )  # fmt: skip
+            expected = getattr(torch.nn.functional, name)(given)
+            torch.testing.assert_close(
+                run(plan, given), expected, equal_nan=True, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-7
+            )
+
+
+def test_what_a_plan_has_no_place_for() -> None:
     weight, bn = torch.randn(8, 8, 1, 1), torch.rand(5, 8)
-    packed = kernels.pack(None, None, weight)
-    ops = ["pointwise_inference", "gated_pointwise_inference"]
-    with pytest.raises(RuntimeError, match="expected the convolution with a gate as the first"):
-        kernels.make_plan(ops, [bn, weight, packed] * 2, [0, 1, 0, 0, 0, 0, 0], [0.0, 0.0])
+    conv, one = [bn, weight, kernels.pack(None, None, weight)], [0, 1, 0, 0, 0, 0]
+    pointwise, pool, gated = "pointwise_inference", "norm_act_forward", "gated_pointwise_inference"
+    narrow = torch.randn(4, 8, 1, 1)
+    for ops, tensors, settings, inputs, sources, outputs, message in (
+        ([pointwise], conv, one, 0, [0, -1, -1], [1], "inputs: expected at least one"),
+        ([pointwise], conv, one, 1, [0, -1], [1], "sources: expected three"),
+        ([pointwise], conv, one, 1, [1, -1, -1], [1], "input: expected a value that is there"),
+        ([pointwise], conv, one, 1, [-1, -1, -1], [1], "input: expected a value that is there"),
+        ([pointwise], conv, one, 1, [0, -1, 7], [1], "residual: expected a value that is there"),
+        ([pointwise], conv, one, 2, [0, 1, -1], [2], "gate: expected none"),
+        ([gated], conv, [0], 1, [0, -1, -1], [1], "gate: expected one"),
+        ([pointwise], conv, one, 1, [0, -1, -1], [], "outputs: expected at least one"),
+        ([pointwise], conv, one, 1, [0, -1, -1], [2], "outputs: expected a value"),
+        ([pointwise], conv, one, 1, [0, -1, -1], [0], "outputs: expected what a step gives"),
+        ([pointwise, pool], [*conv, bn], [*one, 0, 1], 1, [0, -1, -1, 1, -1, 0], [2], "residual: expected none"),
+        ([pointwise, "sigmoid"], conv, one, 1, [0, -1, -1, 1, -1, 0], [2], "residual: expected none"),
+        ([pointwise], [bn[:, :4].contiguous(), narrow, kernels.pack(None, None, narrow)], one, 1, [0, -1, 0], [1],
+         "expected a value of 4 channels"),
+    ):  # fmt: skip
+        slopes = [0.0] * sum(op != "sigmoid" for op in ops)
+        with pytest.raises(RuntimeError, match=message):
+            kernels.make_plan(ops, tensors, settings, slopes, inputs, sources, outputs)
 
 
 HANDLE_WRITES = {
@@ -147,7 +247,7 @@ def test_what_is_written_into_a_handle_has_no_effect(how: str) -> None:
     chain = Chain()
     plan = chain.plan()
     HANDLE_WRITES[how](plan)
-    assert torch.equal(kernels.run_plan(chain.x, plan), chain.expected)
+    assert torch.equal(run(plan, chain.x), chain.expected)
 
 
 HANDLE_MOVES = {
@@ -169,19 +269,19 @@ def test_a_handle_that_is_given_other_memory_is_refused(how: str) -> None:
     try:
         HANDLE_MOVES[how](plan)
     except RuntimeError:  # not resizable
-        assert torch.equal(kernels.run_plan(chain.x, plan), chain.expected)
+        assert torch.equal(run(plan, chain.x), chain.expected)
     else:
         with pytest.raises(RuntimeError, match="plan: expected what make_plan gave"):
-            kernels.run_plan(chain.x, plan)
+            run(plan, chain.x)
     del plan
     gc.collect()
-    assert torch.equal(kernels.run_plan(chain.x, other), chain.expected)
+    assert torch.equal(run(other, chain.x), chain.expected)
 
 
 def test_a_view_of_a_handle_is_one_and_keeps_the_plan() -> None:
     chain = Chain()
     view = chain.plan()[:]
-    assert torch.equal(kernels.run_plan(chain.x, view), chain.expected)
+    assert torch.equal(run(view, chain.x), chain.expected)
 
 
 def test_a_copy_and_other_tensors_are_refused() -> None:
@@ -189,7 +289,7 @@ def test_a_copy_and_other_tensors_are_refused() -> None:
     plan = chain.plan()
     for wrong in (plan.clone(), chain.x, torch.zeros(1, dtype=torch.uint8), torch.empty(0), plan[1:]):
         with pytest.raises(RuntimeError, match="plan: expected what make_plan gave"):
-            kernels.run_plan(chain.x, wrong)
+            run(wrong, chain.x)
 
 
 TENSOR_CHANGES = {
@@ -213,7 +313,7 @@ def test_changes_of_the_tensors_have_no_effect(how: str) -> None:
     for tensor in chain.tensors:
         TENSOR_CHANGES[how](tensor)
         rubbish = [torch.full((1 << 12,), 7, dtype=torch.uint8) for _ in range(20)]  # where it lay
-        assert torch.equal(kernels.run_plan(chain.x, plan), chain.expected)
+        assert torch.equal(run(plan, chain.x), chain.expected)
         del rubbish
 
 
@@ -222,7 +322,7 @@ def test_tensors_that_are_gone_have_no_effect() -> None:
     plan, x, expected = chain.plan(), chain.x, chain.expected
     del chain
     gc.collect()
-    assert torch.equal(kernels.run_plan(x, plan), expected)
+    assert torch.equal(run(plan, x), expected)
 
 
 def test_the_input_is_looked_at_in_each_run() -> None:
@@ -230,9 +330,9 @@ def test_the_input_is_looked_at_in_each_run() -> None:
     plan = chain.plan()
     x = chain.x.clone()
     x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
-    with pytest.raises(RuntimeError, match="x: expected a storage of at least"):
-        kernels.run_plan(x, plan)
-    assert torch.equal(kernels.run_plan(chain.x, plan), chain.expected)
+    with pytest.raises(RuntimeError, match="inputs: expected a storage of at least"):
+        run(plan, x)
+    assert torch.equal(run(plan, chain.x), chain.expected)
 
 
 @pytest.mark.parametrize("index", range(12))
@@ -249,15 +349,15 @@ def test_a_handle_lost_while_the_plan_runs() -> None:
     plan, stop = chain.plan(), threading.Event()
     results: list[Tensor] = []
 
-    def run() -> None:
+    def keep_running() -> None:
         while not stop.is_set():
             try:
-                results.append(kernels.run_plan(chain.x, plan))
+                results.append(run(plan, chain.x))
             except RuntimeError as error:
                 assert "plan: expected" in str(error)
                 return
 
-    threads = [threading.Thread(target=run) for _ in range(3)]
+    threads = [threading.Thread(target=keep_running) for _ in range(3)]
     for thread in threads:
         thread.start()
     while len(results) < 20:
@@ -273,7 +373,7 @@ def test_handles_may_outlive_everything() -> None:
     code = (
         "import torch; from mobilenet_ext.backends.cpu import kernels;"
         "tensors, settings = [torch.ones(5, 8), torch.randn(8, 3, 3, 3)], [1, 2, 1, 1, 1, 1];"
-        "keep = kernels.make_plan(['dense_inference'], tensors, settings, [0.0]);"
+        "keep = kernels.make_plan(['dense_inference'], tensors, settings, [0.0], 1, [0, -1, -1], [1]);"
         "import builtins; builtins.keep = keep"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -213,10 +213,10 @@ def networks(kind: type[nn.Module], join: Callable[..., Tensor]) -> tuple[nn.Mod
     return mx.fuse(copy.deepcopy(plain)), plain
 
 
-def compare(kind: type[nn.Module], join: Callable[..., Tensor]) -> tuple[Ops, Ops, Ops]:
+def compare(kind: type[nn.Module], join: Callable[..., Tensor]) -> tuple[Ops, Ops]:
     """The numbers of training, evaluation and frozen networks; what was run in each."""
     fused, plain = networks(kind, join)
-    runs = (Ops(), Ops(), Ops())
+    runs = (Ops(), Ops())
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 9, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
         fused.train(), plain.train()
@@ -230,7 +230,7 @@ def compare(kind: type[nn.Module], join: Callable[..., Tensor]) -> tuple[Ops, Op
         frozen = mx.freeze(plain)
         with torch.no_grad():
             expected = plain(x)
-            for network, run in ((fused, runs[1]), (frozen, runs[2])):
+            for network in (fused, frozen):
                 out = network(x)
                 torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
                 assert out.stride() == expected.stride()
@@ -241,27 +241,27 @@ def compare(kind: type[nn.Module], join: Callable[..., Tensor]) -> tuple[Ops, Op
 
 @pytest.mark.parametrize("join", FUSED_RESIDUALS, ids=lambda f: f.__name__)
 def test_residuals(cpu_backend: str, join: Callable[..., Tensor]) -> None:
-    training, inference, _ = compare(Residual, join)
+    training, inference = compare(Residual, join)
     assert training.counts["residual"] == inference.counts["residual"] == 2  # once in each memory format
     assert training.counts["pytorch"] == inference.counts["pytorch"] == 0
 
 
 @pytest.mark.parametrize("join", LEFT_RESIDUALS, ids=lambda f: f.__name__)
 def test_sums_that_stay(join: Callable[..., Tensor]) -> None:
-    training, inference, _ = compare(Residual, join)
+    training, inference = compare(Residual, join)
     assert training.counts["residual"] == inference.counts["residual"] == 0
 
 
 @pytest.mark.parametrize("join", FUSED_GATES, ids=lambda f: f.__name__)
 def test_gates(cpu_backend: str, join: Callable[..., Tensor]) -> None:
-    training, inference, _ = compare(Gated, join)
+    training, inference = compare(Gated, join)
     assert training.counts["gated_pointwise_forward"] == inference.counts["gated_pointwise_inference"] == 2
     assert training.counts["pytorch"] == inference.counts["pytorch"] == 0
 
 
 @pytest.mark.parametrize("join", LEFT_GATES, ids=lambda f: f.__name__)
 def test_products_that_stay(join: Callable[..., Tensor]) -> None:
-    training, inference, _ = compare(Gated, join)
+    training, inference = compare(Gated, join)
     assert training.counts["gated_pointwise_forward"] == inference.counts["gated_pointwise_inference"] == 0
 
 
@@ -273,7 +273,7 @@ def test_frozen(join: Callable[..., Tensor]) -> None:
     with torch.no_grad(), torch.profiler.profile() as profile:
         frozen(x)
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["mobilenet_ext_cpu::run_plan"] >= 2
+    assert counts["mobilenet_ext_cpu::run_plan"] == 1  # the network as a whole
     assert not {"aten::add", "aten::mul", "aten::conv2d"} & counts.keys()
 
 

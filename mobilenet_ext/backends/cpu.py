@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,21 +43,50 @@ def pack(depthwise_bn: Tensor | None, depthwise_weight: Tensor | None, pointwise
     return kernels.pack(depthwise_bn, depthwise_weight, pointwise_weight)
 
 
-def plan_runner(steps: Sequence[Step]) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """A chain of inference ops, every weight packed, as one call of an input, its gate and a residual
-    (``csrc/cpu/plan.h``). It has copies of the tensors that it needs."""
-    names = [step.op._schema.name.split("::")[1] for step in steps]
-    arguments = [argument for step in steps for argument in (*step.before, *step.after) if argument is not None]
-    tensors, settings, slopes = [], [], []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            tensors.append(argument)
-        elif isinstance(argument, float):
-            slopes.append(argument)
-        else:
-            settings += map(int, argument) if isinstance(argument, tuple) else [int(argument)]
-    run, plan = kernels.run_plan.default, kernels.make_plan(names, tensors, settings, slopes)
-    return lambda x, gate, residual: run(x, plan, gate, residual)
+class PlanBuilder:
+    """Inference ops that become one call (``csrc/cpu/plan.h``), which has copies of the tensors that it needs.
+
+    Values are numbered: those that the call is given, then what each op gives.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self._inputs, self._ops, self._sources = inputs, [], []
+        self._tensors: list[Tensor] = []
+        self._settings: list[int] = []
+        self._slopes: list[float] = []
+
+    def add(
+        self, op: str, arguments: Iterable[object], source: int, gate: int | None = None, residual: int | None = None
+    ) -> int:
+        """Add an op with its arguments after the activation, every weight packed; the number of what it gives."""
+        self._ops.append(op)
+        self._sources += [source, *(-1 if value is None else value for value in (gate, residual))]
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                self._tensors.append(argument)
+            elif isinstance(argument, float):
+                self._slopes.append(argument)
+            elif argument is not None:
+                self._settings += map(int, argument) if isinstance(argument, tuple) else [int(argument)]
+        return self._inputs + len(self._ops) - 1
+
+    def add_steps(
+        self, steps: Sequence[Step], source: int, gate: int | None = None, residual: int | None = None
+    ) -> int:
+        """Add a chain, whose last op adds the residual; the number of what it gives."""
+        for i, step in enumerate(steps):
+            of_this = (gate if step.gated else None, residual if i == len(steps) - 1 else None)
+            name = step.op._schema.name.split("::")[1]
+            source = self.add(name, (*step.before, *step.after), source, *of_this)
+        return source
+
+    def build(self, outputs: Sequence[int]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """The call, which gives the values of these numbers."""
+        plan = kernels.make_plan(
+            self._ops, self._tensors, self._settings, self._slopes, self._inputs, self._sources, outputs
+        )
+        run = kernels.run_plan.default
+        return lambda inputs: run(inputs, plan)
 
 
 def why_not() -> str | None:
