@@ -21,7 +21,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0, 1 for an error, 2 for a wrong use, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="mobilenet-ext", description="Train, measure and use MobileNetV1 on fused kernels."
+        prog="mobilenet-ext", description="Train, measure and use MobileNetV1 and other networks on fused kernels."
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (train, sweep, eval, predict, bench, doctor):

@@ -6,7 +6,7 @@ import argparse
 
 from mobilenet_ext.cli import options
 from mobilenet_ext.train.inference import evaluate_checkpoint
-from mobilenet_ext.train.run import use_backend
+from mobilenet_ext.train.process_state import use_backend
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from mobilenet_ext.train.recipe import AMP_MODES
 from mobilenet_ext.train.run import RunOptions
 from mobilenet_ext.train.sources import CORRUPT_POLICIES
 
-# Options that are settings of the recipe, by the same name. ``--width`` is the train command's own.
+# Options that are settings of the recipe, by the same name. ``--model`` and ``--width`` are the train command's own.
 RECIPE_OPTIONS = (
     "data",
     "resolution",

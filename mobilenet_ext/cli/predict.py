@@ -9,7 +9,7 @@ from mobilenet_ext.cli import options
 from mobilenet_ext.train.decoding import UnreadableImage
 from mobilenet_ext.train.errors import TrainError
 from mobilenet_ext.train.inference import Classifier
-from mobilenet_ext.train.run import use_backend
+from mobilenet_ext.train.process_state import use_backend
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

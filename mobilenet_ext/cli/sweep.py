@@ -1,11 +1,11 @@
-"""``mobilenet-ext sweep``: train MobileNetV1 at several widths."""
+"""``mobilenet-ext sweep``: train MobileNetV1 at several widths, or several networks."""
 
 from __future__ import annotations
 
 import argparse
 
 from mobilenet_ext.cli import options
-from mobilenet_ext.train.recipe import default_recipe
+from mobilenet_ext.train.recipe import MOBILENET_V1, default_recipe
 from mobilenet_ext.train.sweep import run_sweep
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -15,12 +15,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds ``sweep`` to the command line's subcommands."""
     parser = subparsers.add_parser(
         "sweep",
-        help="train MobileNetV1 at several widths and compare",
-        description="Trains each width with the same recipe. Leaves a run per width, a table (sweep.md, sweep.json) "
-        "and the curves of all widths in one picture (sweep.png).",
+        help="train MobileNetV1 at several widths, or several networks, and compare",
+        description="Trains each width, or each network, with the same recipe. Leaves a run for each, a table "
+        "(sweep.md, sweep.json) and the curves of all in one picture (sweep.png).",
     )
-    parser.add_argument(
-        "--widths", type=float, nargs="+", default=list(WIDTHS), metavar="W", help="width multipliers [1 0.75 0.5 0.25]"
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument(
+        "--widths", type=float, nargs="+", default=WIDTHS, metavar="W", help="of MobileNetV1 [1 0.75 0.5 0.25]"
+    )
+    compared.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help=f"networks instead of widths, as `train --model`: {MOBILENET_V1}, torchvision:NAME, timm:NAME",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the runs, the table and the picture [runs/DATA-sweep]")
     parser.add_argument(
@@ -32,11 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when every width is done, 130 when Ctrl-C ended the sweep."""
+    """Trains; 0 when all are done, 130 when Ctrl-C ended the sweep."""
     options.require_out(args)
     given = options.given_settings(args)
-    # All at once and first: a wrong width shows before the hours that the right ones take.
-    recipes = [default_recipe(**{**given, "width": width}) for width in dict.fromkeys(args.widths)]
+    # All at once and first: a wrong one shows before the hours that the right ones take.
+    name, values = ("model", args.models) if args.models else ("width", args.widths)
+    recipes = [default_recipe(**given, **{name: value}) for value in dict.fromkeys(values)]
     run_options = options.run_options(args)
     out = args.out or options.free_folder(f"{options.data_name(recipes[0].data)}-sweep")
     _, interrupted = run_sweep(recipes, out, run_options, resume=args.resume)

@@ -21,24 +21,35 @@ def create(name: str, num_classes: int) -> nn.Module:
         A module from images ``[N, 3, H, W]`` to logits ``[N, num_classes]``.
 
     Raises:
+        ValueError: as ``check``.
+    """
+    check(name)
+    library, _, model = name.partition(":")
+    if library == "torchvision":
+        return _import(library, name).models.get_model(model, weights=None, num_classes=num_classes)
+    return _import(library, name).create_model(model, num_classes=num_classes)
+
+
+def check(name: str) -> None:
+    """Whether ``create`` knows the classifier; makes none.
+
+    Raises:
         ValueError: the name is not of this form, its library is not installed or has no such classifier.
     """
     library, _, model = name.partition(":")
     if library == "torchvision":
-        torchvision = _import(library, name)
-        _check_known(model, torchvision.models.list_models(module=torchvision.models), name)
-        return torchvision.models.get_model(model, weights=None, num_classes=num_classes)
-    if library == "timm":
-        timm = _import(library, name)
-        _check_known(model, timm.list_models(), name)
-        return timm.create_model(model, num_classes=num_classes)
-    raise ValueError(f"{name}: expected torchvision:NAME or timm:NAME, for instance torchvision:mobilenet_v2")
+        models = _import(library, name).models
+        _check_known(model, models.list_models(module=models), name)
+    elif library == "timm":
+        _check_known(model, _import(library, name).list_models(), name)
+    else:
+        raise ValueError(f"{name}: expected torchvision:NAME or timm:NAME, for instance torchvision:mobilenet_v2")
 
 
 def _import(library: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(library)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the second: a torchvision that was built for another torch
         raise ValueError(f"{name}: {library} cannot be imported ({error}); `pip install {library}`") from error
 
 

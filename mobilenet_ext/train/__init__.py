@@ -1,4 +1,4 @@
-"""Training MobileNetV1: the recipe behind ``mobilenet-ext train``, and its pieces for other loops and notebooks.
+"""Training: the recipe behind ``mobilenet-ext train``, and its pieces for other loops and notebooks.
 
 In a loop of one's own::
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ STATE: Entries = {
     "optimizer": ("a state dict", lambda value: isinstance(value, dict)),
     "scheduler": ("a state dict", lambda value: isinstance(value, dict)),
     "scaler": ("a state dict or None", lambda value: value is None or isinstance(value, dict)),
+    "init": ("a file and its digest, or None", lambda value: value is None or _is_dict_of(str, value)),
 }
 
 
@@ -107,22 +109,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, resumable: bool = False) ->
         TrainError: the file is missing, truncated, changed since it was written, or something else than a checkpoint of
             this package; an entry that is wanted is missing, or not what it should be.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read()
-    except OSError as error:
-        raise TrainError(f"cannot read the checkpoint {path}: {reason(error)}") from error
-    intact = _has_its_digest(raw)
-    if intact is False:
-        raise TrainError(f"{path} is damaged: its bytes are not those that were written")
-    try:
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and PyTorch each have their own ways to say it
-        raise TrainError(f"{path} is not a checkpoint, or is truncated or damaged") from error
+    content = load_archive(path, read_file(path, "checkpoint"), "checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TrainError(f"{path} is not a checkpoint of mobilenet-ext train")
-    if intact is None and "digest" in content:  # without this entry it was written before there were digests
-        raise TrainError(f"{path} is not a checkpoint, or is truncated or damaged")
+    content.setdefault("init", None)  # it was written when every run began with random weights
     try:
         content["config"] = Recipe.from_dict(content["config"])
     except (KeyError, RecipeError) as error:
@@ -132,6 +122,45 @@ def load_checkpoint(path: str | os.PathLike[str], *, resumable: bool = False) ->
             raise wrong_entry(path, name, expected, content.get(name))
     if resumable and not content["epoch"] == len(content["history"]) <= content["config"].epochs:
         raise wrong_entry(path, "epoch", f"{len(content['history'])}, the epochs in its history", content["epoch"])
+    return content
+
+
+def read_file(path: str | os.PathLike[str], kind: str) -> bytes:
+    """The bytes of a file of some kind, which the message names where there are none.
+
+    Raises:
+        TrainError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise TrainError(f"cannot read the {kind} {path}: {reason(error)}") from error
+
+
+def load_archive(path: str | os.PathLike[str], raw: bytes, kind: str) -> Any:
+    """What ``torch.save`` wrote, on the CPU, without running code from it; checked where it has a checkpoint's digest.
+
+    Args:
+        path: of the file, for messages.
+        raw: its bytes.
+        kind: what it should be, for messages.
+
+    Raises:
+        TrainError: it is truncated, changed since it was written, or something else.
+    """
+    intact = _has_its_digest(raw)
+    if intact is False:
+        raise TrainError(f"{path} is damaged: its bytes are not those that were written")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it takes the file for
+            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and PyTorch each have their own ways to say it
+        raise TrainError(f"{path} is not a {kind}, or is truncated or damaged") from error
+    # A checkpoint without this entry was written before there were digests.
+    if intact is None and isinstance(content, dict) and content.get("format") == FORMAT and "digest" in content:
+        raise TrainError(f"{path} is not a {kind}, or is truncated or damaged")
     return content
 
 
@@ -148,9 +177,9 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: str | os.PathL
     try:
         model.load_state_dict(given)
     except RuntimeError as error:
-        width = content["config"].width
+        network = content["config"].network
         first = (str(error).splitlines() + [""])[1].strip()  # the headline says only that there are errors
-        raise TrainError(f"the weights in {path} do not fit MobileNetV1 of width {width:g}: {first}") from error
+        raise TrainError(f"the weights in {path} do not fit {network}: {first}") from error
 
 
 def load_state(part: Any, content: dict[str, Any], entry: str, path: str | os.PathLike[str]) -> None:

@@ -14,9 +14,10 @@ from mobilenet_ext.train.decoding import decode_image
 from mobilenet_ext.train.interrupt import Interrupt
 from mobilenet_ext.train.loader import default_workers
 from mobilenet_ext.train.loop import EpochStats, evaluate
+from mobilenet_ext.train.model import AMP_DTYPES, build_model
 from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.report import Progress
-from mobilenet_ext.train.run import AMP_DTYPES, RunOptions, build_model
+from mobilenet_ext.train.run import RunOptions
 from mobilenet_ext.train.sources import make_loader, make_transform, open_source
 from mobilenet_ext.train.transforms import Normalise
 
@@ -30,7 +31,7 @@ def load_model(
         The model in evaluation mode on ``device``, the recipe it was trained with, and its class names.
 
     Raises:
-        TrainError: the checkpoint is missing, damaged, or something else.
+        TrainError: the checkpoint is missing, damaged, or something else; the library of its model is not installed.
     """
     content = load_checkpoint(checkpoint)
     recipe, classes = content["config"], content["classes"]

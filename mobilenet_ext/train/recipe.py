@@ -1,6 +1,7 @@
 """What a training run computes: every setting that changes its numbers, and the defaults for each kind of data.
 
-Where a run computes (device, backend, workers) is not here: see ``run.RunOptions``.
+Where a run computes (device, backend, workers) is not here: see ``run.RunOptions``. Nor is the file of weights that it
+may start from, which a resumed run does not need: see ``run.run_training``.
 """
 
 from __future__ import annotations
@@ -8,14 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Any
 
+from mobilenet_ext.models import libraries
 from mobilenet_ext.train.errors import RecipeError
 
 AMP_MODES = ("off", "bf16", "fp16")
 
-# Below this the last feature map of the network is 1x1, where BatchNorm cannot train on a last batch of one image.
+MOBILENET_V1 = "mobilenet_v1"
+_MODEL = re.compile(rf"{MOBILENET_V1}|(torchvision|timm):[\w.-]+")
+
+# Below this the last feature map of MobileNetV1 is 1x1, where BatchNorm cannot train on a last batch of one image.
+# What other models need is tried before they are trained: ``model.check_trainable``.
 SMALLEST_RESOLUTION = 33
 LARGEST_RESOLUTION = 4096
 
@@ -58,7 +65,8 @@ class Recipe:
 
     Attributes:
         data: ``"digits"``, ``"imagenette"``, or the path of a folder with ``train/`` and ``val/``, a folder per class.
-        width: width multiplier of ``MobileNetV1``.
+        model: ``"mobilenet_v1"``, or a network of another library, ``"torchvision:NAME"`` or ``"timm:NAME"``.
+        width: width multiplier of ``MobileNetV1``; 1 for other models.
         resolution: side of the square images the network sees (the resolution multiplier of the MobileNet paper).
         base_resolution: the resolution for which ``resize`` and ``val_resize`` are meant; other ones scale them.
         epochs: passes over the training images.
@@ -78,6 +86,7 @@ class Recipe:
     """
 
     data: str
+    model: str = MOBILENET_V1
     width: float = 1.0
     resolution: int = 224
     base_resolution: int = 224
@@ -106,9 +115,12 @@ class Recipe:
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
             of_type, accepted = _TYPES[field.type]
             check(field.name, of_type(getattr(self, field.name)), accepted)
+        own = self.model == MOBILENET_V1
+        check("model", _MODEL.fullmatch(self.model) is not None, f"{MOBILENET_V1}, torchvision:NAME or timm:NAME")
+        check("width", own or self.width == 1, f"left out with --model {self.model}")
         check("width", math.isfinite(self.width) and self.width > 0, "greater than 0")
         check("width", int(32 * self.width) >= 1, "at least 1/32 (less leaves the first layer no channels)")
-        smallest, largest = SMALLEST_RESOLUTION, LARGEST_RESOLUTION
+        smallest, largest = SMALLEST_RESOLUTION if own else 1, LARGEST_RESOLUTION
         check("resolution", smallest <= self.resolution <= largest, f"between {smallest} and {largest}")
         check("base_resolution", self.base_resolution >= 1, "1 or more")
         check("epochs", self.epochs >= 1, "1 or more")
@@ -125,6 +137,11 @@ class Recipe:
         check("std", all(math.isfinite(value) and value > 0 for value in self.std), "greater than 0")
         check("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1")
         check("amp", self.amp in AMP_MODES, f"one of {', '.join(AMP_MODES)}")
+
+    @property
+    def network(self) -> str:
+        """The model in words: ``MobileNetV1`` with its width, others by their names."""
+        return f"MobileNetV1 {self.width:g}" if self.model == MOBILENET_V1 else self.model
 
     def scaled(self, size: int) -> int:
         """``size``, given for ``base_resolution``, at this recipe's resolution."""
@@ -176,11 +193,19 @@ def default_recipe(data: str = "digits", **settings: Any) -> Recipe:
         settings: fields of ``Recipe``; None stands for the default.
 
     Raises:
-        RecipeError: a setting is unknown or out of range.
+        RecipeError: a setting is unknown or out of range; the model's library is not installed, or has no such model.
     """
-    defaults: dict[str, Any] = DIGITS if data == "digits" else {}
+    defaults: dict[str, Any] = dict(DIGITS) if data == "digits" else {}
     given = {name: value for name, value in settings.items() if value is not None}
+    if given.get("model", MOBILENET_V1) != MOBILENET_V1:
+        defaults.pop("width", None)
     try:
-        return Recipe(data=data, **{**defaults, **given})
+        recipe = Recipe(data=data, **{**defaults, **given})
     except TypeError as error:
         raise RecipeError(f"this is not a recipe: {error}") from error
+    if recipe.model != MOBILENET_V1:
+        try:
+            libraries.check(recipe.model)
+        except ValueError as error:
+            raise RecipeError(f"--model {error}") from error
+    return recipe

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from mobilenet_ext import cuda_graph
 from mobilenet_ext.files import write_atomically
 from mobilenet_ext.train.checkpoint import load_checkpoint, load_state, load_weights, save_checkpoint, wrong_entry
 from mobilenet_ext.train.errors import TrainError, reason
+from mobilenet_ext.train.initial_weights import InitialWeights, load_initial_weights, read_initial_weights
 from mobilenet_ext.train.interrupt import Interrupt
 from mobilenet_ext.train.loader import default_workers
 from mobilenet_ext.train.loop import EpochStats, count_trainable_parameters, evaluate, train_one_epoch
+from mobilenet_ext.train.model import AMP_DTYPES, build_model, check_trainable
 from mobilenet_ext.train.output import output_folder
-from mobilenet_ext.train.recipe import Recipe
+from mobilenet_ext.train.process_state import random_state, torch_defaults, use_backend
+from mobilenet_ext.train.recipe import MOBILENET_V1, Recipe
 from mobilenet_ext.train.records import EVENTS_PREFIX, METRICS, PICTURE, Records
 from mobilenet_ext.train.report import Progress, epoch_line, note, progress_missing, say
 from mobilenet_ext.train.sources import Source, make_loader, open_source
@@ -32,7 +34,6 @@ from mobilenet_ext.train.step_graph import StepGraph
 from mobilenet_ext.train.transforms import Normalise
 
 LAST, BEST, CONFIG = "last.pt", "best.pt", "config.json"
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,61 +79,6 @@ class RunResult:
         return max((row["val_accuracy"] for row in self.history), default=float("nan"))
 
 
-def build_model(recipe: Recipe, classes: int, device: torch.device) -> nn.Module:
-    """``MobileNetV1`` of the recipe's width, initialised from its seed, channels last, on the device."""
-    from mobilenet_ext import MobileNetV1  # not at the top: the package may import this module
-
-    with torch_defaults(), random_state(recipe.seed):
-        model = MobileNetV1(num_classes=classes, width_multiplier=recipe.width)
-    return model.to(device, memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def torch_defaults() -> Iterator[None]:
-    """What PyTorch starts with, while the body of a ``with`` statement runs: gradients, float32, tensors on the CPU."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    elsewhere = torch.get_default_device().type != "cpu"
-    try:
-        with torch.enable_grad(), torch.device("cpu") if elsewhere else contextlib.nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-@contextlib.contextmanager
-def random_state(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seeds the random numbers of the CPU and of ``device`` while the body of a ``with`` statement runs.
-
-    After it, those of the program go on as if nothing had been.
-    """
-    gpus = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(gpus, device_type="cuda"):
-        torch.default_generator.manual_seed(seed)
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Selects the kernels while the body of a ``with`` statement runs; None leaves them as they are.
-
-    Raises:
-        TrainError: there is no such backend, or it cannot be used here.
-    """
-    from mobilenet_ext import backends
-
-    with contextlib.ExitStack() as stack:
-        if name is not None:
-            try:
-                stack.enter_context(backends.use(name))
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise TrainError(f"--backend {name}: {error}") from error
-        yield
-
-
 def has_run(out: str | os.PathLike[str]) -> bool:
     """Whether the folder holds a run that can be resumed."""
     return (Path(out) / LAST).exists()
@@ -149,12 +95,12 @@ def recorded_recipe(out: str | os.PathLike[str]) -> Recipe:
     return load_checkpoint(Path(out) / LAST)["config"]
 
 
-def check_recipe(out: str | os.PathLike[str], recipe: Recipe) -> None:
-    """Raises ``TrainError`` where the run in a folder has another recipe, and names the settings that differ.
+def check_recipe(out: str | os.PathLike[str], given: Mapping[str, Any]) -> None:
+    """Raises ``TrainError`` where the run in a folder has other settings of the recipe than those given; names them.
 
     The images may have moved since: where they lie is not compared here, what they are is when they are opened.
     """
-    recorded, given = recorded_recipe(out).to_dict(), recipe.to_dict()
+    recorded = recorded_recipe(out).to_dict()
     changed = [
         f"--{name.replace('_', '-')} is {recorded[name]} there, {given[name]} now"
         for name in given
@@ -165,7 +111,12 @@ def check_recipe(out: str | os.PathLike[str], recipe: Recipe) -> None:
 
 
 def run_training(
-    recipe: Recipe, out: str | os.PathLike[str], options: RunOptions, *, resume: bool = False
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    options: RunOptions,
+    *,
+    resume: bool = False,
+    init: str | os.PathLike[str] | None = None,
 ) -> RunResult:
     """Runs a recipe, or the rest of it.
 
@@ -180,6 +131,9 @@ def run_training(
         out: folder, created where needed.
         options: where and how.
         resume: go on with the run in ``out``. Without it, ``out`` must not hold a run.
+        init: file of weights to start from, see ``initial_weights.read_initial_weights``; a head for another number of
+            classes starts with random weights. Its name and digest are recorded in ``config.json`` and in the
+            checkpoints; resuming does not need the file. None: all weights are random.
 
     Returns:
         The history of the whole run, that before resuming included.
@@ -187,6 +141,9 @@ def run_training(
     Raises:
         TrainError: anything that the user can put right; the message says what.
     """
+    if resume and init is not None:
+        raise TrainError(f"--init cannot be given with --resume: the run in {out} has its weights already")
+    weights = None if init is None else read_initial_weights(init)  # first, for the images may take minutes to read
     out = Path(out)
     written = (LAST, BEST, CONFIG, METRICS, PICTURE, f"{EVENTS_PREFIX}*")
     with (
@@ -198,8 +155,8 @@ def run_training(
         if has_run(out) and not resume:
             raise TrainError(f"{out} already holds a run: --resume goes on with it, another --out starts a new one")
         if resume:
-            check_recipe(out, recipe)
-        run = _Run(recipe, out, options, load_checkpoint(out / LAST, resumable=True) if resume else None)
+            check_recipe(out, recipe.to_dict())
+        run = _Run(recipe, out, options, weights, load_checkpoint(out / LAST, resumable=True) if resume else None)
         try:
             with Interrupt() as interrupt:
                 run.go(interrupt)
@@ -232,7 +189,14 @@ def _captures(recipe: Recipe, options: RunOptions) -> bool:
 class _Run:
     """The state of a run between two epochs."""
 
-    def __init__(self, recipe: Recipe, out: Path, options: RunOptions, content: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        options: RunOptions,
+        weights: InitialWeights | None,
+        content: dict[str, Any] | None,
+    ) -> None:
         self.recipe, self.out, self.device = recipe, out, options.device
         self.step_graph = StepGraph(note) if _captures(recipe, options) else None
         opening = {"data_dir": options.data_dir, "corrupt": options.corrupt}
@@ -248,6 +212,10 @@ class _Run:
         )
 
         self.model = build_model(recipe, len(self.classes), self.device)
+        if recipe.model != MOBILENET_V1:
+            check_trainable(self.model, recipe, len(self.classes), len(train_source), self.device)
+        self.init = None if weights is None else weights.origin
+        fresh = [] if weights is None else load_initial_weights(self.model, weights, len(self.classes), recipe.network)
         self.parameters = count_trainable_parameters(self.model)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.optimizer = torch.optim.SGD(
@@ -262,9 +230,12 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         if content is not None:
             self._restore(content)
-        title = f"MobileNetV1 {recipe.width:g} on {train_source.name}, {recipe.resolution}x{recipe.resolution}"
+        title = f"{recipe.network} on {train_source.name}, {recipe.resolution}x{recipe.resolution}"
         self.records = Records(out, self.history, title)
         self._announce(title, train_source, val_source)
+        if weights is not None:
+            head = f"; its head is for another number of classes, and is not taken: {'; '.join(fresh)}" if fresh else ""
+            say(f"starts from the weights in {weights.path}{head}")
         self._write_config(options, workers)
         if content is None:
             self._save(LAST)  # so that even the first epoch can be resumed, and a full disk shows before it, not after
@@ -282,6 +253,7 @@ class _Run:
         config = {
             "recipe": self.recipe.to_dict(),
             "options": {**dataclasses.asdict(options), "device": str(options.device), "workers": workers},
+            "init": self.init,
             "dataset": self.dataset,
             "classes": self.classes,
             "parameters": self.parameters,
@@ -310,7 +282,7 @@ class _Run:
                 torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
         except (RuntimeError, TypeError) as error:
             raise wrong_entry(path, "rng", "random states of this PyTorch", content["rng"]["cpu"]) from error
-        self.epoch, self.history = content["epoch"], content["history"]
+        self.epoch, self.history, self.init = content["epoch"], content["history"], content["init"]
 
     def _save(self, *names: str) -> None:
         rng = {"cpu": torch.get_rng_state()}
@@ -325,6 +297,7 @@ class _Run:
             "epoch": self.epoch,
             "history": self.history,
             "config": self.recipe.to_dict(),
+            "init": self.init,
             "classes": self.classes,
             "dataset": self.dataset,
         }

@@ -125,7 +125,7 @@ def test_recipes_of_other_versions_are_refused(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "file.pt", content())
     read = load_checkpoint(tmp_path / "file.pt")
-    with pytest.raises(TrainError, match=r"in file.pt do not fit MobileNetV1 of width 0.25: size mismatch for weight"):
+    with pytest.raises(TrainError, match=r"in file.pt do not fit MobileNetV1 0.25: size mismatch for weight"):
         load_weights(nn.Linear(300, 3), read, "file.pt")
 
 

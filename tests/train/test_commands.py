@@ -11,7 +11,7 @@ from test_run import InterruptingProgress
 from tiny import TINY, write_image
 
 from mobilenet_ext.cli import main
-from mobilenet_ext.train import run, sweep
+from mobilenet_ext.train import default_recipe, run, sweep
 
 HERE = ["--device", "cpu", "--workers", "0"]
 
@@ -157,4 +157,4 @@ def test_sweep_without_widths_is_the_four_of_the_paper() -> None:
     from mobilenet_ext.cli.sweep import WIDTHS
 
     assert WIDTHS == (1.0, 0.75, 0.5, 0.25)
-    assert sweep.width_folder("out", 1.0) == Path("out/width-1")
+    assert sweep.run_folder("out", default_recipe("imagenette")) == Path("out/width-1")

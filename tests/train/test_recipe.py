@@ -8,6 +8,7 @@ from mobilenet_ext.train import Recipe, RecipeError, default_recipe
 def test_the_defaults_for_images_are_the_published_recipe() -> None:
     assert dataclasses.asdict(default_recipe("imagenette")) == {
         "data": "imagenette",
+        "model": "mobilenet_v1",
         "width": 1.0,
         "resolution": 224,
         "base_resolution": 224,
