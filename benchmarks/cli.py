@@ -15,9 +15,10 @@ import torch
 import mobilenet_ext as mx
 from benchmarks import activations, comparison, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks import compare as compare_module
-from benchmarks.network import CLASSES, DTYPES, MOBILENET_V1, Workload
+from benchmarks.network import DTYPES, Workload
 from benchmarks.peers import NAMES, OURS, is_ours
 from mobilenet_ext.models import libraries
+from mobilenet_ext.train.recipe import MOBILENET_V1
 
 INFERENCE_BATCHES = {"cpu": [1, 32], "cuda": [1, 32, 256]}
 TRAINING_BATCH = {"cpu": [32], "cuda": [256]}
@@ -209,8 +210,7 @@ def _models(args: argparse.Namespace) -> list[str]:
         if name != MOBILENET_V1:
             if args.width != [1.0]:
                 raise ValueError(f"--width: only {MOBILENET_V1} has one, not {name}")
-            with torch.device("meta"):
-                libraries.create(name, CLASSES)
+            libraries.check(name)
     return models
 
 

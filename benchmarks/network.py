@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mobilenet_ext import MobileNetV1
 from mobilenet_ext.models import libraries
 from mobilenet_ext.models.mobilenet_v1 import BLOCKS
+from mobilenet_ext.train.recipe import MOBILENET_V1
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 1000
-MOBILENET_V1 = "mobilenet_v1"
 ONE_PASS = 128 * 128  # a pointwise weight up to this size: both gradients come from one pass over the data
 
 

@@ -37,6 +37,9 @@ class Member(NamedTuple):
 class Region:
     """Members that run one after the other, or where the CPU's kernels take all of it, as one plan.
 
+    Attributes:
+        chains: those among the members.
+
     Args:
         members: in order; at least one is a chain.
         inputs: how many values the region is given.
@@ -45,8 +48,8 @@ class Region:
 
     def __init__(self, members: list[Member], inputs: int, outputs: list[int]) -> None:
         self.members, self.inputs, self.outputs = members, inputs, outputs
-        self._chains = [each.function for each in members if each.gate_op is None]
-        self._tensors = tuple(dict.fromkeys(t for chain in self._chains for t in chain.tensors))
+        self.chains = [each.function for each in members if each.gate_op is None]
+        self._tensors = tuple(dict.fromkeys(t for chain in self.chains for t in chain.tensors))
         self._inference = any(t.is_inference() for t in self._tensors)  # these do not say when they are changed
         self._prepared: _Prepared | None = None
 
