@@ -292,19 +292,18 @@ class _Chain(torch.autograd.Function):
                     if batch_stats
                     else grad_bn[GRAD_DZ_COEFFICIENT] * grad_bn[GRAD_BETA]
                 )
+            need_input = i > 0 or needs_u or ctx.needs_input_grad[_GATE]
+            if not (need_input or needs[weight_grad]):
+                break
             of_output = (dz, activations[i + 1] if batch_stats else None, grad_bn)
             act, slope = acts[i]
             if i == 0 and gate is not None:
-                need_input = needs_u or ctx.needs_input_grad[_GATE]
                 dz, grad_weight, grad_gate = ops.gated_pointwise_backward(
                     *of_output, activations[0], bns[0], act, gate, weights[0], need_input, needs[weight_grad], slope
                 )
                 if ctx.needs_input_grad[_GATE]:
                     all_grads[_GATE] = as_gradient_of(gate, grad_gate)
             else:
-                need_input = i > 0 or needs_u
-                if not (need_input or needs[weight_grad]):
-                    break
                 dz, grad_weight, grad_bn = ops.BACKWARD[kind](
                     *of_output, activations[i], bns[i], act, i > 0 and settings[i - 1].batch_stats, weights[i], stride,
                     padding, need_input, needs[weight_grad], slope,

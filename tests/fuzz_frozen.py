@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fuzz_blocks import draw_blocks
 from fuzz_draw import (
     CHANNELS,
     Draw,
@@ -30,9 +31,11 @@ import mobilenet_ext as mx
 
 
 def draw_frozen(draw: Draw) -> Problem:
-    dtype, what = draw_dtype(draw), draw.pick("of", ["chain", "chain", "network", "residual"])
+    dtype, what = draw_dtype(draw), draw.pick("of", ["chain", "chain", "network", "residual", "blocks"])
     if what == "network":
         model, x = draw_network(draw), draw_pictures(draw, dtype)
+    elif what == "blocks":
+        model, x = draw_blocks(draw, dtype)
     elif what == "residual":
         c = draw.choice(CHANNELS)
         model = Residual(c, c, bias=draw.chance(0.5))

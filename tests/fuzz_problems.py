@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fuzz_blocks import draw_blocks
 from fuzz_draw import (
     CHANNELS,
     Draw,
@@ -182,9 +183,14 @@ def finish(draw: Draw, model: nn.Module, x: Tensor) -> Problem:
 
 def draw_fused(draw: Draw) -> Problem:
     dtype = draw_dtype(draw)
-    model, x = draw_network(draw), draw_pictures(draw, dtype)
-    made = finish(draw, model, x)
-    del draw.settings["model"]
+    if draw.pick("of", ["network", "blocks"]) == "blocks":
+        model, x = draw_blocks(draw, dtype)
+        made = finish(draw, model, x)
+        made.ours = lambda model, x: mx.fuse(model)(x)
+    else:
+        model, x = draw_network(draw), draw_pictures(draw, dtype)
+        made = finish(draw, model, x)
+        del draw.settings["model"]
     if dtype == torch.float16 and made.gradients:
         # They grow on their way through the network, and would overflow in other places than PyTorch's.
         upstream = made.upstream

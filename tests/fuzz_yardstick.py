@@ -132,9 +132,11 @@ class Signs(TorchDispatchMode):
             elif name == "norm_act" and args[4] == Act.RELU:
                 self._add(out)
             elif name == "block_inference":
-                self.masks.append(None)
-                self._add(out)
-            elif name.endswith("_inference") and args[2] == Act.RELU:
+                if args[2] == Act.RELU:
+                    self.masks.append(None)
+                if args[7] == Act.RELU:
+                    self._add(out)
+            elif name.endswith("_inference") and args[3 if name.startswith("gated") else 2] == Act.RELU:
                 self._add(out)
         elif name in ("relu", "relu_"):
             self._add(out)

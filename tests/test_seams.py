@@ -303,7 +303,7 @@ def test_a_gate_keeps_no_activation() -> None:
 def test_what_learns(join: Callable[..., Tensor]) -> None:
     """Gradients where only some parameters have any, and where none flows through one of the two ways."""
     kind = Residual if join is plus else Gated
-    for learning in ("before", "main", "after", "expand", "before|after", "reduce|expand", "x"):
+    for learning in ("before", "main", "after", "after.0.1", "expand", "before|after", "reduce|expand", "x"):
         fused, plain = networks(kind, join)
         x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
         for network in (fused, plain):
