@@ -14,7 +14,8 @@ from mobilenet_ext.plans import FoldedChain, Plans, parts_of
 
 
 def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
-    """An inference copy of ``model``: BatchNorm folded, a depthwise and a pointwise unit in one kernel.
+    """An inference copy of ``model``: BatchNorm folded, a depthwise and a pointwise unit in one kernel; on a CPU what
+    follows each other, residuals and gates among it, in one call.
 
     The copy shares nothing with ``model`` and is in eval mode for good: ``.train()``, its own or that of a model that
     contains it, leaves it as it is. Its modules, parameters and ``state_dict`` keys are those of ``model``, each in its
@@ -27,7 +28,7 @@ def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
     ``.to(dtype)`` afterwards rounds the weights, not BatchNorm's vectors.
 
     Args:
-        model: a :class:`~mobilenet_ext.MobileNetV1`, a module of :mod:`mobilenet_ext.nn`, or a module containing some.
+        model: any ``nn.Module``. What :func:`~mobilenet_ext.fuse` finds in it is folded.
         cuda_graph: on a GPU, launch a :class:`~mobilenet_ext.MobileNetV1` or a container from :mod:`mobilenet_ext.nn`
             (the outermost, where they are nested) as one CUDA graph, and not kernel by kernel, which at small batches
             takes most of the time. The second call with a kind of input (shape, strides, dtype, autocast, stream)

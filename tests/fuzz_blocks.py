@@ -36,8 +36,8 @@ class InvertedResidual(nn.Module):
 
 
 def draw_blocks(draw: Draw, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """One to three blocks, and a unit with an activation, perhaps with a pooling at the end: after batch statistics alone
-    the mean of all gradients is zero, and nothing would be left of them but rounding."""
+    """One to three blocks, and a unit with an activation, perhaps with a pooling at the end. Without the activation
+    most gradients would be zero after batch statistics, and nothing left of them but rounding."""
     c = draw.choice(CHANNELS)
     x, size = draw_input(draw, c, dtype)
     blocks: list[nn.Module] = []
