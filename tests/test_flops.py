@@ -37,7 +37,7 @@ def kernels(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     """The chain of these units on the kernels, also where a mode watches the calls of modules."""
     units, pool = fusion.leading_chain(modules)
     assert fusion.count_of(units) + pool == len(modules)
-    return lambda x: fusion.run_chain(units, pool, x)
+    return lambda x: fusion.run_chain(units, x, "mean" if pool else "activation")
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -363,3 +363,16 @@ def test_double_backward_is_refused() -> None:
         (grad,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward"):
             grad.sum().backward()
+
+
+def test_a_batch_of_gradients() -> None:
+    """``is_grads_batched`` runs backward once per gradient, as with the plain modules."""
+    for kind, join in ((Residual, plus), (Gated, timm_gate)):
+        networks_, jacobians = networks(kind, join), []
+        x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+        for network in networks_:
+            given = x.clone().requires_grad_()
+            out = network(given)
+            grads = torch.eye(out.numel(), dtype=torch.float64)[:3].view(3, *out.shape)
+            jacobians.append(torch.autograd.grad(out, given, grads, is_grads_batched=True)[0])
+        torch.testing.assert_close(*jacobians, rtol=1e-9, atol=1e-9)
