@@ -124,7 +124,8 @@ def _networks(report: dict[str, Any], file: Path) -> str:
     resolution = next(iter(found)).resolution
     lines = [
         f"**{_what(report)}** of networks of torchvision and timm at {resolution}x{resolution} on "
-        f"{report['about']['device']}: how many times faster than the best peer, the milliseconds, and which peer.",
+        f"{report['about']['device']}: how many times faster than the best peer, the milliseconds, and which peer that "
+        "is. A peer whose output is wrong is not timed.",
         "",
         "| | " + " | ".join(f"batch {batch}, {list(DTYPES)[dtype]}" for dtype, batch in cells) + " |",
         "|---|" + "---:|" * len(cells),
