@@ -7,6 +7,13 @@ from fuzz_draw import CHANNELS, Draw, draw_input, draw_unit
 from torch import Tensor, nn
 
 
+class Stored(nn.Module):
+    """Where an operation that is no module stores its result, which rounds it: the yardstick looks at modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class InvertedResidual(nn.Module):
     """Modules stand in the order in which they are called, as the judge's masks do."""
 
@@ -24,15 +31,16 @@ class InvertedResidual(nn.Module):
             self.reduce, self.act, self.widen = nn.Conv2d(wide, squeezed, 1), nn.SiLU(), nn.Conv2d(squeezed, wide, 1)
             self.hard = draw.chance(0.5)
         self.project = nn.Sequential(*draw_unit(draw, "pointwise", wide, c_out, 1.0)[:2])
+        self.gated, self.sum = Stored(), Stored()
         self.adds = conv.stride == (1, 1) and c == c_out and draw.chance(0.8)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.depthwise(self.expand(x))
         if self.reduce is not None:
             gate = self.widen(self.act(self.reduce(y.mean((2, 3), keepdim=True))))
-            y = y * (nn.functional.hardsigmoid(gate) if self.hard else gate.sigmoid())
+            y = self.gated(y * (nn.functional.hardsigmoid(gate) if self.hard else gate.sigmoid()))
         y = self.project(y)
-        return y + x if self.adds else y
+        return self.sum(y + x) if self.adds else y
 
 
 def draw_blocks(draw: Draw, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:

@@ -187,10 +187,10 @@ def draw_fused(draw: Draw) -> Problem:
         model, x = draw_blocks(draw, dtype)
         made = finish(draw, model, x)
         made.ours = lambda model, x: mx.fuse(model)(x)
-    else:
-        model, x = draw_network(draw), draw_pictures(draw, dtype)
-        made = finish(draw, model, x)
-        del draw.settings["model"]
+        return made
+    model, x = draw_network(draw), draw_pictures(draw, dtype)
+    made = finish(draw, model, x)
+    del draw.settings["model"]
     if dtype == torch.float16 and made.gradients:
         # They grow on their way through the network, and would overflow in other places than PyTorch's.
         upstream = made.upstream
