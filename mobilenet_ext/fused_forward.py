@@ -295,7 +295,5 @@ def _calls(known: ForwardGraph, found: list[Found], folds: bool) -> list[Call]:
     for each in found:
         seams = {"gate": each.gate, "residual": each.residual}
         kwargs = {role: node for role, node in seams.items() if node is not None}
-        nodes = each.nodes if each.mean is None else [*each.nodes, each.mean]
-        outputs = each.nodes[-1:] if each.mean is None else [each.nodes[-1], each.mean]
-        calls.append(Call(each.chain, nodes, [each.source], kwargs, outputs))
+        calls.append(Call(each.chain, each.inside, [each.source], kwargs, each.outputs))
     return calls

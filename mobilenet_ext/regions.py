@@ -106,8 +106,10 @@ class Region:
     def _finish(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]] | None:
         """What gives the plan's outputs the shape and memory format of the members'; None where there can be no plan.
 
-        It is found with images that have the layout of those that the members give, and no values.
+        It is found with single images that have the layout of those that the members give, and no values.
         """
+        if any(x.ndim != 4 or len(x) != len(inputs[0]) for x in inputs):
+            return None
         values = [x[:1] for x in inputs]
         finish: dict[int, Callable[[Tensor], Tensor]] = {}
         for function, gate_op, source, gate, residual in self.members:
@@ -175,7 +177,7 @@ def regions_of(known: ForwardGraph, found: list[Found]) -> tuple[list[Call], lis
 def _runs(known: ForwardGraph, found: list[Found]) -> list[list[Found | fx.Node]]:
     """Chains, and nodes that make a gate, with nothing else between them."""
     first = {each.nodes[0]: each for each in found}
-    inside = {node for each in found for node in (*each.nodes, each.mean)}
+    inside = {node for each in found for node in each.inside}
     runs: list[list[Found | fx.Node]] = [[]]
     for node in known.graph.nodes:
         if node in first:
@@ -198,8 +200,8 @@ def _trimmed(run: list[Found | fx.Node]) -> list[Found | fx.Node]:
 
 
 def _as_call(known: ForwardGraph, run: list[Found | fx.Node]) -> Call:
-    inside = [node for each in run for node in ([each] if isinstance(each, fx.Node) else _nodes_of(each))]
-    given = {node for each in run for node in ([each] if isinstance(each, fx.Node) else _given_by(each))}
+    inside = [node for each in run for node in ([each] if isinstance(each, fx.Node) else each.inside)]
+    given = {node for each in run for node in ([each] if isinstance(each, fx.Node) else each.outputs)}
     inputs = list(dict.fromkeys(node for each in run for node in _read_by(each) if node not in given))
     numbers = {node: i for i, node in enumerate(inputs)}
     members = []
@@ -210,7 +212,7 @@ def _as_call(known: ForwardGraph, run: list[Found | fx.Node]) -> Call:
             numbers[each] = len(numbers)
         else:
             members.append(Member(each.chain, None, source, *seams))
-            for node in _given_by(each):
+            for node in each.outputs:
                 numbers[node] = len(numbers)
     all_inside = set(inside)
     outputs = [node for node in numbers if node in given and not node.users.keys() <= all_inside]
@@ -226,14 +228,6 @@ def _roles(each: Found | fx.Node) -> tuple[fx.Node | None, ...]:
 
 def _read_by(each: Found | fx.Node) -> list[fx.Node]:
     return [node for node in _roles(each) if node is not None]
-
-
-def _given_by(each: Found) -> list[fx.Node]:
-    return [each.nodes[-1]] if each.mean is None else [each.nodes[-1], each.mean]
-
-
-def _nodes_of(each: Found) -> list[fx.Node]:
-    return each.nodes if each.mean is None else [*each.nodes, each.mean]
 
 
 def _as_function(known: ForwardGraph, node: fx.Node) -> Callable[[Tensor], Tensor]:

@@ -58,6 +58,16 @@ class Found:
         self.gate: fx.Node | None = None
         self.residual: fx.Node | None = None
 
+    @property
+    def inside(self) -> list[fx.Node]:
+        """All nodes that it stands for."""
+        return self.nodes if self.mean is None else [*self.nodes, self.mean]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes that the values of the chain stand for."""
+        return self.nodes[-1:] if self.mean is None else [self.nodes[-1], self.mean]
+
 
 def gives(pool: bool, seams: Seams) -> Gives:
     """What a chain with a global pooling at its end, or without, gives."""

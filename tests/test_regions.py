@@ -67,6 +67,16 @@ class TwoBranches(Network):
         return self.last(self.blocks[1](a) + self.last[0](b)[:, :8])
 
 
+class BroadcastResidual(Network):
+    """One image is added to all of a batch, between two chains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        block = self.blocks[0]
+        mean = a.mean(0, keepdim=True)
+        return self.last(block.project(block.depthwise(block.expand(a))) + mean)
+
+
 def network(kind: type[nn.Module] = Network) -> nn.Module:
     torch.manual_seed(5)
     return randomise_(kind()).double().eval()
@@ -74,6 +84,10 @@ def network(kind: type[nn.Module] = Network) -> nn.Module:
 
 def images(n: int = 2, h: int = 9, w: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(n, 3, h, w, dtype=torch.float64).to(dtype)
+
+
+def _tensors(out: Tensor | dict[str, Tensor]) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out.values())
 
 
 def plans_in(run: Callable[[], object]) -> int:
@@ -98,20 +112,24 @@ def test_one_call_for_the_network() -> None:
             assert plans_in(lambda x=x: frozen(x)) == 1
 
 
-@pytest.mark.parametrize("kind", [Taps, TwoBranches])
+@pytest.mark.parametrize("kind", [Taps, TwoBranches, BroadcastResidual])
 def test_several_outputs_and_inputs(kind: type[nn.Module]) -> None:
     plain = network(kind)
     frozen = mx.freeze(plain)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = images().contiguous(memory_format=memory_format)
         ours, theirs = frozen(x), plain(x)
-        if kind is TwoBranches:
+        if isinstance(ours, Tensor):
             ours, theirs = {"out": ours}, {"out": theirs}
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert_close(ours[name], theirs[name])
             assert ours[name].stride() == theirs[name].stride()
     assert plans_in(lambda: frozen(x)) < 6
+    assert_close(
+        torch.cat([t.flatten() for t in _tensors(frozen(x[:1]))]),
+        torch.cat([t.flatten() for t in _tensors(plain(x[:1]))]),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

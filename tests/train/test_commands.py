@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_records import is_png, metrics
 from test_run import InterruptingProgress
-from tiny import TINY, write_image
+from tiny import TINY, write_dark_and_light, write_image
 
 from mobilenet_ext.cli import main
 from mobilenet_ext.train import default_recipe, run, sweep
@@ -20,9 +20,7 @@ HERE = ["--device", "cpu", "--workers", "0"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``images/`` and the run ``run/``, trained until dark and light images are told apart."""
     root = tmp_path_factory.mktemp("trained")
-    for number in range(32):
-        split = "train" if number < 24 else "val"
-        write_image(root / "images" / split / ("dark", "light")[number % 2] / f"{number:02}.jpg", number)
+    write_dark_and_light(root / "images")
     settings = ["--data", str(root / "images"), "--epochs", "20", "--lr", "0.02", "--out", str(root / "run")]
     assert main(["train", *TINY, *settings]) == 0
     return root

@@ -15,7 +15,7 @@ import torch
 from recorded_graph import recorded
 from test_records import metrics
 from test_run import InterruptingProgress, assert_same_run
-from tiny import TINY, write_image
+from tiny import TINY, write_dark_and_light
 from torch import Tensor, nn
 
 import mobilenet_ext as mx
@@ -51,9 +51,7 @@ def one_message(capsys: pytest.CaptureFixture[str]) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``images/`` and the run ``run/`` of a network with dropout. Read only."""
     root = tmp_path_factory.mktemp("trained")
-    for number in range(32):
-        split = "train" if number < 24 else "val"
-        write_image(root / "images" / split / ("dark", "light")[number % 2] / f"{number:02}.jpg", number)
+    write_dark_and_light(root / "images")
     assert train(root / "images", root / "run", WITH_DROPOUT) == 0
     return root
 

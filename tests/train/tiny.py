@@ -25,6 +25,13 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> None
     image.fromarray(noise + np.uint8(seed % 2 * 120)).save(path)
 
 
+def write_dark_and_light(folder: Path) -> None:
+    """A folder of images that are learned at once: 24 to train with and 8 to validate with, of two classes."""
+    for number in range(32):
+        split = "train" if number < 24 else "val"
+        write_image(folder / split / ("dark", "light")[number % 2] / f"{number:02}.jpg", number)
+
+
 # Source of ``peak()``, the most memory that a process has had, in bytes. ru_maxrss would count the parent's, too.
 PEAK = """
 def peak():
