@@ -39,6 +39,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3, to
 ACC_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
+def in_a_row(ops: int) -> tuple[int, list[int], list[int]]:
+    """For ``make_plan``: one input, ops of which each takes what the one before gives, and the output of the last."""
+    return 1, [number for op in range(ops) for number in (op, -1, -1)], [ops]
+
+
 def shapes(covered: list[tuple], *more: tuple) -> list[Any]:
     """Every instruction set is tested with ``covered``, all others by default with the machine's own alone."""
     return [*(pytest.param(shape, marks=pytest.mark.cover) for shape in covered), *more]

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from behaviour import KernelOps
+from cpu_ops import in_a_row
 from plain import assert_close, randomise_
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -220,11 +221,6 @@ def test_a_frozen_model_with_parts_in_two_dtypes_is_refused(model, x):
     frozen.classifier.float()
     with pytest.raises((TypeError, RuntimeError), match="dtype|input"):
         frozen(x)
-
-
-def in_a_row(ops: int) -> tuple[int, list[int], list[int]]:
-    """One input, ops of which each takes what the one before gives, and the output of the last."""
-    return 1, [number for op in range(ops) for number in (op, -1, -1)], [ops]
 
 
 def test_only_a_plan_is_taken_for_one():

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from cpu_ops import in_a_row
 from torch import Tensor
 
 from mobilenet_ext import backends
@@ -16,11 +17,6 @@ from mobilenet_ext.contract import NO_PADDING, Act
 
 kernels = backends.cpu.kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def in_a_row(ops: int) -> tuple[int, list[int], list[int]]:
-    """One input, ops of which each takes what the one before gives, and the output of the last."""
-    return 1, [number for op in range(ops) for number in (op, -1, -1)], [ops]
 
 
 def run(plan: Tensor, *inputs: Tensor) -> Tensor:
