@@ -168,6 +168,9 @@ def test_pictures_are_right(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.parametrize("file", sorted(results.FOLDER.glob("*/*.json")), ids=lambda file: file.stem)
 def test_the_pictures_of_this_checkout_are_right(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if file.stem.startswith("networks-"):
+        assert pictures.draw(results.read(file), tmp_path / "x.json") == []
+        return
     figure = picture(monkeypatch, results.read(file), tmp_path)
     assert_readable(figure)
     if file.stem.startswith("kernels"):
@@ -203,7 +206,7 @@ def test_nothing_of_this_checkout_reaches_more_than_its_limit() -> None:
         limits = limits_of(found)
         for result in found["results"]:
             for row in result["rows"]:
-                if row.get("seconds"):
+                if row.get("seconds") and result["bytes"]:  # which nobody counts of other people's networks
                     share = limits[result["workload"]["dtype"]].share(result, statistics.median(row["seconds"]))
                     assert 0 < share <= 1 + 1e-9, (file, row["runner"], result["workload"])
 
