@@ -241,14 +241,13 @@ def _beyond_rounding(
         beyond = BEYOND
         if sixteen_bits and problem.is_unit:
             beyond = SIXTEEN_BITS
-        elif sixteen_bits and noise < norm / 4:
-            # The promise is one for ops and units; a chain multiplies their errors, not always by the same, and
-            # where they reach the size of the result it is chaotic.
-            beyond = 2 * SIXTEEN_BITS
-        elif sixteen_bits and noises[len(noises) // 2] > norm:
-            beyond = BEYOND**2  # in most samples nothing is left of the result: its size is all that can be compared
-        if sixteen_bits and not problem.is_unit and limit > norm / 4:
-            limit *= BEYOND  # PyTorch's own result is rounding to a good part, and one draw of it
+        elif sixteen_bits and max(limit, noise) < norm / 4:
+            beyond = 2 * SIXTEEN_BITS  # the promise is one for ops and units; a chain multiplies their errors
+        elif sixteen_bits:
+            # Where they reach the size of the result it is chaotic, and PyTorch's own error is one draw. If in most
+            # samples nothing is left of the result, its size is all that can be compared.
+            limit *= BEYOND
+            beyond = BEYOND**2 if noises[len(noises) // 2] > norm else BEYOND
         limit = max(limit, noise * beyond)
         if not error <= limit:
             relative = [f"{value / (norm or 1):.1e}" for value in (error, limit)]
