@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mobilenet_ext.forward_graph import ForwardGraph
-from mobilenet_ext.units import is_exactly
+from mobilenet_ext.untouched import is_exactly
 
 
 class Composite(NamedTuple):

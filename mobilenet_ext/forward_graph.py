@@ -29,7 +29,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mobilenet_ext.tracing import analysing
-from mobilenet_ext.units import is_norm, is_untouched, plain_class
+from mobilenet_ext.units import is_norm
+from mobilenet_ext.untouched import is_untouched, plain_class
 
 # What a tensor of the model is asked for without a node: the answers are settings, as its module's attributes are.
 _SETTINGS = {"shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_sparse", "is_quantized"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain as concatenated
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from mobilenet_ext.graph_code import Call, function_of
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
 from mobilenet_ext.regions import regions_of
 from mobilenet_ext.seams import Found, Seams, close_seams, gives
-from mobilenet_ext.units import UnitModules, does_nothing, forwards_are_original, is_layer
+from mobilenet_ext.units import UnitModules, does_nothing, is_layer
+from mobilenet_ext.untouched import forwards_are_original
 
 KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
 PATIENCE = 8  # with a module that is another one at each call: then its own forward runs for good
@@ -272,6 +273,12 @@ def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> nn.Modul
     return nn.LeakyReLU(negative_slope, inplace)
 
 
+def _zero_pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> nn.Module:
+    if mode != "constant" or value not in (None, 0) or len(pad) != 4:
+        raise TypeError
+    return nn.ZeroPad2d(tuple(pad))
+
+
 _FUNCTIONS: dict[object, Callable[..., nn.Module]] = {
     F.relu: _without_settings(nn.ReLU),
     torch.relu: lambda: nn.ReLU(),
@@ -283,6 +290,7 @@ _FUNCTIONS: dict[object, Callable[..., nn.Module]] = {
     F.hardswish: _without_settings(nn.Hardswish),
     F.silu: _without_settings(nn.SiLU),
     F.leaky_relu: _leaky_relu,
+    F.pad: _zero_pad,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     torch.flatten: lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim),
     "Tensor.flatten": lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim),

@@ -16,7 +16,7 @@ from mobilenet_ext.forward_graph import PLANS
 from mobilenet_ext.fused_forward import Plans
 from mobilenet_ext.plans import exact_batch_norms
 from mobilenet_ext.tracing import is_traced
-from mobilenet_ext.units import PLAIN, plain_class
+from mobilenet_ext.untouched import PLAIN, plain_class
 
 
 def fuse(model: nn.Module) -> nn.Module:

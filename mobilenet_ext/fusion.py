@@ -16,25 +16,23 @@ from torch.nn.modules import module as nn_module
 from mobilenet_ext import chain
 from mobilenet_ext.autograd import is_transformed
 from mobilenet_ext.chain import Gives, Normalised
-from mobilenet_ext.contract import DTYPES, conv_output_size
+from mobilenet_ext.contract import DTYPES, Padding, conv_output_size
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.running_stats import share_memory, why_unusable
 from mobilenet_ext.tracing import is_followed, is_traced
 from mobilenet_ext.unit_tensors import Unit, compute_dtype, is_autocast
 from mobilenet_ext.units import (
+    MOST_MODULES,
     TENSORS,
     UnitModules,
     as_tensors,
     counts_batches,
-    is_exactly,
-    is_untouched,
     leading_unit,
-    padding_of,
-    plain_class,
     pools_to_one,
     tracks,
     vectors_of,
 )
+from mobilenet_ext.untouched import is_exactly, is_untouched, plain_class
 
 
 class Staged(nn.Module):
@@ -122,8 +120,9 @@ def leading_chain(modules: list[nn.Module], inference: bool = False) -> tuple[li
     """
     units: list[UnitModules] = []
     count = 0
-    while (unit := leading_unit(modules[count : count + 3], inference)) is not None:
-        if units and (unit.kind == "dense" or unit.conv.in_channels != units[-1].conv.out_channels):
+    while (unit := leading_unit(modules[count : count + MOST_MODULES], inference)) is not None:
+        conv = unit.convolution
+        if units and (conv.kind == "dense" or conv.layer.in_channels != units[-1].convolution.layer.out_channels):
             break
         units.append(unit)
         count += unit.size
@@ -160,7 +159,8 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
     conv_dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_autocast(x) else (dtype,)
     vector_dtypes = (dtype,) if dtype.itemsize > 2 else (dtype, torch.float32)
     _, channels, h, w = x.shape
-    for _, conv, bn, *_ in units:
+    for convolution, bn, *_ in units:
+        conv = convolution.layer
         conv_tensors = [t for t in (conv.weight, conv.bias) if t is not None]
         vectors = [t for t in vectors_of(bn) if t is not None]
         if any(t.device != x.device for t in (*conv_tensors, *vectors)):
@@ -173,7 +173,7 @@ def accepts(x: Tensor, units: Iterable[UnitModules]) -> bool:
             why_unusable(t, tracks(bn)) for t in (bn.running_mean, bn.running_var) if t is not None
         ):
             return False
-        h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], padding_of(conv))
+        h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], convolution.padding_of(h, w))
         if channels != conv.in_channels or h < 1 or w < 1:
             return False
         channels = conv.out_channels
@@ -194,6 +194,17 @@ def gate_fits(gate: Tensor, x: Tensor) -> bool:
         and gate.dtype == x.dtype == compute_dtype(x)
         and gate.device == x.device
     )
+
+
+def paddings(size: tuple[int, ...], units: Iterable[UnitModules]) -> list[Padding]:
+    """The zeros that each unit puts around the images, the first one's of this size."""
+    h, w = size[2:]
+    found = []
+    for unit in units:
+        conv = unit.convolution.layer
+        found.append(unit.convolution.padding_of(h, w))
+        h, w = conv_output_size(h, w, conv.kernel_size[0], conv.stride[0], found[-1])
+    return found
 
 
 def output_size(size: tuple[int, ...], units: Iterable[Unit]) -> tuple[int, ...]:
@@ -232,15 +243,15 @@ def run_chain(
 
     ``add`` is what adds a residual that the kernels do not take.
     """
-    tensors = [as_tensors(unit) for unit in units]
     u, is_last = (x.y, x.channels_last) if isinstance(x, Normalised) else (x, is_channels_last(x))
+    tensors = list(map(as_tensors, units, paddings(u.shape, units)))
     channels_last = gives_channels_last(u.shape, is_last, tensors)
     joins = residual is not None and residual_fits(
         residual, output_size(u.shape, tensors), compute_dtype(u), u.device, channels_last
     )
     out = chain.run(x, tensors, gives, gate, residual if joins else None)
     # Counted after the run, like the statistics: a recomputation that stops early leaves out both or neither.
-    batches = [bn.num_batches_tracked for _, _, bn, *_ in units if counts_batches(bn)]
+    batches = [unit.bn.num_batches_tracked for unit in units if counts_batches(unit.bn)]
     if batches:
         torch._foreach_add_(batches, 1)
     if gives == "both":

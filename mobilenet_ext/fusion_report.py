@@ -8,9 +8,11 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from mobilenet_ext import fusing, fusion
+from mobilenet_ext.convolutions import is_class_of_convolutions, is_supported
 from mobilenet_ext.forward_graph import ForwardGraph
 from mobilenet_ext.fused_forward import Plan
-from mobilenet_ext.units import UnitModules, conv_kind, is_norm, is_untouched
+from mobilenet_ext.units import UnitModules, is_norm
+from mobilenet_ext.untouched import is_untouched
 
 
 class Row(NamedTuple):
@@ -111,13 +113,13 @@ class _Seen:
             del modules[: fusion.count_of(units) + pool if units else 1]
 
     def _add_chain(self, units: list[UnitModules]) -> None:
-        self.chains.update({unit.conv: self._count for unit in units})
+        self.chains.update({unit.convolution.layer: self._count for unit in units})
         self._count += 1
 
     def why_not(self, conv: nn.Conv2d) -> str:
-        if type(conv) is not nn.Conv2d:
+        if not is_class_of_convolutions(type(conv)):
             return f"a {type(conv).__name__}, which may compute something else than Conv2d"
-        if conv_kind(conv) is None:
+        if not is_supported(conv):
             return "the kernels have none like it"
         if not is_untouched(conv):
             return "a hook, or a forward of its own"

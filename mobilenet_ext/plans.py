@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from mobilenet_ext import _host, backends, fusion
 from mobilenet_ext.backends.cpu import PlanBuilder
-from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, acc_dtype
+from mobilenet_ext.contract import DTYPES, NO_PADDING, Act, Padding, acc_dtype
 from mobilenet_ext.frozen_graphs import Graphs, TensorsState
 from mobilenet_ext.inference_steps import Pack, Step, as_input, execute, is_as_input, pooling, steps_of
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.seams import Seams
 from mobilenet_ext.unit_tensors import InferenceUnit, bias_bn, compute_dtype, fold, is_autocast
-from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, forwards_are_original, has_its_tensors, is_exactly
+from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, has_its_tensors
+from mobilenet_ext.untouched import forwards_are_original, is_exactly
+
+_KEPT = 8
 
 Part = Callable[[Tensor], Tensor]  # a module, a FoldedChain, or a unit that is fused and not folded
 Output = Tensor | tuple[Tensor, Tensor]  # with its mean over each image, where a gate follows
@@ -38,6 +41,7 @@ class Fit(NamedTuple):
     joins: bool  # a residual is added by the last of them
     channels_last: bool  # the format of the output
     size: tuple[int, ...]  # of the output
+    paddings: tuple[Padding, ...]  # of each unit
 
 
 class Plans:
@@ -136,7 +140,7 @@ class _Prepared(TensorsState):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         super().__init__(tensors)
-        self.plans: dict[tuple[torch.dtype, bool, bool], Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {}
+        self.plans: dict[object, Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {}
         # The last input's layout and settings, and what runs an input like it.
         self.last: tuple[object, Runner | None] = (None, None)
 
@@ -157,7 +161,7 @@ class FoldedChain:
     ) -> None:
         self.modules, self.units, self.pool, self.seams = modules, units, pool, Seams()
         self._linear = linear
-        layers = [layer for _, conv, bn, *_ in units for layer in (conv, bn)] + [linear]
+        layers = [layer for unit in units for layer in (unit.convolution.layer, unit.bn)] + [linear]
         layers = [layer for layer in layers if layer is not None]
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self.tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
@@ -195,8 +199,8 @@ class FoldedChain:
         fit = self.fit(x, gate, residual)
         if fit is None:
             return partial(_run_modules, self.modules, self.seams)
-        dtype, joins, channels_last, _ = fit
-        plan = self._plan(prepared, x.device, dtype, joins)
+        dtype, joins, channels_last, *_ = fit
+        plan = self._plan(prepared, x.device, fit)
         is_input = all(t is None or is_as_input(t, dtype) for t in (x, gate, residual if joins else None))
         flat, gives_mean, add = self._linear is not None, self.seams.mean is not None, self.seams.add
 
@@ -219,13 +223,16 @@ class FoldedChain:
             and self._accepts_linear(x, dtype)
         ):
             return None
-        units = list(map(as_tensors, self.units))
+        paddings = tuple(fusion.paddings(x.shape, self.units))
+        units = list(map(as_tensors, self.units, paddings))
         size = fusion.output_size(x.shape, units)
         channels_last = gives_channels_last(x.shape, is_channels_last(x), units)
         joins = residual is not None and fusion.residual_fits(residual, size, dtype, x.device, channels_last)
         if self.pool:
             size = (*size[:2], 1, 1)
-        return Fit(dtype, joins, channels_last, size if self._linear is None else (len(x), self._linear.out_features))
+        if self._linear is not None:
+            size = (len(x), self._linear.out_features)
+        return Fit(dtype, joins, channels_last, size, paddings)
 
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
@@ -235,37 +242,39 @@ class FoldedChain:
         return all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
 
     def _plan(
-        self, prepared: _Prepared, device: torch.device, dtype: torch.dtype, joins: bool
+        self, prepared: _Prepared, device: torch.device, fit: Fit
     ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
         """What runs the chain on an input, its gate and a residual, where there are such; it gives the output, and its
         mean over each image if that is wanted too."""
         packs = device.type == "cpu" and backends.current("cpu") == "cpu"
-        plan = prepared.plans.get((dtype, packs, joins))
+        joins = fit.joins
+        key = (fit.dtype, packs, joins, fit.paddings)
+        plan = prepared.plans.get(key)
         if plan is None:
+            keep_few(prepared.plans)
             if packs:  # all in one call
                 gated = self.seams.multiply is not None
                 builder = backends.cpu.PlanBuilder(1 + gated + joins)
-                out, *mean = self.add_to(builder, dtype, 0, 1 if gated else None, 1 + gated if joins else None)
+                out, *mean = self.add_to(builder, fit, 0, 1 if gated else None, 1 + gated if joins else None)
                 plan = builder.build([out, *mean])
             else:
-                steps, pool = self._steps(dtype, None)
+                steps, pool = self._steps(fit, None)
                 plan = partial(_execute, steps, pool, joins)
-            prepared.plans[dtype, packs, joins] = plan
+            prepared.plans[key] = plan
         return plan
 
-    def add_to(
-        self, builder: PlanBuilder, dtype: torch.dtype, source: int, gate: int | None, residual: int | None
-    ) -> list[int]:
+    def add_to(self, builder: PlanBuilder, fit: Fit, source: int, gate: int | None, residual: int | None) -> list[int]:
         """Add the chain to a plan of the CPU; the numbers of its output, and of its mean if that is wanted too."""
-        steps, pool = self._steps(dtype, backends.cpu.pack)
+        steps, pool = self._steps(fit, backends.cpu.pack)
         out = builder.add_steps(steps, source, gate, residual)
         return [out] if pool is None else [out, builder.add_steps([pool], out)]
 
-    def _steps(self, dtype: torch.dtype, pack: Pack | None) -> tuple[list[Step], Step | None]:
+    def _steps(self, fit: Fit, pack: Pack | None) -> tuple[list[Step], Step | None]:
         """The ops of the chain, and the one that gives the mean of its output if that is wanted too."""
         # Whoever is the first to run it may be in inference mode, others not.
+        dtype = fit.dtype
         with torch.inference_mode(False), torch.no_grad():
-            units = [fold(as_tensors(unit)) for unit in self.units]
+            units = list(map(fold, map(as_tensors, self.units, fit.paddings)))
             steps = steps_of(units, dtype, pack, self.seams.multiply is not None)
             pool = pooling(units[-1], dtype)
             if self.pool:
@@ -273,6 +282,12 @@ class FoldedChain:
             if self._linear is not None:
                 steps += steps_of([_pointwise(self._linear)], dtype, pack)
         return steps, None if self.seams.mean is None else pool
+
+
+def keep_few(made: dict[object, object]) -> None:
+    """Room for one more in what was made for layouts of inputs, of which there may be any number."""
+    if len(made) >= _KEPT:
+        made.clear()
 
 
 def _execute(steps: list[Step], pool: Step | None, joins: bool, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,11 +15,10 @@ from mobilenet_ext.frozen_graphs import TensorsState
 from mobilenet_ext.graph_code import Call
 from mobilenet_ext.inference_steps import as_input
 from mobilenet_ext.memory_format import match_memory_format
-from mobilenet_ext.plans import FoldedChain, layout_of
+from mobilenet_ext.plans import Fit, FoldedChain, keep_few, layout_of
 from mobilenet_ext.seams import Found
 from mobilenet_ext.unit_tensors import compute_dtype
 
-KEPT = 8  # layouts of inputs
 GATES = ("sigmoid", "hardsigmoid")
 
 
@@ -66,8 +65,7 @@ class Region:
         run = prepared.runners.get(layout)
         if run is None:
             run = self._runner(prepared, inputs)
-            if len(prepared.runners) >= KEPT:
-                prepared.runners.clear()
+            keep_few(prepared.runners)
             prepared.runners[layout] = run
         return run(*inputs)
 
@@ -88,12 +86,15 @@ class Region:
         dtype = compute_dtype(inputs[0])
         if inputs[0].device.type != "cpu" or backends.current("cpu") != "cpu":
             return self._run_members
-        finish = self._finish(inputs, dtype)
-        if finish is None:
+        fitting = self._fit(inputs, dtype)
+        if fitting is None:
             return self._run_members
-        if dtype not in prepared.plans:
-            prepared.plans[dtype] = self._plan(dtype)
-        plan = prepared.plans[dtype]
+        fits, finish = fitting
+        key = (dtype, *(fit.paddings for fit in fits))
+        if key not in prepared.plans:
+            keep_few(prepared.plans)
+            prepared.plans[key] = self._plan(fits)
+        plan = prepared.plans[key]
 
         def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             outputs = plan([as_input(x, dtype) for x in inputs])
@@ -103,14 +104,18 @@ class Region:
 
         return run
 
-    def _finish(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]] | None:
-        """What gives the plan's outputs the shape and memory format of the members'; None where there can be no plan.
+    def _fit(
+        self, inputs: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[list[Fit], list[Callable[[Tensor], Tensor]]] | None:
+        """How the kernels run each chain, and what gives the plan's outputs the shape and memory format of the
+        members'; None where there can be no plan.
 
         It is found with single images that have the layout of those that the members give, and no values.
         """
         if any(x.ndim != 4 or len(x) != len(inputs[0]) for x in inputs):
             return None
         values = [x[:1] for x in inputs]
+        fits: list[Fit] = []
         finish: dict[int, Callable[[Tensor], Tensor]] = {}
         for function, gate_op, source, gate, residual in self.members:
             x = values[source]
@@ -122,6 +127,7 @@ class Region:
             fit = function.fit(x, *(None if i is None else values[i] for i in (gate, residual)))
             if fit is None or fit.dtype != dtype or fit.joins != (residual is not None):
                 return None
+            fits.append(fit)
             out = torch.empty(fit.size, dtype=dtype)
             if len(fit.size) == 2:
                 finish[len(values)] = _flat
@@ -134,9 +140,10 @@ class Region:
                 values.append(torch.empty((*fit.size[:2], 1, 1), dtype=dtype))
         if any(i not in finish for i in self.outputs):
             return None
-        return [finish[i] for i in self.outputs]
+        return fits, [finish[i] for i in self.outputs]
 
-    def _plan(self, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    def _plan(self, fits: list[Fit]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        fit_of = dict(zip(self.chains, fits, strict=True))
         builder = backends.cpu.PlanBuilder(self.inputs)
         numbers = list(range(self.inputs))  # in the plan, of each value here
         for function, gate_op, source, gate, residual in self.members:
@@ -144,7 +151,7 @@ class Region:
                 numbers.append(builder.add(gate_op, (), numbers[source]))
             else:
                 seams = (None if i is None else numbers[i] for i in (gate, residual))
-                numbers += function.add_to(builder, dtype, numbers[source], *seams)
+                numbers += function.add_to(builder, fit_of[function], numbers[source], *seams)
                 function.prepared = None  # it has weights of its own, which are not needed any more
         return builder.build([numbers[i] for i in self.outputs])
 
@@ -154,7 +161,7 @@ class _Prepared(TensorsState):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         super().__init__(tensors)
-        self.plans: dict[torch.dtype, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
+        self.plans: dict[object, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
         self.runners: dict[object, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
 
 

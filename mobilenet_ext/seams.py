@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 
 from mobilenet_ext.chain import Gives
 from mobilenet_ext.forward_graph import ForwardGraph
-from mobilenet_ext.units import UnitModules, is_exactly, pools_to_one
+from mobilenet_ext.units import UnitModules, pools_to_one
+from mobilenet_ext.untouched import is_exactly
 
 Binary = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,7 +98,7 @@ def _take_gate(known: ForwardGraph, before: Found, starting: dict[fx.Node, Found
     if mean is None or multiplied is None or len(product.users) != 1:
         return
     after = starting.get(next(iter(product.users)))
-    if after is None or after.chain.units[0].kind != "pointwise" or after.chain.units[0].bn is None:
+    if after is None or after.chain.units[0].convolution.kind != "pointwise" or after.chain.units[0].bn is None:
         return
     before.mean = pooling
     before.chain.seams = before.chain.seams._replace(mean=mean)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import mobilenet_ext as mx
 from mobilenet_ext import layers
 from mobilenet_ext.contract import Act
-from mobilenet_ext.units import padding_of
+from mobilenet_ext.convolutions import padding_of
 
 
 def problem(seed: int, kind: str, index: int) -> Problem:

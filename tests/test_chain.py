@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mobilenet_ext import backends, chain
 from mobilenet_ext.contract import Act, Padding
+from mobilenet_ext.convolutions import padding_of
 from mobilenet_ext.inference_steps import as_input, steps_of
 from mobilenet_ext.unit_tensors import Unit, fold
-from mobilenet_ext.units import padding_of
 
 # Three activations: every pair at every two places.
 TRIPLES = [(first, second, Act((first + second) % len(Act))) for first, second in itertools.product(Act, repeat=2)]

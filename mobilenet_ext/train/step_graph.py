@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import optimizer as optimizer_module
 
 from mobilenet_ext import _host, cuda_graph
-from mobilenet_ext.units import forwards_are_original, is_untouched
+from mobilenet_ext.untouched import forwards_are_original, is_untouched
 
 Measured = tuple[Tensor, ...]
 Compute = Callable[[Tensor, Tensor], Measured]

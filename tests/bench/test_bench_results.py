@@ -17,7 +17,7 @@ from benchmarks.peers import CAPTURED, OURS
 from mobilenet_ext.cli import bench
 from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.run import RunOptions, RunResult
-from mobilenet_ext.units import is_untouched
+from mobilenet_ext.untouched import is_untouched
 
 WORK = Workload("training", 1.0, 224, 32, "float32", "cpu")
 ABOUT = {
