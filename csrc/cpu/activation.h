@@ -165,13 +165,14 @@ __attribute__((noinline)) void activate_values(Act act, Element<V> slope, V* val
 template <int rows, int vectors, class V>
 MX_INLINE void activate_block(Act act, Element<V> slope, V (&values)[rows][vectors]) {
   if (act == Act::linear) return;
-  if (act == Act::relu) {
+  const auto activate_all = [&](auto constant_act) {
 #pragma GCC unroll 14
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) values[i][v] = activate<Act::relu>(values[i][v], slope);
-    return;
-  }
+      for (int v = 0; v < vectors; ++v) values[i][v] = activate<constant_act.value>(values[i][v], slope);
+  };
+  if (act == Act::relu) return activate_all(Constant<Act::relu>{});
+  if (act == Act::relu6) return activate_all(Constant<Act::relu6>{});
   V copy[rows][vectors];  // has an address, and so does not stay in registers
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i)

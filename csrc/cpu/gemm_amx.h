@@ -52,12 +52,12 @@ class Finish {
   }
 
  private:
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 8;
 
   MX_INLINE void rows(int count) {
     Vec<float> sums[kRows][vectors];
     if constexpr (Epilogue::kAdds) epilogue_.begin(row_ + done_, count, sums);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {

@@ -1,17 +1,12 @@
 #include "plan.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <cmath>
 #include <deque>
 #include <mutex>
-#include <type_traits>
 #include <unordered_map>
 
 #include "fork_safe_mutex.h"
-#include "plan_steps.h"
+#include "plan_kernels.h"
 
 namespace mx::cpu {
 namespace {
@@ -61,93 +56,6 @@ void Plans::drop(void* address) {
   delete static_cast<char*>(address);
 }
 
-template <class Kernel>
-Geometry with_sizes(const Kernel& kernel, const Images& x) {
-  return conv_geometry(kernel.settings, x.n, x.h, x.w, kernel.args.g.c_in, kernel.args.g.c_out);
-}
-
-template <class Kernel>
-Images output_of(const Kernel& kernel, const Images& x) {
-  const Geometry g = with_sizes(kernel, x);
-  return {g.n, g.c_out, g.out_h, g.out_w};
-}
-Images output_of(const PoolKernel&, const Images& x) { return {x.n, x.c, 1, 1}; }
-Images output_of(const GateKernel&, const Images& x) { return x; }
-
-// The memory that a step reads and writes; null: none.
-struct Memories {
-  const void *input, *gate, *residual;
-  void* output;
-};
-
-void run(const Backend& backend, ConvKernel kernel, const Images& x, const Memories& memories) {
-  kernel.args.g = with_sizes(kernel, x);
-  kernel.args.u = memories.input;
-  kernel.args.gate = memories.gate;
-  kernel.args.residual = memories.residual;
-  kernel.args.y = memories.output;
-  backend.forward(kernel.conv, kernel.args);
-}
-
-void run(const Backend& backend, BlockKernel kernel, const Images& x, const Memories& memories) {
-  kernel.args.g = with_sizes(kernel, x);
-  kernel.args.x = memories.input;
-  kernel.args.residual = memories.residual;
-  kernel.args.y = memories.output;
-  backend.block_inference(kernel.args);
-}
-
-void run(const Backend& backend, PoolKernel kernel, const Images& x, const Memories& memories) {
-  kernel.args.n = x.n;
-  kernel.args.hw = x.h * x.w;
-  kernel.args.y = memories.input;
-  kernel.args.out = memories.output;
-  backend.norm_act_forward(kernel.args);
-}
-
-// Computed as PyTorch does: 16-bit values in float.
-template <class T>
-void make_gate(bool hard, int64_t count, const T* from, T* to) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  for (int64_t i = 0; i < count; ++i) {
-    const A x = A(from[i]);
-    // In this order a NaN stays one.
-    to[i] = T(hard ? std::min(std::max(x + A(3), A(0)), A(6)) / A(6) : A(1) / (A(1) + std::exp(-x)));
-  }
-}
-
-void run(const Backend&, const GateKernel& kernel, const Images& x, const Memories& memories) {
-  const auto make = [&](auto example) {
-    using T = decltype(example);
-    make_gate(kernel.hard, x.numel(), static_cast<const T*>(memories.input), static_cast<T*>(memories.output));
-  };
-  switch (kernel.dtype) {
-    case Dtype::f32:
-      return make(float());
-    case Dtype::f64:
-      return make(double());
-    case Dtype::bf16:
-      return make(torch::headeronly::BFloat16());
-    case Dtype::f16:
-      return make(torch::headeronly::Half());
-  }
-}
-
-class Memory {
- public:
-  explicit Memory(size_t bytes) : data_(bytes ? take_memory(bytes) : nullptr) {
-    STD_TORCH_CHECK(data_ || bytes == 0, "not enough memory for an activation of ", bytes, " bytes");
-  }
-  ~Memory() {
-    if (data_) return_memory(data_);
-  }
-  Memory(const Memory&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_;
-};
-
 // The sizes of all values, and whether the inputs are what the steps take.
 std::vector<Images> sizes_of(const Plan& plan, const std::vector<Tensor>& inputs, const Call<Backend>& call) {
   std::vector<Images> sizes;
@@ -163,13 +71,8 @@ std::vector<Images> sizes_of(const Plan& plan, const std::vector<Tensor>& inputs
       STD_TORCH_CHECK(got == expected, name, ": expected shape [", expected.n, ", ", expected.c, ", ", expected.h, ", ",
                       expected.w, "], got [", got.n, ", ", got.c, ", ", got.h, ", ", got.w, "]");
     };
-    const auto geometry_of_input = [&](const auto& kernel) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(kernel)>, ConvKernel> ||
-                    std::is_same_v<std::decay_t<decltype(kernel)>, BlockKernel>)
-        check(step.input, "inputs", {x.n, kernel.args.g.c_in, x.h, x.w});
-      return output_of(kernel, x);
-    };
-    const Images y = std::visit(geometry_of_input, step.kernel);
+    check(step.input, "inputs", input_of(step, x));
+    const Images y = output_of(step, x);
     if (step.gate != kNone) check(step.gate, "gate", {x.n, x.c, 1, 1});
     if (step.residual != kNone) check(step.residual, "residual", y);
     sizes.push_back(y);
@@ -215,7 +118,7 @@ std::vector<Tensor> run_plan(const std::vector<Tensor>& inputs, const Tensor& ha
   for (size_t i = 0; i < plan.steps.size(); ++i) {
     const Step& step = plan.steps[i];
     const Memories memories{read(step.input), read(step.gate), read(step.residual), memory[plan.inputs + i]};
-    std::visit([&](const auto& kernel) { run(call.backend, kernel, sizes[step.input], memories); }, step.kernel);
+    run(step, call.backend, sizes[step.input], memories);
   }
   return outputs;
 }

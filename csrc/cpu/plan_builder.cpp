@@ -8,6 +8,9 @@
 namespace mx::cpu {
 namespace {
 
+// The weights that run band by band: a quarter of an L2 cache, beside which there is what is between them.
+constexpr int64_t kWeightsInCache = 512 << 10;
+
 // Reads the steps' tensors and settings, in the order of the ops' arguments in csrc/ops.h.
 class PlanBuilder {
  public:
@@ -58,6 +61,7 @@ class PlanBuilder {
       STD_TORCH_CHECK(output >= plan_->inputs, "outputs: expected what a step gives, got an input");
     }
     plan_->outputs = outputs;
+    join_convolutions();
     share_memory();
     return std::move(plan_);
   }
@@ -202,6 +206,58 @@ class PlanBuilder {
     step_.channels = channels;
   }
 
+  // Lets a convolution with taps, and the pointwise ones before and after it, run band by band.
+  void join_convolutions() {
+    std::vector<int64_t> readers(channels_.size(), 0);
+    for (const int64_t output : plan_->outputs) ++readers[output];
+    for (const Step& step : plan_->steps)
+      for (const int64_t source : sources_of(step)) ++readers[source];
+    for (Step& step : plan_->steps) {
+      if (step.input < plan_->inputs || readers[step.input] != 1 || step.gate != kNone) continue;
+      Step& before = plan_->steps[step.input - plan_->inputs];
+      if (before.gate != kNone || before.residual != kNone) continue;
+      std::vector<Convolution> joined = convolutions_of(before), own = convolutions_of(step);
+      if (joined.empty() || own.empty()) continue;
+      const bool begins = joined.size() == 1 && is(Conv::pointwise, joined[0]) && !is(Conv::pointwise, own[0]);
+      const bool ends = is(Conv::depthwise, joined.back()) && is(Conv::pointwise, own[0]);
+      joined.push_back(own[0]);
+      if (!(begins || ends) || weights_of(joined) * size_of(plan_->dtype) > kWeightsInCache) continue;
+      step.kernel = BandsKernel{plan_->dtype, joined};
+      step.input = before.input;
+      before.kernel = std::monostate();
+    }
+  }
+
+  // Those of a step that may run band by band.
+  static std::vector<Convolution> convolutions_of(const Step& step) {
+    if (const auto* const kernel = std::get_if<ConvKernel>(&step.kernel))
+      return kernel->conv == Conv::dense ? std::vector<Convolution>{} : std::vector<Convolution>{*kernel};
+    if (const auto* const kernel = std::get_if<BlockKernel>(&step.kernel)) return {*kernel};
+    if (const auto* const kernel = std::get_if<BandsKernel>(&step.kernel)) return kernel->convolutions;
+    return {};
+  }
+
+  static bool is(Conv conv, const Convolution& convolution) {
+    const auto* const kernel = std::get_if<ConvKernel>(&convolution);
+    return kernel && kernel->conv == conv;
+  }
+
+  static int64_t weights_of(const std::vector<Convolution>& convolutions) {
+    int64_t count = 0;
+    for (const Convolution& each : convolutions) {
+      const bool is_block = std::holds_alternative<BlockKernel>(each),
+                 depthwise = is_block || is(Conv::depthwise, each);
+      std::visit(
+          [&](const auto& kernel) {
+            const Geometry& g = kernel.args.g;
+            if (depthwise) count += g.c_in * kernel.settings.kernel * kernel.settings.kernel;
+            if (is_block || !depthwise) count += g.c_in * g.c_out;
+          },
+          each);
+    }
+    return count;
+  }
+
   // Gives each value between the steps the first piece of memory that nobody needs any more.
   void share_memory() {
     const int64_t values = int64_t(channels_.size());
@@ -211,6 +267,7 @@ class PlanBuilder {
     plan_->pieces.assign(values, kNone);
     std::vector<int64_t> idle;
     for (size_t i = 0; i < plan_->steps.size(); ++i) {
+      if (std::holds_alternative<std::monostate>(plan_->steps[i].kernel)) continue;
       const int64_t value = plan_->inputs + int64_t(i);
       if (std::count(plan_->outputs.begin(), plan_->outputs.end(), value) == 0) {
         if (idle.empty()) idle.push_back(plan_->piece_count++);
@@ -226,6 +283,7 @@ class PlanBuilder {
   }
 
   static std::vector<int64_t> sources_of(const Step& step) {
+    if (std::holds_alternative<std::monostate>(step.kernel)) return {};
     std::vector<int64_t> sources{step.input};
     if (step.gate != kNone) sources.push_back(step.gate);
     if (step.residual != kNone) sources.push_back(step.residual);

@@ -20,6 +20,15 @@ struct BlockKernel {
   ConvSettings settings;
   BlockArgs args;
 };
+using Convolution = std::variant<ConvKernel, BlockKernel>;
+
+// Convolutions of which each is all that reads what the one before gives: a pointwise one, or none, one with taps, and
+// a pointwise one, or none (an inverted residual, arXiv:1801.04381, has all three). A batch goes through them band by
+// band: some rows of an image, or some images, so that what is between them stays in the cache.
+struct BandsKernel {
+  Dtype dtype;
+  std::vector<Convolution> convolutions;
+};
 struct PoolKernel {
   NormActArgs args;
 };
@@ -28,11 +37,14 @@ struct GateKernel {  // what squeeze-excite makes a gate with: a factor for each
   bool hard;
 };
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 // Values are numbered: the plan's inputs, then what the steps give, in order.
 constexpr int64_t kNone = -1;
 
 struct Step {
-  std::variant<ConvKernel, BlockKernel, PoolKernel, GateKernel> kernel;
+  // None: a later one has taken it over.
+  std::variant<std::monostate, ConvKernel, BlockKernel, BandsKernel, PoolKernel, GateKernel> kernel;
   int64_t input, gate, residual;
   int64_t channels;  // of what it gives
 };
@@ -51,8 +63,8 @@ struct Plan {
   int64_t inputs;
   std::vector<Step> steps;
   std::vector<int64_t> outputs;  // values
-  // For each value the piece of memory that it lies in, none where it is an input or output. A piece holds one value
-  // after the other.
+  // For each value the piece of memory that it lies in, none where it is an input or output, or never whole. A piece
+  // holds one value after the other.
   std::vector<int64_t> pieces;
   int64_t piece_count = 0;
 };
