@@ -4,30 +4,26 @@ The forward is run once with stand-ins: for its input, a ``torch.fx`` proxy that
 those in it, objects of the same classes with the same attributes, which write down that they were called. Nothing
 global is replaced, so other threads go on meanwhile, and nothing of the model is changed. A module whose forward asks
 for a value, leaves something behind, draws a random number or changes autograd's mode is *opaque*: a call of it is one
-node, and what it does is left to it. So is one that holds what cannot be compared later, in its attributes.
+node, and what it does is left to it. So is one that holds what cannot be compared later, in its attributes, and one
+whose code stand-ins cannot be handed to (``forward_code.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dis
 import enum
 import functools
-import gc
 import operator
-import pickle
-import random
 import sys
 import types
-from collections.abc import Iterator
+import weakref
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from mobilenet_ext.forward_code import CannotLook, Interrupted, NotKnown, every_call_followed
 from mobilenet_ext.tracing import analysing
 from mobilenet_ext.units import is_norm
 from mobilenet_ext.untouched import is_untouched, plain_class
@@ -36,12 +32,10 @@ from mobilenet_ext.untouched import is_untouched, plain_class
 _SETTINGS = {"shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_sparse", "is_quantized"}
 _SETTING_CALLS = {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.is_floating_point, Tensor.stride}
 
+_PATIENCE = 3  # with what interrupts a forward that is followed
+
 PLANS = "_fused_plans"  # an attribute of a fused module
 MODULE_ATTRIBUTES = vars(nn.Module()).keys()
-
-
-class NotKnown(Exception):
-    """A forward did something that a graph cannot repeat."""
 
 
 class ForwardGraph:
@@ -50,25 +44,41 @@ class ForwardGraph:
     Attributes:
         graph: ``torch.fx`` graph with one placeholder. A ``call_module`` or ``get_attr`` node's target is a name in
             ``objects``; the values of a ``get_attr`` node are read from its module when the node is run.
-        objects: the modules that are called, and those that parameters are read from, by name.
-        containers: the modules whose forward the graph repeats.
-        read: the modules that parameters or buffers are read from beside their call.
+        objects: the modules that are called, and those that parameters are read from, by name; the module itself, which
+            has its graph, by a weak reference.
+        containers: the modules in it whose forward the graph repeats too.
+        read: the modules in it that parameters or buffers are read from beside their call.
+
+    Raises:
+        NotKnown: a graph cannot repeat the forward.
+        CannotLook: it cannot be followed now.
     """
 
     def __init__(self, root: nn.Module) -> None:
         opaque: set[nn.Module] = set()
+        interruptions = 0
         while True:
             attempt = _Attempt(root, opaque)
             try:
                 self.graph = attempt.trace()
                 break
+            except CannotLook:
+                raise
+            except Interrupted as error:
+                interruptions += 1
+                if interruptions == _PATIENCE:
+                    raise NotKnown(str(error)) from None
             except Exception as error:  # whatever a forward makes of a stand-in
                 culprit = attempt.running[-1]
                 opaque.add(culprit)
                 if culprit is root:
-                    raise NotKnown(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-        self.objects, self.read = attempt.objects, attempt.read_from
-        self.containers = [module for module in attempt.containers if module not in opaque]
+                    reason = str(error) if isinstance(error, NotKnown) else f"{type(error).__name__}: {error}"
+                    raise NotKnown(reason.splitlines()[0]) from None
+            finally:
+                attempt.end()
+        self.objects = {name: weakref.proxy(root) if m is root else m for name, m in attempt.objects.items()}
+        self.read = attempt.read_from - {root}
+        self.containers = [module for module in attempt.containers if module not in {root, *opaque}]
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         return self.objects[node.target] if node.op == "call_module" else None
@@ -96,7 +106,7 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
 
 
 _DATA = (
-    int, float, complex, str, bytes, type, types.NoneType, types.BuiltinFunctionType, torch.dtype, torch.device,
+    int, float, complex, str, bytes, type, types.NoneType, torch.dtype, torch.device,
     torch.layout, torch.memory_format, enum.Enum,
 )  # fmt: skip
 
@@ -107,49 +117,13 @@ def is_data(value: object) -> bool:
         return all(map(is_data, (value.func, value.args, value.keywords)))
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None
+    if isinstance(value, types.BuiltinFunctionType):  # a method of what may have a state, or belongs to nobody
+        return isinstance(value.__self__, (types.ModuleType, type, types.NoneType))
     if isinstance(value, dict):
         return type(value).__module__ in ("builtins", "collections") and all(map(is_data, (*value, *value.values())))
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(is_data, value))
     return isinstance(value, _DATA)
-
-
-# A stand-in, or a fused module, would answer them otherwise; and it raises nothing where a tensor does.
-_QUESTIONS = {"isinstance", "issubclass", "is_tensor", "type", "__class__", "id", "vars", "locals"}
-_HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "BEFORE_WITH", "PUSH_EXC_INFO"}
-_TRUSTED = {"torch", "mobilenet_ext", *sys.stdlib_module_names}
-
-
-@functools.cache
-def _why_not_followed(code: types.CodeType) -> str | None:
-    """What there is in the code of a function that stand-ins cannot be handed to."""
-    asked = _QUESTIONS.intersection(code.co_names)
-    if asked:
-        return f"{code.co_name} calls {min(asked)}()"
-    if any(instruction.opname in _HANDLERS for instruction in dis.get_instructions(code)):
-        return f"{code.co_name} handles exceptions, or has a context"
-    return None
-
-
-@contextlib.contextmanager
-def _every_function_followed() -> Iterator[None]:
-    """Whoever calls a function, in this thread, that cannot be followed is not known."""
-
-    def look_at(frame: types.FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_globals.get("__name__", "").split(".")[0] not in _TRUSTED:
-            reason = _why_not_followed(frame.f_code)
-            if reason is not None:
-                raise NotKnown(reason)
-
-    before, collects = sys.getprofile(), gc.isenabled()
-    gc.disable()  # it may call back into anybody's code, in which an exception would end the profile and nothing else
-    sys.setprofile(look_at)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-        if collects:
-            gc.enable()
 
 
 class _Guarded:
@@ -201,20 +175,20 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, attempt: _Attempt) -> None:
         super().__init__(fx.Graph())
-        self._attempt = attempt
+        self.attempt: _Attempt | None = attempt
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _StandIn(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            return self._attempt.read(a)
+            return self.attempt.read(a)
         if isinstance(a, nn.Module):
             raise NotKnown("a module is an argument")
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        self._attempt.check_mode()
+        self.attempt.check_mode()
         return super().create_node(*args, **kwargs)
 
 
@@ -265,12 +239,17 @@ class _Attempt:
         if not all(map(is_data, attributes_of(self._root).values())):
             raise NotKnown("an attribute may have a state of its own")
         placeholder = self._tracer.create_proxy("placeholder", "x", (), {})
-        with _same_random_numbers(), analysing(), _Recorder(self._tracer), _every_function_followed():
+        with analysing(), _Recorder(self._tracer), every_call_followed():
             out = self._stand_in(self._root)(placeholder)
         if not _can_be_returned(out):
             raise NotKnown(f"it returns a {type(out).__name__}")
         self._tracer.create_proxy("output", "output", (out,), {})
         return self._tracer.graph
+
+    def end(self) -> None:
+        """Let go of what refers to one another, which would be freed by the garbage collector only."""
+        self._stand_ins.clear()
+        self._tracer.attempt = None
 
     def check_mode(self) -> None:
         if _autograd_mode() != self._mode:
@@ -347,22 +326,6 @@ class _Attempt:
 
 def _copy(value: object) -> object:
     return copy.deepcopy(value) if isinstance(value, (list, dict, set)) and is_data(value) else value
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Whoever draws numbers of Python's or NumPy's meanwhile is not known; afterwards the same are drawn as before.
-    (Those of PyTorch's are drawn when the graph runs.)"""
-    python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
-    before = pickle.dumps((python, of_numpy))
-    try:
-        yield
-        drawn = pickle.dumps((random.getstate(), np.random.get_state(legacy=False))) != before
-    finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)
-    if drawn:
-        raise NotKnown("it draws random numbers")
 
 
 def _autograd_mode() -> tuple[object, ...]:

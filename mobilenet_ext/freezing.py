@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mobilenet_ext import fusing, fusion, storage
+from mobilenet_ext.forward_code import CannotLook
 from mobilenet_ext.plans import FoldedChain, Plans, parts_of
 
 
@@ -73,8 +74,11 @@ def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
 
 
 def _folds(module: nn.Module) -> bool:
-    with torch.no_grad():
-        return bool(fusing.plans_of(module).of(module).chains)
+    try:
+        with torch.no_grad():
+            return bool(fusing.plans_of(module).of(module).chains)
+    except CannotLook:
+        return True  # as far as is known
 
 
 class _StayInEval:

@@ -1,7 +1,9 @@
 """A module's forward with its chains on the kernels: found in the graph of its calls, and run in the graph's place.
 
-A plan holds for one state of the modules that it was made of: which they are, their settings, their mode, and who
-watches. Any other state is looked at anew; the last few are kept, so that training and evaluation may take turns.
+A plan holds for one state of the modules that it was made of: which they are, their settings, and who watches; and for
+one mode of PyTorch and the module, of which each has its plans, so that training and evaluation may take turns.
+
+Nothing in a plan refers to the module that it is of, which has it: both are freed with the module's last name.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch.nn.modules import module as nn_module
 from mobilenet_ext import _host, fusion
 from mobilenet_ext.chain import Normalised
 from mobilenet_ext.composite_activations import composite_at
-from mobilenet_ext.forward_graph import ForwardGraph, NotKnown, attributes_of, is_data
+from mobilenet_ext.forward_code import CannotLook, NotKnown
+from mobilenet_ext.forward_graph import PLANS, ForwardGraph, attributes_of, is_data
 from mobilenet_ext.graph_code import Call, function_of
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
 from mobilenet_ext.regions import regions_of
@@ -29,7 +32,7 @@ from mobilenet_ext.seams import Found, Seams, close_seams, gives
 from mobilenet_ext.units import UnitModules, does_nothing, is_layer
 from mobilenet_ext.untouched import forwards_are_original
 
-KEPT = 4  # plans of a module: training and evaluation, each with gradients and without
+_KEPT = 4  # plans of a module in each mode
 PATIENCE = 8  # with a module that is another one at each call: then its own forward runs for good
 
 
@@ -73,36 +76,60 @@ class Plans:
 
     def __init__(self, folds: bool = False) -> None:
         self.folds = folds
-        self._plans: tuple[Plan, ...] = ()
-        self._wasted = 0  # plans in a row that held for one call
+        self._kept: dict[object, _Kept] = {}  # by mode
 
     def __reduce__(self) -> tuple[object, ...]:
         return Plans, (self.folds,)
 
     def find(self, module: nn.Module) -> Callable[[Tensor], object] | None:
         """What runs the module's forward of one tensor; None: the forward itself."""
-        if self._wasted > PATIENCE or (self.folds and fusion.is_observed()):
+        kept = self._kept.get(_mode(module))
+        if (kept is not None and kept.wasted > PATIENCE) or (self.folds and fusion.is_observed()):
             return None
-        return self.of(module).run
+        try:
+            return self.of(module).run
+        except CannotLook:
+            return None
 
     def of(self, module: nn.Module) -> Plan:
-        """The plan for the module's present state."""
-        plans = self._plans
-        for plan in plans:
+        """The plan for the module's present state.
+
+        Raises:
+            CannotLook: there is none yet, and now none can be made.
+        """
+        mode = _mode(module)
+        kept = self._kept.get(mode, _Kept((), 0))
+        for plan in kept.plans:
             if plan.holds(module):
-                self._wasted = 0
-                break
+                if plan is not kept.plans[0] or kept.wasted:
+                    self._kept[mode] = kept.with_first(plan, wasted=0)
+                return plan
+        same = next((plan for plan in kept.plans if plan.has_same_structure(module)), None)
+        plan = Plan(module, self.folds, same)
+        if same is None:
+            self._kept[mode] = kept.with_first(plan, wasted=kept.wasted + bool(kept.plans))
         else:
-            same = next((plan for plan in plans if plan.has_same_structure(module)), None)
-            plan = Plan(module, self.folds, same)
-            self._wasted += same is None
-        if not plans or plan is not plans[0]:
-            self._plans = (plan, *(each for each in plans if each is not plan))[:KEPT]
+            self._kept[mode] = kept.without(same).with_first(plan, wasted=kept.wasted)
+            for each in concatenated.from_iterable(other.plans for other in list(self._kept.values())):
+                each.let_go_of_replaced_tensors()
         return plan
 
 
+class _Kept(NamedTuple):
+    """Of one mode."""
+
+    plans: tuple[Plan, ...]  # the last one first
+    wasted: int  # plans in a row that held for one call
+
+    def with_first(self, plan: Plan, wasted: int) -> _Kept:
+        return _Kept((plan, *self.without(plan).plans)[:_KEPT], wasted)
+
+    def without(self, plan: Plan) -> _Kept:
+        return self._replace(plans=tuple(each for each in self.plans if each is not plan))
+
+
 class Plan:
-    """How a module's forward runs in one state of its modules.
+    """How a module's forward runs in one mode, and one state of its modules.
 
     Args:
         same: a plan from when all was the same but for parameters and buffers.
@@ -120,7 +147,6 @@ class Plan:
         self.chains: list[FusedChain | FoldedChain] = []
         self.graph: ForwardGraph | None = None
         self.why_not: str | None = None
-        self._mode = _mode()
         if same is not None:
             self.graph, self.why_not = same.graph, same.why_not
         else:
@@ -139,9 +165,9 @@ class Plan:
     def has_same_structure(self, module: nn.Module) -> bool:
         """Whether all is as it was but for which parameters and buffers there are."""
         return (
-            self._mode == _mode()
-            and self._training == module.training
-            and self._children is module._modules
+            self._children is module._modules
+            and type(module) is self._kind
+            and (self.graph is None or _host.dicts_are((), (), (_attributes(module),), self._attributes))
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and forwards_are_original()
             and all(map(operator.is_, map(type, self._modules), self._kinds))
@@ -150,25 +176,38 @@ class Plan:
         )
 
     def holds(self, module: nn.Module) -> bool:
-        return self.has_same_structure(module) and _host.dicts_are((), (), self._tensor_slots, self._tensors)
+        return self.has_same_structure(module) and self._has_its_tensors()
+
+    def _has_its_tensors(self) -> bool:
+        return _host.dicts_are((), (), self._tensor_slots, self._tensors)
+
+    def let_go_of_replaced_tensors(self) -> None:
+        """Free them, if there are such; what is known of the forward stays."""
+        if not self._has_its_tensors():
+            self.run, self.chains, self._tensors = None, [], (None,)
 
     def _guard(self, module: nn.Module) -> None:
-        self._training, self._children = module.training, module._modules
+        self._children, self._kind, self._attributes = module._modules, type(module), ()
         # A forward that is not known runs itself, whatever changes: what it leaves in its attributes is no news.
         graph = self.graph
-        called = [] if graph is None else [graph.module_of(node) for node in graph.graph.nodes]
-        opaque = {each for each in called if each is not None and not is_layer(each)}
-        inside = {part for each in opaque for part in each.modules()} - set([] if graph is None else graph.containers)
-        known = [] if graph is None else [each for each in module.modules() if each not in inside]
-        self._modules = (*known, *opaque)
+        known, opaque, containers = [], set(), []
+        if graph is not None:
+            self._attributes = tuple(_attributes(module).values())
+            containers = graph.containers
+            called = [graph.module_of(node) for node in graph.graph.nodes]
+            opaque = {each for each in called if each is not None and not is_layer(each)}
+            inside = {part for each in opaque for part in each.modules()} - {module, *containers}
+            known = [each for each in module.modules() if each not in inside]
+        below = [each for each in known if each is not module]
+        self._modules = (*below, *opaque)
         self._kinds = tuple(map(type, self._modules))
-        containers = [] if graph is None else graph.containers
-        self._forwards = tuple({(type(each), type(each).forward) for each in containers})
+        self._forwards = tuple({(kind, kind.forward) for kind in map(type, (module, *containers))})
         hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
-        hooks += [getattr(each, f"_{kind}") for each in self._modules for kind in _HOOKS]
-        self._counted = (*hooks, *(each.__dict__ for each in known))
+        hooks += [getattr(each, f"_{kind}") for each in (*known, *opaque) for kind in _HOOKS]
+        self._counted = (*hooks, *(each.__dict__ for each in below))
         self._counts = tuple(map(len, self._counted))
-        self._slots = tuple(filter(None, (slots for each in known for slots in (each.__dict__, each._modules))))
+        slots = [module._modules, *(slots for each in below for slots in (each.__dict__, each._modules))]
+        self._slots = tuple(filter(None, slots if graph is not None else ()))
         self._contents = _values(self._slots)
         self._tensor_slots = tuple(filter(None, (s for each in known for s in (each._parameters, each._buffers))))
         self._tensors = _values(self._tensor_slots)
@@ -177,16 +216,28 @@ class Plan:
         self._data = [(value, copy.deepcopy(value)) for value in mutable]
 
 
+def _attributes(module: nn.Module) -> dict[str, object]:
+    """All but its plans."""
+    attributes = module.__dict__.copy()
+    attributes.pop(PLANS, None)
+    return attributes
+
+
 def _values(slots: tuple[dict, ...]) -> tuple[object, ...]:
     return tuple(concatenated.from_iterable(map(dict.values, slots)))
 
 
+_DEVICE_KINDS = ("cpu", "cuda")
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
-def _mode() -> tuple[bool, ...]:
-    """What a forward may ask PyTorch for, besides its module."""
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+def _mode(module: nn.Module) -> tuple[object, ...]:
+    """What a forward may ask PyTorch for, besides its module, and that one's own mode."""
+    autocast = ()
+    if torch._C._is_any_autocast_enabled():
+        kinds = (kind for kind in _DEVICE_KINDS if torch.is_autocast_enabled(kind))
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+    return module.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
 
 
 def _find_chains(

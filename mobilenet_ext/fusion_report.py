@@ -79,7 +79,7 @@ class _Seen:
         if fusing.is_fused(module):
             plan = fusing.plans_of(module).of(module)
             if plan.graph is not None:
-                self._add_plan(plan)
+                self._add_plan(module, plan)
                 return
             reason = f"not called, as far as is known of {type(module).__name__}.forward: {plan.why_not}"
             self._reasons.update({child: reason for child in module.modules() if child not in self._reasons})
@@ -89,19 +89,19 @@ class _Seen:
         for child in module.children():
             self.look_into(child)
 
-    def _add_plan(self, plan: Plan) -> None:
+    def _add_plan(self, module: nn.Module, plan: Plan) -> None:
         for chain in plan.chains:
             self._add_chain(chain.units)
         graph = plan.graph
         calls = Counter(node.target for node in graph.graph.nodes if node.op == "call_module")
-        self._reasons.update({child: "not called" for each in graph.containers for child in each.children()})
+        self._reasons.update({child: "not called" for each in (module, *graph.containers) for child in each.children()})
         for node in graph.graph.nodes:
-            module = graph.module_of(node)
-            if isinstance(module, nn.Conv2d):
+            called = graph.module_of(node)
+            if isinstance(called, nn.Conv2d):
                 several = f"called {calls[node.target]} times in a forward"
-                self._reasons[module] = several if calls[node.target] > 1 else _why_no_unit(graph, node)
-            elif module is not None:
-                self.look_into(module)
+                self._reasons[called] = several if calls[node.target] > 1 else _why_no_unit(graph, node)
+            elif called is not None:
+                self.look_into(called)
 
     def _add_sequence(self, modules: list[nn.Module], training: bool) -> None:
         while modules:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 from collections.abc import Callable
 
@@ -53,12 +55,15 @@ class Network(nn.Module):
         super().__init__()
         self.a, self.b = unit(8, 8, 3), unit(8, 8)
         self.conv, self.bn, self.act = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.identity, self.absent = nn.Identity(), None
         self.kept: list[Tensor] = []
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("centre", torch.zeros(8))
         self.steps = {"n": 0}
         if calls is a_generator:
             self.generator = random.Random(0)
+        if calls is a_method_of_a_generator:
+            self.draw = random.random
         self.calls = calls
         self.double()
 
@@ -104,6 +109,29 @@ def python_random(self: Network, x: Tensor) -> Tensor:
 
 def numpy_random(self: Network, x: Tensor) -> Tensor:
     return self.a(x) if np.random.rand() < 0.5 else self.b(x)
+
+
+def random_in_a_function(self: Network, x: Tensor) -> Tensor:
+    from random import random as draw
+
+    return self.a(x) if draw() < 0.5 else self.b(x)
+
+
+class Settings:
+    source = random
+    draw = functools.partial(random.uniform, 0)
+
+
+def random_elsewhere(self: Network, x: Tensor) -> Tensor:
+    return self.a(x) * (Settings.draw(1) + Settings.source.random())
+
+
+def random_of_a_caller(self: Network, x: Tensor) -> Tensor:
+    return scaled_by(self.a(x), np.random)
+
+
+def scaled_by(x: Tensor, source: object) -> Tensor:
+    return x * source.uniform()
 
 
 def torch_random(self: Network, x: Tensor) -> Tensor:
@@ -225,5 +253,25 @@ def a_list_of_modules(self: Network, x: Tensor) -> Tensor:
     return x
 
 
+def same_object(self: Network, x: Tensor) -> Tensor:
+    y = self.identity(x)
+    return self.a(x) * (2 if y is x else 1)
+
+
+def same_object_as_a_function(self: Network, x: Tensor) -> Tensor:
+    y = F.dropout(x, 0.0)
+    return self.a(x) * (1 if operator.is_not(y, x) else 2)
+
+
+def asks_for_none(self: Network, x: Tensor) -> Tensor:
+    y = x if self.absent is None else self.absent(x)
+    known = y is not None
+    return self.b(self.a(y)) * (3 if known else 2)
+
+
 def a_generator(self: Network, x: Tensor) -> Tensor:
     return self.a(x) * self.generator.random()
+
+
+def a_method_of_a_generator(self: Network, x: Tensor) -> Tensor:
+    return self.a(x) * self.draw()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mobilenet_ext as mx
-from mobilenet_ext import plans
+from mobilenet_ext import fusing, plans
 from mobilenet_ext.contract import Padding
 from mobilenet_ext.convolutions import leading_convolution
 
@@ -294,8 +294,8 @@ def test_images_of_any_size_leave_few_plans() -> None:
         for h in range(16, 32):
             x = torch.randn(1, 3, h, 48 - h, dtype=torch.float64)
             assert_close(frozen(x), network(x))
-    kept = [chain.prepared.plans for plan in frozen.units._fused_plans._plans for chain in plan.chains]
-    kept += [chain.prepared.plans for plan in frozen._fused_plans._plans for chain in plan.chains]
+        chains = [c for module in (frozen, frozen.units) for c in fusing.plans_of(module).of(module).chains]
+    kept = [chain.prepared.plans for chain in chains if chain.prepared is not None]
     assert kept and all(len(made) <= plans._KEPT for made in kept)
 
 
