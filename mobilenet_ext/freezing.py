@@ -64,9 +64,11 @@ def freeze(model: nn.Module, *, cuda_graph: bool = False) -> nn.Module:
         if fusion.calls_its_stages(module):
             module.plans = Plans(cuda_graph and module not in inner)
             folds = folds or any(isinstance(part, FoldedChain) for part in parts_of(module))
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.train = _StayInEval(module)  # on each: dropout in a parent must not come back either
     fusing.put_plans_in(frozen, folds=True)
+    for module in frozen.modules():  # each: dropout in a parent must not come back either
+        has_plan = fusing.is_fused(module) or fusion.calls_its_stages(module)
+        if not has_plan and not isinstance(module, torch.jit.ScriptModule):
+            module.train = _StayInEval(module)
     folds = folds or any(_folds(module) for module in frozen.modules() if fusing.is_fused(module))
     if not folds:
         warnings.warn(f"freeze found nothing to fold in this {type(model).__name__}", stacklevel=2)
@@ -82,7 +84,7 @@ def _folds(module: nn.Module) -> bool:
 
 
 class _StayInEval:
-    """``train`` of a module in a frozen model: gives the module back as it is."""
+    """``train`` of a module without a plan in a frozen model: gives the module back as it is."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)  # a module that its attributes refer to is not freed with its last name

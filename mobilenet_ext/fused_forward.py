@@ -179,12 +179,15 @@ class Plan:
         return self.has_same_structure(module) and self._has_its_tensors()
 
     def _has_its_tensors(self) -> bool:
-        return _host.dicts_are((), (), self._tensor_slots, self._tensors)
+        # Whoever gives a parameter other `data` may give it another shape.
+        return _host.dicts_are((), (), self._tensor_slots, self._tensors) and all(
+            map(operator.eq, map(_shape_of, self._shaped), self._shapes)
+        )
 
     def let_go_of_replaced_tensors(self) -> None:
         """Free them, if there are such; what is known of the forward stays."""
         if not self._has_its_tensors():
-            self.run, self.chains, self._tensors = None, [], (None,)
+            self.run, self.chains, self._tensors, self._shaped = None, [], (None,), ()
 
     def _guard(self, module: nn.Module) -> None:
         self._children, self._kind, self._attributes = module._modules, type(module), ()
@@ -211,9 +214,14 @@ class Plan:
         self._contents = _values(self._slots)
         self._tensor_slots = tuple(filter(None, (s for each in known for s in (each._parameters, each._buffers))))
         self._tensors = _values(self._tensor_slots)
+        self._shaped = tuple(each for each in self._tensors if each is not None)
+        self._shapes = tuple(map(_shape_of, self._shaped))
         held = [value for each in known for value in attributes_of(each).values()]
         mutable = [value for value in held if isinstance(value, (list, dict, set)) and is_data(value)]
         self._data = [(value, copy.deepcopy(value)) for value in mutable]
+
+
+_shape_of = operator.attrgetter("shape")
 
 
 def _attributes(module: nn.Module) -> dict[str, object]:

@@ -56,17 +56,21 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, in place: the modules have the classes again that they had before.
 
     Args:
-        model: any ``nn.Module``; in one that was not fused nothing changes.
+        model: any ``nn.Module``; in one that was not fused, or is frozen, nothing changes.
 
     Returns:
         The same object.
     """
     _check_module(model)
     for module in model.modules():
-        if is_fused(module):
-            module.__class__ = plain_class(type(module))
-            module.__dict__.pop(PLANS, None)
+        if is_fused(module) and not plans_of(module).folds:
+            _give_class_back(module)
     return model
+
+
+def _give_class_back(module: nn.Module) -> None:
+    module.__class__ = plain_class(type(module))
+    module.__dict__.pop(PLANS, None)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -83,8 +87,10 @@ def plain(model: nn.Module) -> nn.Module:
         ``nn.Sequential``, fused modules have their own classes. What was frozen follows ``train()`` again.
     """
     _check_module(model)
-    twin = unfuse(copy.deepcopy(model))
+    twin = copy.deepcopy(model)
     for module in twin.modules():
+        if is_fused(module):
+            _give_class_back(module)
         if isinstance(module, fusion.Staged):
             module.__dict__.pop("plans", None)
         if isinstance(module, fusion.FusedSequential) and type(module).forward is fusion.FusedSequential.forward:
@@ -146,6 +152,9 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
                     return run(args[0])
         return plain_forward(self, *args, **kwargs)
 
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return self if plans_of(self).folds else kind.train(self, mode)
+
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if plans_of(self).folds:
             with torch.inference_mode(False):  # tensors made in inference mode would not tell when they are changed
@@ -161,6 +170,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     members = {
         PLAIN: kind,
         "forward": forward,
+        "train": train,
         "_apply": apply,
         "__reduce_ex__": reduce,
         **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},

@@ -44,6 +44,9 @@ class Staged(nn.Module):
         """The modules that ``forward`` calls in eval mode. Whoever overrides one of the two overrides both."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Staged:
+        return super().train(mode) if self.plans is None else self  # a frozen module stays in eval mode
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Staged:
         """``.to()`` and the like."""
         return super()._apply(fn, recurse) if self.plans is None else self.plans.convert(self, super()._apply, fn)

@@ -24,7 +24,7 @@ from mobilenet_ext.inference_steps import Pack, Step, as_input, execute, is_as_i
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.seams import Seams
 from mobilenet_ext.unit_tensors import InferenceUnit, bias_bn, compute_dtype, fold, is_autocast
-from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, has_its_tensors
+from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, has_its_shapes, has_its_tensors
 from mobilenet_ext.untouched import forwards_are_original, is_exactly
 
 _KEPT = 8
@@ -218,7 +218,8 @@ class FoldedChain:
         """How the kernels take inputs that are laid out as these; None where they do not."""
         dtype = compute_dtype(x)
         if not (
-            fusion.accepts(x, self.units)
+            all(has_its_shapes(unit.convolution.layer, unit.bn) for unit in self.units)
+            and fusion.accepts(x, self.units)
             and (gate is None or fusion.gate_fits(gate, x))
             and self._accepts_linear(x, dtype)
         ):
@@ -237,9 +238,15 @@ class FoldedChain:
     def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
         if self._linear is None:
             return True
-        tensors = [t for t in (self._linear.weight, self._linear.bias) if t is not None]
+        weight, bias = self._linear.weight, self._linear.bias
+        tensors = [t for t in (weight, bias) if t is not None]
         dtypes = DTYPES if is_autocast(x) else (dtype,)
-        return all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
+        features = self._linear.out_features
+        return (
+            all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
+            and weight.shape == (features, self.units[-1].convolution.layer.out_channels)
+            and (bias is None or bias.shape == (features,))
+        )
 
     def _plan(
         self, prepared: _Prepared, device: torch.device, fit: Fit

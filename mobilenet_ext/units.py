@@ -185,12 +185,8 @@ def does_nothing(module: nn.Module) -> bool:
 
 def _is_consistent(conv: nn.Conv2d, bn: nn.Module | None) -> bool:
     """Whether the tensors are what the modules' settings say; where not, the plain modules complain, or compute."""
-    vectors = (conv.bias, *vectors_of(bn))
-    if not (
-        all(tensor is None or type(tensor) in TENSORS for tensor in (conv.weight, *vectors))
-        and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-        and all(vector is None or vector.shape == (conv.out_channels,) for vector in vectors)
-    ):
+    tensors = (conv.weight, conv.bias, *vectors_of(bn))
+    if not all(tensor is None or type(tensor) in TENSORS for tensor in tensors) or not has_its_shapes(conv, bn):
         return False
     if bn is None:
         return True
@@ -200,6 +196,14 @@ def _is_consistent(conv: nn.Conv2d, bn: nn.Module | None) -> bool:
         and (bn.running_mean is None) == (bn.running_var is None)
         and bn.eps > 0
         and not any(type(number) is int and abs(number) > _LARGEST for number in numbers)
+    )
+
+
+def has_its_shapes(conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+    """Whether the tensors have the shapes that the modules' settings say."""
+    vectors = (conv.bias, *vectors_of(bn))
+    return conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size) and all(
+        vector is None or vector.shape == (conv.out_channels,) for vector in vectors
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import threading
 from collections.abc import Callable
 
@@ -383,3 +384,57 @@ def test_parts_without_python_code_stay_as_they_are() -> None:
     fused = mx.fuse(copy.deepcopy(plain))
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
     assert_close(fused(x), plain(x))
+
+
+def pruned(network: nn.Sequential) -> None:
+    """Structured pruning as some tools do it: half of the channels between two convolutions."""
+    for tensor in (network[0].weight, network[0].bias, *network[1].parameters(), *network[1].buffers()):
+        if tensor.ndim:
+            tensor.data = tensor.data[:4].clone()
+    network[3].weight.data = network[3].weight.data[:, :4].clone()
+
+
+def with_larger_kernels(network: nn.Sequential) -> None:
+    network[0].weight.data = torch.randn(8, 8, 3, 3, dtype=torch.float64)
+
+
+def with_too_few_statistics(network: nn.Sequential) -> None:
+    network[1].running_var.data = network[1].running_var.data[:4].clone()
+
+
+def with_too_few_channels(network: nn.Sequential) -> None:
+    network[0].weight.data = torch.randn(8, 4, 1, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", [pruned, with_larger_kernels, with_too_few_statistics, with_too_few_channels])
+@pytest.mark.parametrize("make", [mx.fuse, mx.freeze, lambda m: mx.freeze(mx.nn.FusedSequential(*m))])
+@pytest.mark.parametrize("changed", ["before", "after"])
+def test_data_of_another_shape(change: Callable, make: Callable, changed: str) -> None:
+    """The outputs of the plain modules, or their error."""
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    plain = nn.Sequential(*unit(8, 8), *unit(8, 8)).double().eval()
+    for conv in (plain[0], plain[3]):
+        conv.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
+    network = copy.deepcopy(plain)
+    if changed == "after":
+        network = make(network)
+        network(x)
+    for each in (network, plain):
+        torch.manual_seed(0)
+        change(each)
+    if changed == "before":
+        network = make(network)
+    try:
+        expected = plain(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            network(x)
+    else:
+        assert_close(network(x), expected)
+
+
+def test_a_frozen_network_without_another_name_can_be_told_to_train() -> None:
+    """``train`` gives the network back."""
+    for make in (lambda: unit(8, 8), lambda: mx.nn.FusedSequential(*unit(8, 8)), lambda: mx.MobileNetV1(3, 0.25)):
+        frozen = mx.freeze(make()).train()
+        assert isinstance(frozen, nn.Module) and not frozen.training and not any(m.training for m in frozen.modules())
