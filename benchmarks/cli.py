@@ -158,6 +158,10 @@ def _measure(args: argparse.Namespace) -> int:
     )
     report: dict[str, Any] = {"bench": args.bench, "about": results.about(args.device), "limits": {}, "results": []}
     report["command"] = shlex.join(["mobilenet-ext", "bench", *_without_files(args.words)])
+    others = args.models != [MOBILENET_V1]
+    saved = results.default_file(f"networks-{args.bench}" if others else args.bench, report["about"])
+    for path in [args.json] * bool(args.json) + [saved] * args.save:
+        results.check_writable(path)  # now, and not after what may take an hour
     if args.bench != "curves":
         found = limits.measure_limits(args.device, args.dtype, min(5, effort.rounds), min(0.1, effort.burst_s))
         report["limits"] = {dtype: of._asdict() for dtype, of in found.items()}
@@ -171,10 +175,8 @@ def _measure(args: argparse.Namespace) -> int:
     print(table.heading(report))
     print(table.tables(report))
     if args.save:
-        others = args.models != [MOBILENET_V1]
-        path = results.default_file(f"networks-{args.bench}" if others else args.bench, report["about"])
-        results.write(path, report)
-        for picture in pictures.draw(report, path):
+        results.write(saved, report)
+        for picture in pictures.draw(report, saved):
             print(picture)
     ours = [row for result in report["results"] for row in result["rows"] if is_ours(row["runner"])]
     return 1 if any("refused" in row for row in ours) else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import platform
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import mobilenet_ext as mx
 from mobilenet_ext.backends import cpu
 from mobilenet_ext.files import write_atomically
+from mobilenet_ext.train.errors import reason
 
 FORMAT = 2  # of the files; raised when a reader of old ones would misread new ones
 FOLDER = Path(__file__).parent / "results"
@@ -64,17 +67,35 @@ def default_file(bench: str, about: dict[str, Any]) -> Path:
     return FOLDER / folder / f"{bench}.json"
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a result to come. Raises ValueError where the result could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):  # as `write_atomically`, beside it
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write the result {path}: {reason(error)}") from error
+
+
 def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"format": FORMAT, **report}, indent=1).encode() + b"\n")
+    """Raises ValueError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"format": FORMAT, **report}, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot write the result {path}: {reason(error)}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is none of ours."""
     try:
-        report = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        report = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read the result {path}: {reason(error)}") from error
+    except ValueError as error:  # UnicodeDecodeError among them
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    if not isinstance(report, dict) or report.get("format") != FORMAT or not {"about", "results"} <= report.keys():
         raise ValueError(f"{path}: not a result of `mobilenet-ext bench` in format {FORMAT}")
     return report

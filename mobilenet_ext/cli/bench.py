@@ -13,8 +13,11 @@ CHECKOUT = Path(mobilenet_ext.__file__).parent.parent
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Adds ``bench`` to the command line's subcommands."""
-    # What follows is parsed in the checkout, which an installed package may not have.
-    parser = subparsers.add_parser("bench", help="time the kernels and networks against their peers", add_help=False)
+    # What follows is parsed in the checkout, which an installed package may not have. So no word is an option here, not
+    # even --help.
+    parser = subparsers.add_parser(
+        "bench", help="time the kernels and networks against their peers", add_help=False, prefix_chars="\0"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
 

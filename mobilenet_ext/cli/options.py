@@ -114,11 +114,12 @@ def free_folder(name: str) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:  # or another process has just made it
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
         except OSError as error:
-            raise TrainError(f"cannot make the output folder {folder}: {reason(error)}") from error
+            # Not where it is `runs` that is there, as a link to nowhere: then no number would be free.
+            if not isinstance(error, FileExistsError) or not folder.parent.is_dir():
+                raise TrainError(f"cannot make the output folder {folder}: {reason(error)}") from error
+            number += 1  # it was there, or another process has just made it
+            folder = Path("runs") / f"{name}-{number}"
 
 
 def require_out(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ _COMMENT_LENGTH = len(_COMMENT) + 2 * hashlib.new(DIGEST).digest_size
 _END_OF_ARCHIVE = struct.Struct(
     "<4s4H2LH"
 )  # the record that ends every zip archive; its last field: the comment's length
+_END_SIGNATURE = b"PK\x05\x06"
 
 Entries = Mapping[str, tuple[str, Callable[[Any], bool]]]
 
@@ -158,8 +159,10 @@ def load_archive(path: str | os.PathLike[str], raw: bytes, kind: str) -> Any:
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and PyTorch each have their own ways to say it
         raise TrainError(f"{path} is not a {kind}, or is truncated or damaged") from error
-    # A checkpoint without this entry was written before there were digests.
-    if intact is None and isinstance(content, dict) and content.get("format") == FORMAT and "digest" in content:
+    # A checkpoint without this entry was written before there were digests; one that a user has loaded, and saved again
+    # with `torch.save`, keeps the entry, and is an archive of its own.
+    marked = isinstance(content, dict) and content.get("format") == FORMAT and "digest" in content
+    if intact is None and marked and not _ends_as_torch_saves(raw):
         raise TrainError(f"{path} is not a {kind}, or is truncated or damaged")
     return content
 
@@ -245,13 +248,24 @@ def _check_momenta(state: Any, parameters: list[Tensor], entry: str, path: str |
 def _append_digest(archive: io.BytesIO) -> None:
     raw = archive.getbuffer()
     signature, *fields, comment = _END_OF_ARCHIVE.unpack_from(raw, len(raw) - _END_OF_ARCHIVE.size)
-    if signature != b"PK\x05\x06" or comment:
+    if signature != _END_SIGNATURE or comment:
         raise RuntimeError("torch.save has not written a zip archive without a comment")
     _END_OF_ARCHIVE.pack_into(raw, len(raw) - _END_OF_ARCHIVE.size, signature, *fields, _COMMENT_LENGTH)
     digest = hashlib.new(DIGEST, raw).hexdigest()
     raw.release()
     archive.seek(0, io.SEEK_END)
     archive.write(_COMMENT + digest.encode())
+
+
+def _ends_as_torch_saves(raw: bytes) -> bool:
+    """Whether the file is what `torch.save` makes, a zip archive that never had a comment or (on request) no archive.
+
+    An archive that has lost its comment is none: the length before the comment still says that there was one.
+    """
+    if not raw.startswith(b"PK"):
+        return True
+    signature, *_, comment = _END_OF_ARCHIVE.unpack(raw[-_END_OF_ARCHIVE.size :])
+    return signature == _END_SIGNATURE and comment == 0
 
 
 def _has_its_digest(raw: bytes) -> bool | None:

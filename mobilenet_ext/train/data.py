@@ -139,7 +139,7 @@ class InMemoryImagenette(Dataset):
         if size not in IMAGENETTE_FOLDERS:
             raise ValueError(f"size must be one of {', '.join(IMAGENETTE_FOLDERS)}, not {size!r}")
         folder = Path(root) / IMAGENETTE_FOLDERS[size]
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             if not download:
                 raise TrainError(f"Imagenette is not there: {folder} is missing")
             _download_imagenette(Path(root), size)
@@ -163,13 +163,15 @@ class InMemoryImagenette(Dataset):
 def find_imagenette(root: str | os.PathLike[str]) -> str | None:
     """The size of the first published variant of Imagenette that lies in ``root``, or None."""
     for size, folder in IMAGENETTE_FOLDERS.items():
-        if (Path(root) / folder).is_dir():
+        if os.path.isdir(Path(root) / folder):
             return size
     return None
 
 
 def _download_imagenette(root: Path, size: str) -> None:
     """Puts Imagenette into ``root``, whole or not at all; waits for another process that is at it."""
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise TrainError(f"--data-dir must be a folder, and {root} is none")
     datasets = require("torchvision.datasets", "downloading Imagenette", "torchvision")
     folder = IMAGENETTE_FOLDERS[size]
     try:

@@ -18,7 +18,7 @@ from mobilenet_ext.train.model import AMP_DTYPES, build_model
 from mobilenet_ext.train.recipe import Recipe
 from mobilenet_ext.train.report import Progress
 from mobilenet_ext.train.run import RunOptions
-from mobilenet_ext.train.sources import make_loader, make_transform, open_source
+from mobilenet_ext.train.sources import make_loader, make_transform, open_sources
 from mobilenet_ext.train.transforms import Normalise
 
 
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     recipe = Recipe.from_dict(
         {**recipe.to_dict(), **{key: value for key, value in changed.items() if value is not None}}
     )
-    source = open_source(recipe, "val", data_dir=options.data_dir, corrupt=options.corrupt, classes=classes)
+    (source,) = open_sources(recipe, ["val"], data_dir=options.data_dir, corrupt=options.corrupt, classes=classes)
     workers = default_workers(recipe.data) if options.workers is None else options.workers
     loader = make_loader(recipe, source, "val", workers=workers, pin_memory=options.device.type == "cuda")
     with Interrupt() as interrupt, Progress("eval", len(loader)) as bar:

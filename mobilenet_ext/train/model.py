@@ -59,7 +59,15 @@ def check_trainable(model: nn.Module, recipe: Recipe, classes: int, images: int,
             with torch.no_grad(), random_state(recipe.seed, device), autocast:
                 outputs = twin.train(mode == "training")(zeros)
         except Exception as error:  # every network has its own way to say what it does not take
-            raise TrainError(f"{recipe.model} does not run {where}: {reason(error)}") from error
+            instead = "" if (advice := against_single_values(error)) is None else f"; {advice}"
+            raise TrainError(f"{recipe.model} does not run {where}: {reason(error)}{instead}") from error
         if not isinstance(outputs, Tensor) or outputs.shape != (batch, classes):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TrainError(f"{recipe.model} gives {got} {where}; logits {[batch, classes]} are needed")
+
+
+def against_single_values(error: BaseException) -> str | None:
+    """What to change where PyTorch refuses to normalise one value per channel in training; None for other errors."""
+    if not isinstance(error, ValueError) or "Expected more than 1 value per channel" not in str(error):
+        return None
+    return "try a --batch-size that leaves no batch with one image, or a larger --resolution"

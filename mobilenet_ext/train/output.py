@@ -34,6 +34,8 @@ def output_folder(out: str | os.PathLike[str], *names: str) -> Iterator[None]:
             raise TrainError(
                 f"another run writes into {out} ({error}): wait for it, or choose another --out"
             ) from error
+        except FileExistsError as error:
+            raise TrainError(f"--out must be a folder, and {out} is none") from error
         except OSError as error:
             raise TrainError(f"cannot write to the output folder {out}: {reason(error)}") from error
         if not alone:

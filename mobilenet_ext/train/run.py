@@ -23,13 +23,13 @@ from mobilenet_ext.train.initial_weights import InitialWeights, load_initial_wei
 from mobilenet_ext.train.interrupt import Interrupt
 from mobilenet_ext.train.loader import default_workers
 from mobilenet_ext.train.loop import EpochStats, count_trainable_parameters, evaluate, train_one_epoch
-from mobilenet_ext.train.model import AMP_DTYPES, build_model, check_trainable
+from mobilenet_ext.train.model import AMP_DTYPES, against_single_values, build_model, check_trainable
 from mobilenet_ext.train.output import output_folder
 from mobilenet_ext.train.process_state import random_state, torch_defaults, use_backend
 from mobilenet_ext.train.recipe import MOBILENET_V1, Recipe
 from mobilenet_ext.train.records import EVENTS_PREFIX, METRICS, PICTURE, Records
 from mobilenet_ext.train.report import Progress, epoch_line, note, progress_missing, say
-from mobilenet_ext.train.sources import Source, make_loader, open_source
+from mobilenet_ext.train.sources import Source, make_loader, open_sources
 from mobilenet_ext.train.step_graph import StepGraph
 from mobilenet_ext.train.transforms import Normalise
 
@@ -81,7 +81,7 @@ class RunResult:
 
 def has_run(out: str | os.PathLike[str]) -> bool:
     """Whether the folder holds a run that can be resumed."""
-    return (Path(out) / LAST).exists()
+    return os.path.exists(Path(out) / LAST)  # False, too, where nobody may look, or for a name that is too long
 
 
 def recorded_recipe(out: str | os.PathLike[str]) -> Recipe:
@@ -163,6 +163,10 @@ def run_training(
         except torch.OutOfMemoryError as error:
             instead = "a smaller --batch-size" + (" or --no-cuda-graph" if run.step_graph is not None else "")
             raise TrainError(f"out of memory on {options.device}: try {instead}") from error
+        except ValueError as error:  # images that cannot be read may leave one in a batch, which nobody has tried
+            if (advice := against_single_values(error)) is None:
+                raise
+            raise TrainError(f"{recipe.network} does not train on a batch: {reason(error)}; {advice}") from error
         finally:
             run.records.close()
         return RunResult(out, run.parameters, run.history, interrupt.requested)
@@ -199,9 +203,7 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.device = recipe, out, options.device
         self.step_graph = StepGraph(note) if _captures(recipe, options) else None
-        opening = {"data_dir": options.data_dir, "corrupt": options.corrupt}
-        train_source = open_source(recipe, "train", **opening)
-        val_source = open_source(recipe, "val", classes=train_source.classes, **opening)
+        train_source, val_source = open_sources(recipe, data_dir=options.data_dir, corrupt=options.corrupt)
         self.classes = train_source.classes
         self.dataset = {"name": train_source.name, "train_images": len(train_source), "val_images": len(val_source)}
         self.found_unreadable = len(train_source.unreadable) + len(val_source.unreadable)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +48,49 @@ class Source:
         return len(self.dataset)  # type: ignore[arg-type]
 
 
-def open_source(
+def open_sources(
     recipe: Recipe,
-    split: str,
+    splits: Sequence[str] = ("train", "val"),
     *,
     data_dir: str | os.PathLike[str] = "data",
     corrupt: str = "skip",
     classes: list[str] | None = None,
-) -> Source:
-    """Opens the recipe's data.
+) -> list[Source]:
+    """Opens the recipe's data, all splits with the same classes.
 
     Args:
         recipe: ``data`` and ``resolution`` are used.
-        split: ``"train"`` or ``"val"``.
+        splits: ``"train"``, ``"val"`` or both.
         data_dir: where Imagenette lies, or is to be put.
         corrupt: ``"skip"``: images that cannot be read are named and left out; ``"refuse"``: every image is decoded
             first, and none may be unreadable.
-        classes: the class names expected.
+        classes: the class names expected; None for those of the first split.
 
     Raises:
-        TrainError: the data is missing or broken, or holds unreadable images and they are refused.
+        TrainError: the data is missing or broken, or holds unreadable images and they are refused, those of all splits
+            in one message.
     """
+    sources: list[Source] = []
+    for split in splits:
+        sources.append(_open(recipe, split, data_dir, classes))
+        classes = sources[0].classes
+    if corrupt == "refuse":
+        for source in sources:
+            if isinstance(source.dataset, ImageFolder):
+                source.unreadable = source.dataset.unreadable()
+        unreadable = [image for source in sources for image in source.unreadable]
+        if unreadable:
+            raise TrainError(
+                f"unreadable images in {recipe.data}: {len(unreadable)}: {listed(unreadable)}; "
+                "--corrupt skip leaves them out"
+            )
+    for split, source in zip(splits, sources, strict=True):
+        for image in source.unreadable:
+            unreadable_noter(split)(image)
+    return sources
+
+
+def _open(recipe: Recipe, split: str, data_dir: str | os.PathLike[str], classes: list[str] | None) -> Source:
     if recipe.data == "digits":
         digits = Digits(split, recipe.resolution)
         return Source(digits, "digits", digits.classes, [])
@@ -79,23 +101,14 @@ def open_source(
         if found:
             note(f"reading Imagenette ({split}) into memory from {Path(data_dir) / IMAGENETTE_FOLDERS[size]}")
         images = InMemoryImagenette(data_dir, split, size, download=True)
-        source = Source(images, IMAGENETTE_FOLDERS[size], images.classes, images.unreadable)
         if classes is not None and images.classes != classes:
             raise TrainError(f"Imagenette in {data_dir} has other classes than expected: {', '.join(images.classes)}")
-    else:
-        root = Path(recipe.data)
-        if not root.is_dir():
-            raise TrainError(f"--data must be digits, imagenette or a folder with train/ and val/: no folder {root}")
-        folder = ImageFolder(root / split, classes=classes)
-        source = Source(folder, "folder", folder.classes, folder.unreadable() if corrupt == "refuse" else [])
-    if source.unreadable and corrupt == "refuse":
-        raise TrainError(
-            f"unreadable images in {recipe.data}: {len(source.unreadable)}: {listed(source.unreadable)}; "
-            "--corrupt skip leaves them out"
-        )
-    for image in source.unreadable:
-        unreadable_noter(split)(image)
-    return source
+        return Source(images, IMAGENETTE_FOLDERS[size], images.classes, images.unreadable)
+    root = Path(recipe.data)
+    if not os.path.isdir(root):  # False, too, where nobody may look, or for a name that is too long
+        raise TrainError(f"--data must be digits, imagenette or a folder with train/ and val/: no folder {root}")
+    folder = ImageFolder(root / split, classes=classes)
+    return Source(folder, "folder", folder.classes, [])
 
 
 def make_transform(recipe: Recipe, split: str) -> Callable[..., Any]:

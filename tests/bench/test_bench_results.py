@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from torch import nn
 
 import mobilenet_ext.cli as command_line
-from benchmarks import cli, compare, curves, kernels, pictures, readme, results, scaling, table
+from benchmarks import cli, compare, curves, kernels, limits, pictures, readme, results, scaling, table
 from benchmarks.network import Workload
 from benchmarks.peers import CAPTURED, OURS
 from mobilenet_ext.cli import bench
@@ -83,12 +84,43 @@ def test_nothing_in_common_and_other_machines_are_said() -> None:
     assert "different machines" in compare.report(report(1), other)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}'])
-def test_files_of_others_are_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"format": 1}', b'{"format": 2}', b"\xff"])
+def test_files_of_others_are_refused(tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.json"
-    path.write_text(text)
+    path.write_bytes(text)
     assert cli.main(["compare", str(path), str(path)]) == 1
-    assert str(path) in capsys.readouterr().err
+    assert one_line(capsys).startswith(f"mobilenet-ext bench: {path}: not ")
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.write(tmp_path / "result.json", report(1))
+    for path, why in ((tmp_path / "missing.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert cli.main(["compare", str(tmp_path / "result.json"), str(path)]) == 1
+        assert one_line(capsys) == f"mobilenet-ext bench: cannot read the result {path}: {why}"
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_measurement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*arguments: Any) -> None:
+        raise AssertionError("measures first")
+
+    monkeypatch.setattr(limits, "measure_limits", measure)
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "x.json", "(File exists|Not a directory)")):
+        assert cli.main(["kernels", "--device", "cpu", "--json", str(path)]) == 1
+        assert re.fullmatch(f"mobilenet-ext bench: cannot write the result {path}: {why}", one_line(capsys))
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "file")
+    assert cli.main(["kernels", "--device", "cpu", "--save"]) == 1
+    assert "cannot write the result" in one_line(capsys)
+    with pytest.raises(AssertionError, match="measures first"):
+        cli.main(["kernels", "--device", "cpu", "--json", str(tmp_path / "new" / "x.json")])
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_a_captured_run_of_ours_is_no_peer() -> None:
@@ -241,6 +273,29 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as error:
         command_line.main(["bench", *arguments])
     assert error.value.code == 2 and "mobilenet-ext bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "inference"),
+        (["-h"], "compare"),
+        (["kernels", "--help"], "bench kernels"),
+        (["compare", "-h"], "after"),
+    ],
+)
+def test_help(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        command_line.main(["bench", *arguments])
+    captured = capsys.readouterr()
+    assert error.value.code == 0 and captured.err == ""
+    assert captured.out.startswith("usage: mobilenet-ext bench ") and said in captured.out
+
+
+def test_an_option_before_the_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        command_line.main(["bench", "--rounds", "3", "kernels"])
+    assert error.value.code == 2 and "mobilenet-ext bench: error:" in capsys.readouterr().err
 
 
 def test_without_a_checkout(

@@ -152,6 +152,21 @@ def test_a_checkpoint_cannot_lose_its_digest_unnoticed(tmp_path: Path, change: C
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_checkpoint_that_was_loaded_and_saved_again_is_read(tmp_path: Path, archive: bool) -> None:
+    """It keeps the entry that says that there is a digest, and PyTorch writes none."""
+    path = tmp_path / "edited.pt"
+    save_checkpoint(path, content(**state()))
+    edited = {**torch.load(path, weights_only=True), "classes": ["c", "d"]}
+    torch.save(edited, path, _use_new_zipfile_serialization=archive)
+    assert load_checkpoint(path, resumable=True)["classes"] == ["c", "d"]
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TrainError, match=r"edited\.pt is not a checkpoint, or is truncated or damaged"):
+            load_checkpoint(path)
+
+
 def test_checkpoints_of_before_there_were_digests_are_read(tmp_path: Path) -> None:
     torch.save({"format": "mobilenet_ext checkpoint 1", **content(), **state()}, tmp_path / "old.pt")
     assert load_checkpoint(tmp_path / "old.pt", resumable=True)["classes"] == ["a", "b"]

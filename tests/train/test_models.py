@@ -262,7 +262,14 @@ def test_a_last_batch_of_one_image_is_tried(images: Path, tmp_path: Path, capsys
     assert train(images, tmp_path / "run", shufflenet, *small, "--batch-size", 23) == 1
     message = one_message(capsys)
     assert "does not run in training, on 1 image of 16x16: Expected more than 1 value per channel" in message
+    assert message.rstrip().endswith("try a --batch-size that leaves no batch with one image, or a larger --resolution")
     assert train(images, tmp_path / "run", shufflenet, *small, "--batch-size", 12) == 0
+    for unreadable in sorted((images / "train").glob("*/*"))[:23]:  # which shows in the epoch, not before
+        unreadable.write_bytes(b"")
+    assert train(images, tmp_path / "few", shufflenet, *small, "--batch-size", 12) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"mobilenet-ext: {shufflenet} does not train on a batch: Expected more than 1 value")
+    assert message.endswith("try a --batch-size that leaves no batch with one image, or a larger --resolution")
 
 
 @pytest.mark.parametrize(

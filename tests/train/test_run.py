@@ -225,6 +225,13 @@ REFUSED = [
     (["--backend", "nonsense"], "--backend nonsense: "),
     (["--data", "/no/such/folder"], "no folder /no/such/folder"),
     (["--resume"], "--resume needs --out"),
+    (["--out", __file__], f"--out must be a folder, and {__file__} is none"),
+    (["--data", __file__], f"no folder {__file__}"),
+    (["--data", 300 * "x", "--out", "run"], f"no folder {300 * 'x'}"),
+    (["--data", "imagenette", "--data-dir", __file__], f"--data-dir must be a folder, and {__file__} is none"),
+    (["--out", 300 * "x"], f"cannot write to the output folder {300 * 'x'}: File name too long"),
+    (["--resume", "--out", 300 * "x"], f"there is no run to resume in {300 * 'x'}"),
+    (["--init", "."], "cannot read the file of weights .: Is a directory"),
 ]
 
 
@@ -283,10 +290,27 @@ def test_resuming_without_a_whole_checkpoint_is_refused(
 
 def test_an_unwritable_out_is_one_message(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")  # permissions would not stop root
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert train(images, out) == 1
+    out = tmp_path / "file" / "run"
+    assert train(images, out) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"cannot write to the output folder {out}: Not a directory" in error
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_place_for_runs_that_cannot_be_made_is_one_message(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    deadline: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for get_in_the_way in (lambda: Path("runs").symlink_to("nowhere"), Path("runs").touch):
+        get_in_the_way()
+        assert main([command]) == 1
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "cannot write to the output folder" in error
+        assert error.count("\n") == 1 and "cannot make the output folder runs/digits-" in error
+        Path("runs").unlink()
 
 
 def test_corrupt_images_are_named_counted_and_skipped(
@@ -307,11 +331,13 @@ def test_corrupt_images_are_named_counted_and_skipped(
 def test_corrupt_images_are_refused_by_a_flag_before_training(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = images / "train" / "dark" / "04.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
+    broken = [images / "train" / "dark" / "04.jpg", images / "val" / "light" / "25.jpg"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:300])
     assert train(images, tmp_path / "run", "--corrupt", "refuse") == 1
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and f"unreadable images in {images}: 1: {broken} (" in captured.err
+    assert captured.err.count("\n") == 1 and f"unreadable images in {images}: 2: {broken[0]} (" in captured.err
+    assert f"{broken[1]} (" in captured.err
     assert captured.out == "" and not (tmp_path / "run" / "last.pt").exists()
 
 
