@@ -1,8 +1,9 @@
 """What takes long and runs in processes of its own: started when the session starts, it has what processor the tests
-leave idle."""
+leave idle. A worker of pytest-xdist, of which each collects all tests and runs a share, starts it when a test asks."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Callable
@@ -11,11 +12,19 @@ from typing import Any
 
 _pool = ThreadPoolExecutor(os.cpu_count())
 _running: set[subprocess.Popen] = set()
+_in_worker = "PYTEST_XDIST_WORKER" in os.environ
 
 
-def start(function: Callable[..., Any], *arguments: Any) -> Future:
+class Later:
+    """In place of a future: calls the function when its result is first asked for."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.result = functools.cache(functools.partial(function, *arguments))
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> Future | Later:
     """Calls ``function``, which waits for processes (``run``), in a thread of as many as there are processors."""
-    return _pool.submit(function, *arguments)
+    return Later(function, arguments) if _in_worker else _pool.submit(function, *arguments)
 
 
 def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before PyTorch is imported: its threads spin while they wait, and those of all workers want the same processors.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 import background
 import pytest

@@ -57,7 +57,7 @@ def assert_same(compiled, model: nn.Module, twin: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_training_and_eval(compiler):
     model = features()
     twin = copy.deepcopy(model)

@@ -247,6 +247,11 @@ def test_tools_see_the_plain_network(fused, plain, x, tool):
     assert fused_units(fused, x) == UNITS
 
 
+@pytest.mark.parametrize(
+    "plain",
+    [name if name == "timm" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS],
+    indirect=True,
+)
 def test_compiles(fused, plain, x):
     fused.eval(), plain.eval()
     targets: list[str] = []

@@ -232,6 +232,7 @@ sys.exit(fuzz.main())
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(BROKEN.format(tests=str(Path(__file__).parent)))

@@ -72,7 +72,9 @@ def check(name, f):
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(other, marks=pytest.mark.slow) for other in ("bfloat16", "float64"))]
+)
 def test_every_op(dtype: str) -> None:
     code = f"""
 dtype, linear, relu, silu = torch.{dtype}, 0, 1, 4

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(1200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(10, marks=pytest.mark.slow), pytest.param(1200, marks=pytest.mark.soak)]
+)
 def test_soak(seconds: int) -> None:
     command = [sys.executable, str(Path(__file__).with_name("soak.py")), "--seconds", str(seconds)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -12,6 +12,7 @@ from mobilenet_ext.contract import Act
 SMALL = (activations.Layer("depthwise", 5, 8, 8, 6), activations.Layer("pointwise", 1, 8, 4, 6))
 
 
+@pytest.mark.slow
 def test_a_row_for_each_layer_and_pass(monkeypatch, capsys) -> None:
     monkeypatch.setattr(activations, "LAYERS", SMALL)
     words = ["--device", "cpu", "--rounds", "2", "--burst", "0.001", "--batch", "2", "--dtype", "float32"]

@@ -141,6 +141,7 @@ def test_the_ratio_is_taken_round_by_round() -> None:
     assert table.paired_ratio([2 * s for s in drifting], drifting) == (2.0, 2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_process_of_its_own() -> None:
     # The images of the larger batch alone take 3 MiB more, its first activations 8.
     small, large = (comparison.peak_memory("eager NCHW", INFERENCE._replace(batch=b, resolution=64)) for b in (1, 65))
@@ -148,6 +149,7 @@ def test_peak_memory_of_a_process_of_its_own() -> None:
     assert comparison.peak_memory("nobody", INFERENCE) is None
 
 
+@pytest.mark.slow
 def test_limits_are_measured() -> None:
     found = measure_limits("cpu", ["float32", "bfloat16"], rounds=1)
     assert list(found) == ["float32", "bfloat16"]

@@ -231,6 +231,7 @@ def test_the_readme_of_this_checkout_is_current() -> None:
     assert readme.update(check=True) == 0
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "inference.json"
     options = "--device cpu --width 0.25 --resolution 33 --batch 1 2 --dtype float32 --rounds 2 --no-memory".split()

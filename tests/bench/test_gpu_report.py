@@ -100,6 +100,7 @@ def test_a_part_of_quick_stands_alone(checkout: Path) -> None:
     assert done.returncode == 0 and (checkout / "elsewhere" / "layers.log").is_file()
 
 
+@pytest.mark.slow
 def test_quick_ends_in_time(checkout: Path) -> None:
     """A part that hangs is cut off after its own time, and what is late after all of it."""
     script = checkout / "benchmarks" / "gpu_report.sh"

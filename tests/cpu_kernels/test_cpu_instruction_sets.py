@@ -32,7 +32,9 @@ def run_tests(isa: str, marked: str, *files: str) -> None:
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-@each_other_isa
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=[pytest.mark.slow] * isa.startswith("avx512")) for isa in ISAS if isa != ISA]
+)
 def test_cover_on_other_instruction_sets(isa: str) -> None:
     run_tests(isa, "cover and not slow", __file__, *FILES)
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils import cpp_extension
 
 from mobilenet_ext.cuda_toolkit import find_cuda_toolkit
+from mobilenet_ext.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -57,9 +58,10 @@ def compile_library(name: str, sources: list[Path], torch_library: bool = False,
         *(f"build {output}: compile {source}" for output, source in objects.items()),
         f"build {library}: link {' '.join(map(str, objects))}",
     ]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-    result = background.run(command)
+    with locked(folder / ".lock", wait=True):  # workers of pytest-xdist may want it at once
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        result = background.run(command)
     if result.returncode:
         raise RuntimeError(result.stdout)
     return library

@@ -8,7 +8,6 @@ import every_op
 import plain
 import pytest
 import torch
-from combinations import in_turn
 from plain import FORWARD, TRAINING_FORWARD, relative_error
 from test_network import backward, check_gradients, check_running_statistics, forward_with_masks, pair
 
@@ -20,9 +19,18 @@ pytestmark = pytest.mark.usefixtures("emulated")
 
 # Both round operands and results once; the sum of a product's terms is what differs.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+GPUS = [(80, 80), (75, 75), (90, 75)]  # compute capabilities: of the GPU, and of what it was compiled for
 
 
-@in_turn("dtype, gpu", every_op.DTYPES, (80, 80), [(75, 75), (90, 75)])
+@pytest.mark.parametrize(
+    ("dtype", "gpu"),
+    [
+        pytest.param(dtype, gpu, marks=[] if gpu == plain else [pytest.mark.slow])
+        for dtype, plain in zip(every_op.DTYPES, GPUS, strict=True)
+        for gpu in GPUS
+    ],
+    ids=str,
+)
 def test_every_op(device: Callable[..., None], dtype: torch.dtype, gpu: tuple[int, int]) -> None:
     """The last GPU runs code that its driver made of PTX for an older one: the emulator lets it have no more than that
     one has."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from combinations import combinations, in_turn
 from conv_inputs import DTYPES, output_inputs
 from convolutions import EPS, PRODUCT_TOLERANCE, affine
 from cpu_ops import (
@@ -123,32 +124,25 @@ def check_backward(p: Problem, kind: str = "statistics", allowed: float = 0.0) -
     assert same_bits(only_input[0], da) and only_input[1].shape == (0,) and same_bits(only_input[2], grad_gate)
 
 
-@pytest.mark.parametrize("act", INPUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@combinations("shape, dtype, act", SHAPES, DTYPES, INPUTS)
 def test_forward(shape: tuple[int, ...], dtype: torch.dtype, act: Act | None) -> None:
     check_forward(Problem(shape, dtype, act))
 
 
-@pytest.mark.parametrize("act", INPUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@combinations("shape, dtype, act", SHAPES, DTYPES, INPUTS)
 def test_backward(shape: tuple[int, ...], dtype: torch.dtype, act: Act | None) -> None:
     for kind in OUTPUTS:
         check_backward(Problem(shape, dtype, act), kind)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", TILED, ids=str)
+@in_turn("shape, dtype", TILED, DTYPES[0], DTYPES[1:])
 def test_several_tiles(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     p = Problem(shape, dtype)
     check_forward(p)
     check_backward(p)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, TILED[0]], ids=str)
+@combinations("shape, dtype, normalised", [*SHAPES, TILED[0]], DTYPES, [False, True])
 def test_inference(shape: tuple[int, ...], dtype: torch.dtype, normalised: bool) -> None:
     p = Problem(shape, dtype, None)
     bn_y = random_bn(shape[2], dtype) if normalised else None
@@ -238,8 +232,7 @@ def test_empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert not bn_y[0].any() and not grad_weight.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[4], TILED[0], TILED[2]], ids=str)
+@in_turn("shape, dtype", [SHAPES[4], TILED[0], TILED[2]], DTYPES[0], DTYPES[1:])
 def test_same_bits_each_run(device: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Also when the threads of a block run in another order: none reads what another has not written yet."""
     p = Problem(shape, dtype)

@@ -89,7 +89,10 @@ def test_an_image_takes_its_own_memory_along_and_no_more(imagenette: Path) -> No
     assert digit.permute(1, 2, 0).is_contiguous()
 
 
-@pytest.mark.parametrize(("method", "workers"), [("none", 0), ("fork", 2), ("forkserver", 2), ("spawn", 2)])
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [("none", 0), ("fork", 2), pytest.param("forkserver", 2, marks=pytest.mark.slow), ("spawn", 2)],
+)
 def test_few_open_files_are_enough_for_many_images(tmp_path: Path, method: str, workers: int) -> None:
     for number in range(400):
         write_image(tmp_path / FOLDER / f"{number}.png", number, size=(9, 8))

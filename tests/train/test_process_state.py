@@ -152,7 +152,10 @@ def test_using_a_checkpoint_leaves_the_process_as_it_was(
     assert process_state() == before
 
 
-@pytest.mark.parametrize("state", ["no_grad", "float64", "deterministic", "warnings", "device"])
+@pytest.mark.parametrize(
+    "state",
+    ["no_grad", "device", *(pytest.param(s, marks=pytest.mark.slow) for s in ("float64", "deterministic", "warnings"))],
+)
 def test_a_run_does_not_depend_on_the_state_of_the_process(images: Path, tmp_path: Path, state: str) -> None:
     run_training(tiny_recipe(images), tmp_path / "plain", RunOptions())
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from test_records import metrics
 from test_run import assert_same_run
@@ -65,6 +66,7 @@ def test_ctrl_c_with_workers_ends_cleanly_and_resumes(images: Path, tmp_path: Pa
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(images: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     settings = ["train", *TINY, "--data", str(images), "--epochs", "3", "--out", out, "--workers", "2"]
@@ -75,6 +77,7 @@ def test_a_second_ctrl_c_stops_at_once(images: Path, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(cli: Cli, images: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: between the checkpoint with momentum and that without."""
     settings = ["train", *TINY, "--data", str(images), "--epochs", "2", "--out", str(tmp_path / "run")]

@@ -113,6 +113,7 @@ def test_the_second_of_two_sweeps_is_refused(images: Path, tmp_path: Path, capsy
     assert list((tmp_path / "sweep").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_loading_processes_can_be_resumed_at_once(images: Path, tmp_path: Path) -> None:
     killed = start(PAUSED, ["train", *settings(images, tmp_path / "run"), "--workers", "2"], tmp_path)
     try:
@@ -142,8 +143,9 @@ def test_a_folder_without_locks_is_used_with_a_note(
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("last.pt", 1), ("config.json", 1), ("metrics.jsonl", 1), ("events.out", 1),
-     *(pytest.param(*other, marks=pytest.mark.slow) for other in (("last.pt", 3), ("best.pt", 1), ("curves.png", 1)))],
+    [("last.pt", 1), *(pytest.param(*other, marks=pytest.mark.slow) for other in (
+        ("config.json", 1), ("metrics.jsonl", 1), ("events.out", 1), ("last.pt", 3), ("best.pt", 1), ("curves.png", 1)
+    ))],
 )  # fmt: skip
 def test_what_a_killed_run_leaves_half_written_is_gone_after_the_next(
     whole: tuple[Path, Path], tmp_path: Path, name: str, count: int
