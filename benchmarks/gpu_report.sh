@@ -81,7 +81,7 @@ trap 'trap - INT TERM; [ -z "$child" ] || kill "$child" 2> /dev/null; echo "gpu_
 tests() {
   local report status=0
   report=$(mktemp)
-  run "$python" -m pytest -vv -rs --durations=5 --junitxml "$report" "$@" || status=$?
+  run "$python" -m pytest -n0 -vv -rs --durations=5 --junitxml "$report" "$@" || status=$?
   if grep -o '<skipped [^>]*' "$report" | grep -v 'needs two GPUs\|needs a Hopper GPU' | sort | uniq -c; then
     echo "gpu_report: tests were skipped"
     status=1
@@ -90,13 +90,12 @@ tests() {
   return "$status"
 }
 
-# All but what needs the GPU for itself, in several processes where pytest-xdist is there: most of the time goes into
+# All but what needs the GPU for itself, in several processes: most of the time goes into
 # float64 on the CPU and into compiling Triton kernels. Then tensors of many gigabytes, one after the other.
 tests_of() { # backend, which tests
-  local parallel=() status=0
+  local status=0
   local ignored=(--ignore=tests/gpu/test_gpu_{sanitizer,speed,large_tensors}.py)
-  if "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 8); fi
-  OMP_NUM_THREADS=2 tests "${parallel[@]}" "${ignored[@]}" tests/gpu -k "$2" || status=$?
+  OMP_NUM_THREADS=2 tests -n 8 "${ignored[@]}" tests/gpu -k "$2" || status=$?
   tests tests/gpu/test_gpu_large_tensors.py -k "$1" || status=$?
   return "$status"
 }
@@ -117,9 +116,7 @@ smoke() {
 
 # The layers in bfloat16 in training, and in float32.
 correct() {
-  local parallel=()
-  if "$python" -c 'import xdist' 2> /dev/null; then parallel=(-n 12); fi
-  OMP_NUM_THREADS=1 tests "${parallel[@]}" --maxfail 20 tests/gpu/test_gpu_{agreement,units}.py \
+  OMP_NUM_THREADS=1 tests -n 12 --maxprocesses 12 --maxfail 20 tests/gpu/test_gpu_{agreement,units}.py \
     -k 'agree or (16_bits and bf16 and training) or (float32 and not eval)'
 }
 

@@ -28,7 +28,7 @@ each_other_isa = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != I
 def run_tests(isa: str, marked: str, *files: str) -> None:
     if not supports(isa):
         pytest.skip(f"this machine has no {isa}")
-    result = run_with_isa(isa, "-m", "pytest", "-x", "-m", marked, "-p", "no:cacheprovider", *files)
+    result = run_with_isa(isa, "-m", "pytest", "-n0", "-x", "-m", marked, "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

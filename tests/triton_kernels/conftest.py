@@ -68,7 +68,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def run_interpreted(file: Path, slow: bool) -> subprocess.CompletedProcess[str]:
     return background.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(["-m", "slow"] if slow else []), file],
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *(["-m", "slow"] if slow else []), file],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
 
