@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +173,19 @@ class _Perturbed(torch.autograd.Function):
         return ctx.rounding.added(ctx.rounding.off(grad, ctx.dtype)), None, None, None
 
 
+class _Spread(torch.autograd.Function):
+    """A vector of channels for every pixel of images; its gradient is their sum."""
+
+    @staticmethod
+    def forward(ctx, vector: Tensor, shape: torch.Size, rounding: Rounding) -> Tensor:
+        ctx.rounding = rounding
+        return _channel(vector).expand(shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.rounding.summed(grad), None, None
+
+
 class Rounding:
     """Random rounding of a computation that stores activations and their gradients in ``dtype``."""
 
@@ -198,6 +212,34 @@ class Rounding:
         a sum rounds at each of its steps, and terms that cancel exactly leave the roundoff of the partial sums."""
         half = torch.finfo(self.acc).eps / 2
         return torch.empty_like(x).uniform_(-half, half, generator=self.generator).add_(1).mul_(x)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """By channel, in the accumulation dtype: along each row, then row by row of each image, from any place on.
+
+        Each step rounds by the size of the sum so far, not of its term, and equal terms round alike: over a flat image
+        the errors grow with the number of terms, not with its root as those of ``added``.
+        """
+        if x.numel() == 0:
+            return x.sum((0, 2, 3))
+        total = x.to(self.acc)
+        for dim in (3, 2):
+            first = int(torch.randint(total.shape[dim], (), generator=self.generator))
+            total = functools.reduce(torch.add, total.roll(first, dim).unbind(dim))
+        return total.double().sum(0)
+
+    def some_of(self, weight: Tensor) -> Tensor:
+        """The first taps, and 0 for the others: with them a convolution gives one of its partial sums."""
+        taps = weight[0].numel()
+        first = torch.arange(taps) < torch.randint(1, taps + 1, (), generator=self.generator)
+        return weight.where(first.view(weight[0].shape), 0)
+
+    def error(self, x: Tensor) -> Tensor:
+        """What the accumulation dtype loses of a partial sum: all of its bits where the terms after it cancel it."""
+        return (self.off(x, self.acc) - x).nan_to_num(0, 0, 0)
+
+    def spread(self, vector: Tensor, x: Tensor) -> Tensor:
+        """A vector of channels for the pixels of ``x``."""
+        return _Spread.apply(vector, x.shape, self)
 
     def computed(self, x: Tensor) -> Tensor:
         """One use of a value that is kept in the accumulation dtype."""
@@ -232,14 +274,17 @@ class Rounded(nn.Module):
             return module(x)
         if isinstance(module, nn.Conv2d):
             bias = None if module.bias is None else self.parameter("bias")
-            return r.stored(module._conv_forward(r.read(x), self.parameter("weight"), bias))
+            x, weight = r.read(x), self.parameter("weight")
+            with torch.no_grad():
+                partial = module._conv_forward(x, r.some_of(weight), None)
+            return r.stored(module._conv_forward(x, weight, bias) + r.error(partial))
         if isinstance(module, nn.Linear):
             y = F.linear(r.read(x), self.parameter("weight"))
             return r.stored(y if module.bias is None else y + self.parameter("bias"))
         if isinstance(module, nn.BatchNorm2d):
             return self.batch_norm(x)
         if isinstance(module, Normalise):
-            y, vectors = r.read(x), [_channel(self.parameter(name)) for name in ("mean", "scale", "shift")]
+            y, vectors = r.read(x), [r.spread(self.parameter(name), x) for name in ("mean", "scale", "shift")]
             return r.stored(r.computed(r.computed(y - vectors[0]) * vectors[1]) + vectors[2])
         if isinstance(module, Statistics):
             mean, _, var = self.statistics(r.read(x))
@@ -256,7 +301,7 @@ class Rounded(nn.Module):
         mean = r.computed(r.computed(y).mean((0, 2, 3)))
         # The variance's derivative by the mean is zero, as everybody's formula has it, for an exact mean alone.
         var = r.computed(r.computed(r.computed(y) - _channel(mean.detach())).square().mean((0, 2, 3)))
-        return mean, r.computed(y) - _channel(mean), var
+        return mean, r.computed(y) - r.spread(mean, y), var
 
     def batch_norm(self, x: Tensor) -> Tensor:
         bn, r, y = self.module, self.rounding, self.rounding.read(x)
@@ -267,10 +312,10 @@ class Rounded(nn.Module):
         else:
             mean, var = bn.running_mean, r.computed(bn.running_var)
             deviation = y - r.computed(_channel(mean))
-        z = r.computed(r.computed(deviation) * _channel(r.computed((var + bn.eps).rsqrt())))
+        z = r.computed(r.computed(deviation) * r.spread(r.computed((var + bn.eps).rsqrt()), y))
         if bn.weight is not None:
-            z = r.computed(z * _channel(self.parameter("weight")))
-        return r.stored(z if bn.bias is None else z + _channel(self.parameter("bias")))
+            z = r.computed(z * r.spread(self.parameter("weight"), y))
+        return r.stored(z if bn.bias is None else z + r.spread(self.parameter("bias"), y))
 
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         bn, r = self.module, self.rounding

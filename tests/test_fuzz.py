@@ -112,6 +112,17 @@ def test_a_sum_rounds_though_its_terms_cancel() -> None:
     assert 0.1 < noise < 100
 
 
+def test_equal_terms_of_a_sum_round_alike() -> None:
+    """Of flat images, whose sums cancel, the partial sums' roundoff is left, and it has one sign."""
+    reference = Reference(nn.Sequential(nn.BatchNorm2d(16)))
+    reference.start(None, Rounding(torch.float32, 0))
+    flat = torch.linspace(0.1, 0.2, 16, dtype=torch.float64).view(1, 16, 1, 1).expand(1, 16, 40, 40)
+    upstream = torch.cat([-3 * flat, flat, flat, flat])
+    reference.model(torch.randn(4, 16, 40, 40, dtype=torch.float64)).backward(upstream)
+    noise = reference.model[0].module.bias.grad.abs().amax().item() / torch.finfo(torch.float32).eps
+    assert 1e3 < noise < 1e5  # with errors of the terms alone it is 10
+
+
 class ReadsWhatNobodyWrote(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.empty(x.shape)
