@@ -4,8 +4,8 @@ The forward is run once with stand-ins: for its input, a ``torch.fx`` proxy that
 those in it, objects of the same classes with the same attributes, which write down that they were called. Nothing
 global is replaced, so other threads go on meanwhile, and nothing of the model is changed. A module whose forward asks
 for a value, leaves something behind, draws a random number or changes autograd's mode is *opaque*: a call of it is one
-node, and what it does is left to it. So is one that holds what cannot be compared later, in its attributes, and one
-whose code stand-ins cannot be handed to (``forward_code.py``).
+node, and what it does is left to it. So is one that holds what cannot be compared later, in its attributes, one whose
+code stand-ins cannot be handed to (``forward_code.py``), and one with convolutions that is called more than once.
 """
 
 from __future__ import annotations
@@ -294,8 +294,10 @@ class _Attempt:
         return self._tracer.create_proxy("call_module", self.name_of(module), args, kwargs)
 
     def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.containers.append(module)
         self.running.append(module)
+        if module in self.containers and any(isinstance(each, nn.Conv2d) for each in module.modules()):
+            raise NotKnown("it is called again")  # as one node it has chains, of layers that are called once in it
+        self.containers.append(module)
         self._check_unchanged(module)
         out = plain_class(type(module)).forward(self._stand_ins[module], *args, **kwargs)
         for each in module.modules() if module is self._root else (module,):

@@ -262,3 +262,16 @@ def test_a_garbage_collection_changes_nothing() -> None:
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(callback)
+
+
+@pytest.mark.parametrize("make", [mx.fuse, mx.freeze])
+def test_a_container_that_is_called_twice(make: Callable) -> None:
+    """Like the head of a detector, for each size of its features: it is fused in itself."""
+    plain = Network(lambda self, x: self.b(self.a(self.a(x)))).eval()
+    network, x = make(copy.deepcopy(plain)), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert_close(network(x), plain(x))
+    rows = {row.name: row.why_not for row in mx.fusion_report(network)}
+    assert rows == {"a.0": None, "b.0": None, "conv": "not called"}
+    if make is mx.fuse:
+        assert fused_units(network.train(), x) == 3
+        assert network.a[1].num_batches_tracked == 2
