@@ -35,6 +35,7 @@ class Interrupted(Exception):
 
 # A stand-in, or a fused module, would answer them otherwise.
 _QUESTIONS = {"isinstance", "issubclass", "is_tensor", "type", "__class__", "id", "is_", "is_not", "vars", "locals"}
+_PATTERNS = {"MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"}
 _HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "BEFORE_WITH", "PUSH_EXC_INFO"}
 _TRUSTED = {"torch", "mobilenet_ext", *sys.stdlib_module_names}
 
@@ -115,6 +116,8 @@ def _look_into(code: types.CodeType) -> _Code:
     asked = _QUESTIONS.intersection(code.co_names)
     if asked:
         return _Code(f"{code.co_name} calls {min(asked)}()", ())
+    if any(each.opname in _PATTERNS for each in instructions):
+        return _Code(f"{code.co_name} matches patterns", ())
     if any(each.opname in _HANDLERS for each in instructions):
         return _Code(f"{code.co_name} handles exceptions, or has a context", ())
     for before, each in zip(instructions, instructions[1:], strict=False):

@@ -263,6 +263,13 @@ def same_object_as_a_function(self: Network, x: Tensor) -> Tensor:
     return self.a(x) * (1 if operator.is_not(y, x) else 2)
 
 
+def matches(self: Network, x: Tensor) -> Tensor:
+    match x:
+        case Tensor():
+            return self.a(x) * 2
+    return self.a(x)
+
+
 def asks_for_none(self: Network, x: Tensor) -> Tensor:
     y = x if self.absent is None else self.absent(x)
     known = y is not None
