@@ -13,12 +13,17 @@ import functools
 import gc
 import inspect
 import random
+import signal
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from torch import fx, nn
+
+from mobilenet_ext.plain_data import is_data
 
 
 class NotKnown(Exception):
@@ -33,23 +38,32 @@ class Interrupted(Exception):
     """The calls were not followed to their end; another time they may be."""
 
 
+ClassAttributes = dict[tuple[type, str], object]  # values, by class and name
+
 # A stand-in, or a fused module, would answer them otherwise.
-_QUESTIONS = {"isinstance", "issubclass", "is_tensor", "type", "__class__", "id", "is_", "is_not", "vars", "locals"}
+_QUESTIONS = {
+    "isinstance", "issubclass", "is_tensor", "type", "__class__", "id", "is_", "is_not", "vars", "locals", "callable",
+    "dir", "__dict__",
+}  # fmt: skip
 _PATTERNS = {"MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"}
 _HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "BEFORE_WITH", "PUSH_EXC_INFO"}
-_TRUSTED = {"torch", "mobilenet_ext", *sys.stdlib_module_names}
+_TRUSTED = ("torch", "mobilenet_ext")
 
 
 class _Code(NamedTuple):
     """What the code of a function says."""
 
     why_not: str | None  # it is not followed
+    asks: str | None  # what it would be answered otherwise
     reads: tuple[tuple[str, ...], ...]  # global variables, and attributes of them
 
 
 @contextlib.contextmanager
-def every_call_followed() -> Iterator[None]:
+def every_call_followed(class_attributes: ClassAttributes) -> Iterator[None]:
     """Whoever calls a function, in this thread, that cannot be followed is not known; the function is not run.
+
+    Args:
+        class_attributes: what is read of the classes of modules joins them.
 
     Raises:
         NotKnown: such a function was called.
@@ -59,12 +73,13 @@ def every_call_followed() -> Iterator[None]:
     refused: list[str] = []
 
     def look_at(frame: types.FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_globals.get("__name__", "").split(".")[0] not in _TRUSTED:
-            reason = _why_not_followed(frame)
-            if reason is not None and not _frees_memory(frame):
+        if event == "call" and _library_of(frame) not in _TRUSTED:
+            reason = _why_not_followed(frame, class_attributes)
+            if reason is not None and not _came_by_itself(frame, start):
                 refused.append(reason)
                 raise NotKnown(reason)
 
+    start = sys._getframe(2)  # of the `with` statement
     hook = _free_hook()
     hook(look_at)
     try:
@@ -89,42 +104,90 @@ def _free_hook() -> Callable[[object], None]:
     raise CannotLook("a debugger and a profiler follow the calls of this thread, so a forward cannot be followed")
 
 
-def _frees_memory(frame: types.FrameType | None) -> bool:
-    """Whether Python came here by itself, out of whatever was running: an error would end in nothing but a message."""
-    callbacks = [getattr(each, "__code__", None) for each in gc.callbacks]
-    while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_code in callbacks:
+def _library_of(frame: types.FrameType) -> str:
+    return frame.f_globals.get("__name__", "").split(".")[0]
+
+
+def _came_by_itself(frame: types.FrameType, start: types.FrameType) -> bool:
+    """Whether Python went here out of whatever was running: for a signal, or because something was freed. Somebody else
+    wants it to run, and an error would end in nothing but a message."""
+    handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
+    codes = set(map(_code_of, (*handlers, *gc.callbacks))) - {None}
+    while frame is not None and frame is not start:
+        if frame.f_code.co_name == "__del__" or frame.f_code in codes or any(map(_is_dead, frame.f_locals.values())):
             return True
         frame = frame.f_back
     return False
 
 
-def _why_not_followed(frame: types.FrameType) -> str | None:
+def _code_of(function: object) -> types.CodeType | None:
+    while isinstance(function, (functools.partial, types.MethodType)):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    if not isinstance(function, types.FunctionType):
+        function = type(function).__call__
+    return getattr(function, "__code__", None)
+
+
+def _is_dead(value: object) -> bool:
+    """Whether it is a weak reference to what was freed, as its callback is given."""
+    return isinstance(value, weakref.ref) and value() is None
+
+
+def _why_not_followed(frame: types.FrameType, class_attributes: ClassAttributes) -> str | None:
     """What there is in a function that stand-ins cannot be handed to."""
     code = _look_into(frame.f_code)
-    if code.why_not is not None:
-        return code.why_not
     given = list(frame.f_locals.values())  # arguments, and variables of functions around it
+    if _library_of(frame) in sys.stdlib_module_names:
+        return code.asks if any(map(_has_stand_in, given)) else None
+    if code.asks is not None or code.why_not is not None:
+        return code.asks or code.why_not
     if any(map(_is_random, given)) or any(_reads_random(names, frame.f_globals) for names in code.reads):
         return f"{frame.f_code.co_name} draws random numbers"
+    for module in given:
+        if isinstance(module, nn.Module):
+            read = _class_attributes(module, frame.f_code.co_names)
+            if any(map(_is_random, read.values())):
+                return f"{frame.f_code.co_name} draws random numbers"
+            if not all(map(is_data, read.values())):
+                return "an attribute of its class may have a state of its own"
+            class_attributes.update(read)
     return None
+
+
+def _has_stand_in(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_stand_in, value))
+    if isinstance(value, dict):
+        return any(map(_has_stand_in, value.values()))
+    return isinstance(value, fx.Proxy)
+
+
+def _class_attributes(module: nn.Module, names: tuple[str, ...]) -> ClassAttributes:
+    """Those of these names that the module has of its class, and that are no methods and the like."""
+    kind, found = type(module), {}
+    for name in names:
+        value = inspect.getattr_static(kind, name, None)
+        if name not in module.__dict__ and value is not None and not hasattr(type(value), "__get__"):
+            found[kind, name] = value
+    return found
 
 
 @functools.cache
 def _look_into(code: types.CodeType) -> _Code:
     instructions = list(dis.get_instructions(code))
-    asked = _QUESTIONS.intersection(code.co_names)
+    reads = tuple(_global_reads(instructions))
+    asked = _QUESTIONS.intersection((*code.co_names, *(each for each in code.co_consts if isinstance(each, str))))
     if asked:
-        return _Code(f"{code.co_name} calls {min(asked)}()", ())
+        return _Code(None, f"{code.co_name} asks for {min(asked)}", reads)
     if any(each.opname in _PATTERNS for each in instructions):
-        return _Code(f"{code.co_name} matches patterns", ())
-    if any(each.opname in _HANDLERS for each in instructions):
-        return _Code(f"{code.co_name} handles exceptions, or has a context", ())
+        return _Code(None, f"{code.co_name} matches patterns", reads)
     for before, each in zip(instructions, instructions[1:], strict=False):
         # PyTorch gives a tensor back as it is where nothing is to be done, and a stand-in is another one each time.
         if each.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval in (None, True, False)):
-            return _Code(f"{code.co_name} asks what an object is", ())
-    return _Code(None, tuple(_global_reads(instructions)))
+            return _Code(None, f"{code.co_name} asks what an object is", reads)
+    if any(each.opname in _HANDLERS for each in instructions):
+        return _Code(f"{code.co_name} handles exceptions, or has a context", None, reads)
+    return _Code(None, None, reads)
 
 
 def _global_reads(instructions: list[dis.Instruction]) -> Iterator[tuple[str, ...]]:
@@ -157,6 +220,10 @@ _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, np.ran
 
 def _is_random(value: object) -> bool:
     """Whether it is a module, a generator or a function of random numbers (PyTorch's become nodes of the graph)."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_random, value))
+    if isinstance(value, dict):
+        return any(map(_is_random, value.values()))
     if isinstance(value, functools.partial):
         value = value.func
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):

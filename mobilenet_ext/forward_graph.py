@@ -11,7 +11,7 @@ code stand-ins cannot be handed to (``forward_code.py``), and one with convoluti
 from __future__ import annotations
 
 import copy
-import enum
+import dis
 import functools
 import operator
 import sys
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from mobilenet_ext.forward_code import CannotLook, Interrupted, NotKnown, every_call_followed
+from mobilenet_ext.forward_code import CannotLook, ClassAttributes, Interrupted, NotKnown, every_call_followed
+from mobilenet_ext.plain_data import is_data
 from mobilenet_ext.tracing import analysing
 from mobilenet_ext.units import is_norm
 from mobilenet_ext.untouched import is_untouched, plain_class
@@ -48,6 +49,7 @@ class ForwardGraph:
             has its graph, by a weak reference.
         containers: the modules in it whose forward the graph repeats too.
         read: the modules in it that parameters or buffers are read from beside their call.
+        class_attributes: what the forwards read of their modules' classes.
 
     Raises:
         NotKnown: a graph cannot repeat the forward.
@@ -77,7 +79,7 @@ class ForwardGraph:
             finally:
                 attempt.end()
         self.objects = {name: weakref.proxy(root) if m is root else m for name, m in attempt.objects.items()}
-        self.read = attempt.read_from - {root}
+        self.read, self.class_attributes = attempt.read_from - {root}, attempt.class_attributes
         self.containers = [module for module in attempt.containers if module not in {root, *opaque}]
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
@@ -105,27 +107,6 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in module.__dict__.items() if name not in _NOT_OF_ITS_CLASS}
 
 
-_DATA = (
-    int, float, complex, str, bytes, type, types.NoneType, torch.dtype, torch.device,
-    torch.layout, torch.memory_format, enum.Enum,
-)  # fmt: skip
-
-
-def is_data(value: object) -> bool:
-    """Whether a value has no state but what comparing it shows."""
-    if isinstance(value, functools.partial):
-        return all(map(is_data, (value.func, value.args, value.keywords)))
-    if isinstance(value, types.FunctionType):
-        return value.__closure__ is None
-    if isinstance(value, types.BuiltinFunctionType):  # a method of what may have a state, or belongs to nobody
-        return isinstance(value.__self__, (types.ModuleType, type, types.NoneType))
-    if isinstance(value, dict):
-        return type(value).__module__ in ("builtins", "collections") and all(map(is_data, (*value, *value.values())))
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(is_data, value))
-    return isinstance(value, _DATA)
-
-
 class _Guarded:
     """A proxy that refuses what it would answer with something of its own, and changes in place what a tensor would."""
 
@@ -145,6 +126,14 @@ class _Guarded:
     def __format__(self, _: str) -> str:
         raise NotKnown("it prints a value")
 
+    def __iter__(self) -> Any:
+        caller = sys._getframe(1)
+        here = next(each for each in dis.get_instructions(caller.f_code) if each.offset == caller.f_lasti)
+        if here.opname != "UNPACK_SEQUENCE":
+            raise NotKnown("it iterates over a value")
+        values = self.tracer.create_proxy("call_function", unpacked, (self, here.argval), {})
+        return (values[i] for i in range(here.argval))
+
     def _in_place(name: str) -> Any:
         function = getattr(operator, name)
 
@@ -156,6 +145,16 @@ class _Guarded:
     for _name in "add sub mul truediv floordiv mod pow and or xor matmul lshift rshift".split():
         locals()[f"__i{_name}__"] = _in_place(f"i{_name}")
     del _name, _in_place
+
+
+def unpacked(values: Any, count: int) -> tuple[Any, ...]:
+    """``a, b = values``, for two or any other number of names."""
+    values = tuple(values)
+    if len(values) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    if len(values) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(values)})")
+    return values
 
 
 class _StandIn(_Guarded, fx.Proxy):
@@ -232,6 +231,7 @@ class _Attempt:
         for module in root.modules():
             for slots in (module._parameters, module._buffers):
                 self._owners.update({id(t): (module, name) for name, t in slots.items() if t is not None})
+        self.class_attributes: ClassAttributes = {}
         self._mode = _autograd_mode()
         self._tracer = _Tracer(self)
 
@@ -239,7 +239,7 @@ class _Attempt:
         if not all(map(is_data, attributes_of(self._root).values())):
             raise NotKnown("an attribute may have a state of its own")
         placeholder = self._tracer.create_proxy("placeholder", "x", (), {})
-        with analysing(), _Recorder(self._tracer), every_call_followed():
+        with analysing(), _Recorder(self._tracer), every_call_followed(self.class_attributes):
             out = self._stand_in(self._root)(placeholder)
         if not _can_be_returned(out):
             raise NotKnown(f"it returns a {type(out).__name__}")

@@ -24,8 +24,9 @@ from mobilenet_ext import _host, fusion
 from mobilenet_ext.chain import Normalised
 from mobilenet_ext.composite_activations import composite_at
 from mobilenet_ext.forward_code import CannotLook, NotKnown
-from mobilenet_ext.forward_graph import PLANS, ForwardGraph, attributes_of, is_data
+from mobilenet_ext.forward_graph import PLANS, ForwardGraph, attributes_of
 from mobilenet_ext.graph_code import Call, function_of
+from mobilenet_ext.plain_data import is_data
 from mobilenet_ext.plans import FoldedChain, leading_folded_chain
 from mobilenet_ext.regions import regions_of
 from mobilenet_ext.seams import Found, Seams, close_seams, gives
@@ -171,7 +172,7 @@ class Plan:
             and _host.dicts_are(self._counted, self._counts, self._slots, self._contents)
             and forwards_are_original()
             and all(map(operator.is_, map(type, self._modules), self._kinds))
-            and all(kind.forward is forward for kind, forward in self._forwards)
+            and all(getattr(kind, name) is value for (kind, name), value in self._class_attributes)
             and all(held == copied for held, copied in self._data)
         )
 
@@ -204,7 +205,9 @@ class Plan:
         below = [each for each in known if each is not module]
         self._modules = (*below, *opaque)
         self._kinds = tuple(map(type, self._modules))
-        self._forwards = tuple({(kind, kind.forward) for kind in map(type, (module, *containers))})
+        attributes = {(kind, "forward"): kind.forward for kind in map(type, (module, *containers))}
+        attributes |= {} if graph is None else graph.class_attributes
+        self._class_attributes = tuple(attributes.items())
         hooks = [getattr(nn_module, f"_global_{kind}") for kind in _HOOKS]
         hooks += [getattr(each, f"_{kind}") for each in (*known, *opaque) for kind in _HOOKS]
         self._counted = (*hooks, *(each.__dict__ for each in below))
@@ -216,7 +219,7 @@ class Plan:
         self._tensors = _values(self._tensor_slots)
         self._shaped = tuple(each for each in self._tensors if each is not None)
         self._shapes = tuple(map(_shape_of, self._shaped))
-        held = [value for each in known for value in attributes_of(each).values()]
+        held = [value for each in known for value in attributes_of(each).values()] + list(attributes.values())
         mutable = [value for value in held if isinstance(value, (list, dict, set)) and is_data(value)]
         self._data = [(value, copy.deepcopy(value)) for value in mutable]
 

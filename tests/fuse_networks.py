@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import random
@@ -124,6 +125,39 @@ class Settings:
 
 def random_elsewhere(self: Network, x: Tensor) -> Tensor:
     return self.a(x) * (Settings.draw(1) + Settings.source.random())
+
+
+GENERATORS = [random]
+
+
+def random_of_a_list(self: Network, x: Tensor) -> Tensor:
+    return self.a(x) * GENERATORS[0].random()
+
+
+@functools.singledispatch
+def doubled(x: object) -> object:
+    return x
+
+
+@doubled.register
+def _(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def dispatches(self: Network, x: Tensor) -> Tensor:
+    return self.b(doubled(self.a(x)))
+
+
+def kind_by_name(self: Network, x: Tensor) -> Tensor:
+    return self.a(x) * (2 if getattr(x, "__class__").__name__ == "Tensor" else 1)  # noqa: B009
+
+
+def is_callable(self: Network, x: Tensor) -> Tensor:
+    return self.a(x()) if callable(x) else self.b(x)
+
+
+def copies(self: Network, x: Tensor) -> Tensor:
+    return self.b(copy.copy(self.a(x).detach()))
 
 
 def random_of_a_caller(self: Network, x: Tensor) -> Tensor:

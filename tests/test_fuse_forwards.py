@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import random
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -27,7 +29,9 @@ from fuse_networks import (
     changes_a_buffer,
     checkpoints,
     control_flow,
+    copies,
     counts,
+    dispatches,
     dtype,
     fills_a_list,
     for_a_moment,
@@ -35,6 +39,8 @@ from fuse_networks import (
     has_an_attribute,
     in_place,
     is_a_tensor,
+    is_callable,
+    kind_by_name,
     kind_of_a_module,
     leaves_something,
     looks_up,
@@ -46,6 +52,7 @@ from fuse_networks import (
     random_elsewhere,
     random_in_a_function,
     random_of_a_caller,
+    random_of_a_list,
     same_object,
     same_object_as_a_function,
     several_outputs,
@@ -69,7 +76,8 @@ HARD = {
     aliased: 2, a_view: 2, is_a_tensor: 1, dtype: 1, looks_up: 1, prints: 1, has_an_attribute: 1, tries: 1,
     kind_of_a_module: 0, for_a_moment: 1, swaps: 1, statistics_between: 1, changes_a_buffer: 1, counts: 1,
     a_list_of_modules: 2, a_generator: 1, a_method_of_a_generator: 1, same_object: 1, same_object_as_a_function: 1,
-    asks_for_none: 2, matches: 1, random_in_a_function: 1, random_elsewhere: 1, random_of_a_caller: 1,
+    asks_for_none: 2, matches: 1, random_of_a_list: 1, dispatches: 2, kind_by_name: 1, is_callable: 1, copies: 2,
+    random_in_a_function: 1, random_elsewhere: 1, random_of_a_caller: 1,
     tap: 0, shape_of_the_inside: 0, twice: 0, shared_activation: 0, control_flow: 1, leaves_something: 2,
     fills_a_list: 2, python_random: 1, numpy_random: 1, torch_random: 1, noise: 2, without_gradients: 2,
     a_parameter_of_its_own: 2, checkpoints: 2, in_place: 2, functions: 0, several_outputs: 2,
@@ -276,3 +284,71 @@ def test_a_container_that_is_called_twice(make: Callable) -> None:
     if make is mx.fuse:
         assert fused_units(network.train(), x) == 3
         assert network.a[1].num_batches_tracked == 2
+
+
+class Draws(Network):
+    draw = random.random
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.draw() < 0.5 else self.b(x)
+
+
+class HasAGenerator(Network):
+    generator = random.Random(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.generator.random() < 0.5 else self.b(x)
+
+
+class Turns(Network):
+    turns = itertools.cycle((True, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if next(self.turns) else self.b(x)
+
+
+@pytest.mark.parametrize("kind", [Draws, HasAGenerator, Turns])
+def test_a_class_with_a_state_of_its_own(kind: type[Network]) -> None:
+    plain, x = kind(tap), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    fused = mx.fuse(copy.deepcopy(plain))
+    outputs = []
+    for network in (fused, plain):
+        random.seed(1), HasAGenerator.generator.seed(1)
+        outputs.append([network(x) for _ in range(8)])
+    for ours, theirs in zip(*outputs, strict=True):
+        assert_close(ours, theirs)
+
+
+class HasAFlag(Network):
+    flag, flags = True, [True]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.flag and self.flags[0] else self.b(x)
+
+
+def test_an_attribute_of_the_class_that_decides() -> None:
+    plain = HasAFlag(tap)
+    fused, x = mx.fuse(copy.deepcopy(plain)), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    for flag in (True, False, True):
+        HasAFlag.flag = flag
+        assert_close(fused(x), plain(x))
+        assert fused_units(fused, x) == 1
+    for flag in (False, True):
+        HasAFlag.flags[0] = flag
+        assert_close(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_names_for_another_number_of_values(images: int) -> None:
+    def unpacks(self: Network, x: Tensor) -> Tensor:
+        a, b = self.a(x)
+        return a + b
+
+    plain, x = Network(unpacks), torch.randn(images, 8, 6, 6, dtype=torch.float64)
+    fused = mx.fuse(copy.deepcopy(plain))
+    two = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert_close(fused(two), plain(two))
+    with pytest.raises(ValueError) as expected:
+        plain(x)
+    with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+        fused(x)

@@ -10,8 +10,10 @@ import os
 import pickle
 import pstats
 import random
+import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -244,3 +246,55 @@ def test_sequences_that_were_sliced_are_freed(x: Tensor, without_collector: None
     watched = weakref.ref(part)
     del part
     assert watched() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+def test_a_signal_handler_runs_while_a_forward_is_looked_at() -> None:
+    handled: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        with contextlib.suppress(ValueError):
+            handled.append(number)
+
+    x = torch.randn(1, 8, 6, 6, dtype=torch.float64)
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        for i in range(10):
+            network = mx.fuse(nn.Sequential(*(Network(after_one_another) for _ in range(10))))
+            signal.setitimer(signal.ITIMER_REAL, 0.001 * (i + 1))
+            network(x)
+            deadline = time.monotonic() + 5
+            while len(handled) == i and time.monotonic() < deadline:  # the alarm comes after the forward
+                time.sleep(0.001)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(handled) == 10
+    assert fused_units(network, x) == 20
+
+
+class Held:
+    """Something with a callback for its end."""
+
+
+def lets_go(self: Network, x: Tensor) -> Tensor:
+    FREED.append(weakref.ref(Held(), freed))
+    return self.b(self.a(x))
+
+
+FREED: list[object] = []
+
+
+def freed(reference: object) -> None:
+    try:
+        FREED.append(reference)
+    finally:
+        pass
+
+
+def test_a_callback_runs_while_a_forward_is_looked_at(x: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    FREED.clear()
+    network = mx.fuse(Network(lets_go))
+    network(x)
+    assert not capsys.readouterr().err
+    assert fused_units(network, x) == 2
