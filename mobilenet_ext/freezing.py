@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 import weakref
 
@@ -90,6 +91,9 @@ class _StayInEval:
         self._module = weakref.ref(module)  # a module that its attributes refer to is not freed with its last name
 
     def __call__(self, mode: bool = True) -> nn.Module:
+        caller = sys._getframe(1)
+        if caller.f_code is nn.Module.eval.__code__:  # perhaps of a shallow copy, which has this attribute too
+            return caller.f_locals["self"]
         return self._module()
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -332,3 +332,12 @@ def test_what_a_convolution_does_instead_is_noticed(model, x, attribute):
     out = frozen.feature[3](x[:, :1].expand(-1, conv.in_channels, -1, -1).contiguous())
     plain = frozen.feature[3][2](frozen.feature[3][1](3 * x[:, :1].expand(-1, conv.in_channels, -1, -1)))
     assert_close(out, plain, 1e-12)
+
+
+def test_a_shallow_copy_of_a_frozen_layer() -> None:
+    """It is put in eval mode itself, whether the model is still there or not."""
+    frozen = mx.freeze(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)))
+    layer = copy.copy(frozen[3])
+    assert layer.eval() is layer and frozen[3].eval() is frozen[3]
+    del frozen
+    assert layer.eval() is layer and not layer.training
