@@ -100,8 +100,9 @@ struct ExpConstants<double> {
 };
 
 // 1 + exp(x), within two units in the last place. A NaN stays a NaN.
-template <class A, class C = ExpConstants<A>>
+template <class A>
 MX_INLINE Vec<A> one_plus_exp(Vec<A> x) {
+  using C = ExpConstants<A>;
   x = at_most(broadcast<A>(C::most), at_least(broadcast<A>(C::least), x));
   const Vec<A> rounded = fma(x, broadcast<A>(C::log2_e), broadcast<A>(C::rounder));
   const Vec<A> n = rounded - C::rounder;
@@ -115,23 +116,6 @@ MX_INLINE Vec<A> one_plus_exp(Vec<A> x) {
   return fma(p, scale, broadcast<A>(1));
 }
 
-#if defined(MX_ISA_AVX512_BF16)
-// Here all values become bfloat16, with half a unit in the last place of 2^-9: exp to 2^-13 and a reciprocal to 2^-14
-// add a twentieth to that error, in a third of the time.
-struct CoarseExp : ExpConstants<float> {
-  static constexpr float twice_exp[] = {1.99985611f, 2.00032830f, 1.00992656f, 0.331336856f};  // minimax
-};
-template <class A>
-MX_INLINE Vec<A> silu(Vec<A> z) {
-  return z * (Vec<A>)_mm512_rcp14_ps((__m512)one_plus_exp<A, CoarseExp>(-z));
-}
-#else
-template <class A>
-MX_INLINE Vec<A> silu(Vec<A> z) {
-  return z / one_plus_exp<A>(-z);
-}
-#endif
-
 template <class V>
 using Element = decltype(V{}[0] + 0);
 
@@ -143,7 +127,7 @@ MX_INLINE V activate(V z, Element<V> slope) {
   if constexpr (act == Act::relu6) return at_most(broadcast(A(6)), at_least(V{}, z));
   // Six times the rounded sixth is 1.
   if constexpr (act == Act::hardswish) return z * (activate<Act::relu6>(z + A(3), A()) * (A(1) / 6));
-  if constexpr (act == Act::silu) return silu<A>(z);
+  if constexpr (act == Act::silu) return z / one_plus_exp<A>(-z);
   if constexpr (act == Act::leaky_relu) return select(z > V{}, z, z * slope);
   return z;
 }
