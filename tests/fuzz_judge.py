@@ -244,10 +244,9 @@ def _beyond_rounding(
         elif sixteen_bits and max(limit, noise) < norm / 4:
             beyond = 2 * SIXTEEN_BITS  # the promise is one for ops and units; a chain multiplies their errors
         elif sixteen_bits:
-            # Where they reach the size of the result it is chaotic, and PyTorch's own error is one draw. If in most
-            # samples nothing is left of the result, its size is all that can be compared.
-            limit *= BEYOND
-            beyond = BEYOND**2 if noises[len(noises) // 2] > norm else BEYOND
+            limit *= BEYOND  # where they reach the size of the result it is chaotic: PyTorch's own error is one draw
+        if not problem.is_unit and noises[len(noises) // 2] > norm / 2:
+            beyond = BEYOND**2  # in most samples little is left of the result: its size is all that can be compared
         limit = max(limit, noise * beyond)
         if not error <= limit:
             relative = [f"{value / (norm or 1):.1e}" for value in (error, limit)]
