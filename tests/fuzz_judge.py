@@ -235,6 +235,10 @@ def _beyond_rounding(
     """What of these errors and signs is further away than rounding takes the samples."""
     complaints = []
     sixteen_bits = problem.dtype.itemsize == 2
+    output = exact["output"]
+    differences = sorted(_distance(sample["output"], output, sample["output"].isfinite()) for sample, _ in samples)
+    # Nothing is left of the output in most samples. (A gradient may be nearly zero, and its samples not.)
+    chaotic = not problem.is_unit and differences[len(differences) // 2] > _norm(output)
     for name, (error, limit, norm, finite) in late.items():
         noises = sorted(_distance(sample[name], exact[name], finite & sample[name].isfinite()) for sample, _ in samples)
         noise = noises[-1]
@@ -244,9 +248,12 @@ def _beyond_rounding(
         elif sixteen_bits and max(limit, noise) < norm / 4:
             beyond = 2 * SIXTEEN_BITS  # the promise is one for ops and units; a chain multiplies their errors
         elif sixteen_bits:
-            limit *= BEYOND  # where they reach the size of the result it is chaotic: PyTorch's own error is one draw
-        if not problem.is_unit and noises[len(noises) // 2] > norm / 2:
-            beyond = BEYOND**2  # in most samples little is left of the result: its size is all that can be compared
+            # Where they reach the size of the result it is chaotic, and PyTorch's own error is one draw. If in most
+            # samples nothing is left of the result, its size is all that can be compared.
+            limit *= BEYOND
+            beyond = BEYOND**2 if noises[len(noises) // 2] > norm else BEYOND
+        elif chaotic:
+            beyond = BEYOND**2
         limit = max(limit, noise * beyond)
         if not error <= limit:
             relative = [f"{value / (norm or 1):.1e}" for value in (error, limit)]
