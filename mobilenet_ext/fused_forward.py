@@ -84,11 +84,12 @@ class Plans:
 
     def find(self, module: nn.Module) -> Callable[[Tensor], object] | None:
         """What runs the module's forward of one tensor; None: the forward itself."""
-        kept = self._kept.get(_mode(module))
+        mode = _mode(module)
+        kept = self._kept.get(mode)
         if (kept is not None and kept.wasted > PATIENCE) or (self.folds and fusion.is_observed()):
             return None
         try:
-            return self.of(module).run
+            return self._of(module, mode).run
         except CannotLook:
             return None
 
@@ -98,7 +99,9 @@ class Plans:
         Raises:
             CannotLook: there is none yet, and now none can be made.
         """
-        mode = _mode(module)
+        return self._of(module, _mode(module))
+
+    def _of(self, module: nn.Module, mode: object) -> Plan:
         kept = self._kept.get(mode, _Kept((), 0))
         for plan in kept.plans:
             if plan.holds(module):
@@ -145,6 +148,7 @@ class Plan:
     run: Callable[[Tensor], object] | None = None
 
     def __init__(self, module: nn.Module, folds: bool, same: Plan | None = None) -> None:
+        self._folds = folds
         self.chains: list[FusedChain | FoldedChain] = []
         self.graph: ForwardGraph | None = None
         self.why_not: str | None = None
@@ -212,12 +216,15 @@ class Plan:
         hooks += [getattr(each, f"_{kind}") for each in (*known, *opaque) for kind in _HOOKS]
         self._counted = (*hooks, *(each.__dict__ for each in below))
         self._counts = tuple(map(len, self._counted))
-        slots = [module._modules, *(slots for each in below for slots in (each.__dict__, each._modules))]
+        read_once = set(filter(is_layer, below)) if self._folds else ()  # settings, as `freeze` says
+        slots = [module._modules]
+        slots += [slots for each in below for slots in (each.__dict__, each._modules) if each not in read_once]
         self._slots = tuple(filter(None, slots if graph is not None else ()))
         self._contents = _values(self._slots)
         self._tensor_slots = tuple(filter(None, (s for each in known for s in (each._parameters, each._buffers))))
         self._tensors = _values(self._tensor_slots)
-        self._shaped = tuple(each for each in self._tensors if each is not None)
+        # Folded chains ask for the addresses of theirs, which have another one then.
+        self._shaped = tuple(each for each in self._tensors if each is not None and not self._folds)
         self._shapes = tuple(map(_shape_of, self._shaped))
         held = [value for each in known for value in attributes_of(each).values()] + list(attributes.values())
         mutable = [value for value in held if isinstance(value, (list, dict, set)) and is_data(value)]

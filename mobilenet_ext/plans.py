@@ -24,7 +24,7 @@ from mobilenet_ext.inference_steps import Pack, Step, as_input, execute, is_as_i
 from mobilenet_ext.memory_format import gives_channels_last, is_channels_last, match_memory_format
 from mobilenet_ext.seams import Seams
 from mobilenet_ext.unit_tensors import InferenceUnit, bias_bn, compute_dtype, fold, is_autocast
-from mobilenet_ext.units import TENSORS, UnitModules, as_tensors, has_its_shapes, has_its_tensors
+from mobilenet_ext.units import TENSORS, UnitModules, act_of, as_tensors, has_its_shapes, has_its_tensors
 from mobilenet_ext.untouched import forwards_are_original, is_exactly
 
 _KEPT = 8
@@ -145,24 +145,49 @@ class _Prepared(TensorsState):
         self.last: tuple[object, Runner | None] = (None, None)
 
 
+class LinearUnit(NamedTuple):
+    """A linear layer, which nothing changes, and an activation."""
+
+    layer: nn.Linear
+    act: int
+    slope: float
+
+    def as_pointwise(self) -> InferenceUnit:
+        """It as a pointwise convolution of images of one pixel."""
+        weight = self.layer.weight.detach()
+        bn = bias_bn(weight, self.layer.bias)
+        return InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, self.act, self.slope)
+
+    def accepts(self, x: Tensor, dtype: torch.dtype, features: int) -> bool:
+        """Whether the kernels take its tensors as they are now, after ``features`` features."""
+        weight, bias = self.layer.weight, self.layer.bias
+        tensors = [t for t in (weight, bias) if t is not None]
+        dtypes = DTYPES if is_autocast(x) else (dtype,)
+        return (
+            all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
+            and weight.shape == (self.layer.out_features, features)
+            and (bias is None or bias.shape == (self.layer.out_features,))
+        )
+
+
 class FoldedChain:
-    """Units, the global average pooling after them and a linear layer after that, run from a plan for each dtype.
+    """Units, the global average pooling after them and linear layers after that, run from a plan for each dtype.
 
     Args:
         modules: all modules that it stands for, in order.
         units: the convolutions and BatchNorms among them, each BatchNorm with running statistics and in eval mode; a
             convolution may have none.
         pool: whether a global average pooling follows.
-        linear: the layer that follows pooling and flattening; the output is ``[N, out_features]`` then.
+        linears: what follows pooling and flattening; with any, the output is ``[N, out_features]``.
     """
 
     def __init__(
-        self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linear: nn.Linear | None = None
+        self, modules: list[nn.Module], units: list[UnitModules], pool: bool, linears: Sequence[LinearUnit] = ()
     ) -> None:
         self.modules, self.units, self.pool, self.seams = modules, units, pool, Seams()
-        self._linear = linear
-        layers = [layer for unit in units for layer in (unit.convolution.layer, unit.bn)] + [linear]
-        layers = [layer for layer in layers if layer is not None]
+        self._linears = linears
+        layers = [layer for unit in units for layer in (unit.convolution.layer, unit.bn) if layer is not None]
+        layers += [linear.layer for linear in linears]
         slots = [slot for layer in layers for slot in (layer._parameters, layer._buffers)]
         self.tensors = tuple(t for slot in slots for t in slot.values() if t is not None and t.is_floating_point())
         self._inference = any(t.is_inference() for t in self.tensors)  # these do not say when they are changed
@@ -202,7 +227,7 @@ class FoldedChain:
         dtype, joins, channels_last, *_ = fit
         plan = self._plan(prepared, x.device, fit)
         is_input = all(t is None or is_as_input(t, dtype) for t in (x, gate, residual if joins else None))
-        flat, gives_mean, add = self._linear is not None, self.seams.mean is not None, self.seams.add
+        flat, gives_mean, add = bool(self._linears), self.seams.mean is not None, self.seams.add
 
         def run(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Output:
             inputs = [t for t in (x, gate, residual if joins else None) if t is not None]
@@ -221,7 +246,7 @@ class FoldedChain:
             all(has_its_shapes(unit.convolution.layer, unit.bn) for unit in self.units)
             and fusion.accepts(x, self.units)
             and (gate is None or fusion.gate_fits(gate, x))
-            and self._accepts_linear(x, dtype)
+            and self._accepts_linears(x, dtype)
         ):
             return None
         paddings = tuple(fusion.paddings(x.shape, self.units))
@@ -231,22 +256,13 @@ class FoldedChain:
         joins = residual is not None and fusion.residual_fits(residual, size, dtype, x.device, channels_last)
         if self.pool:
             size = (*size[:2], 1, 1)
-        if self._linear is not None:
-            size = (len(x), self._linear.out_features)
+        if self._linears:
+            size = (len(x), self._linears[-1].layer.out_features)
         return Fit(dtype, joins, channels_last, size, paddings)
 
-    def _accepts_linear(self, x: Tensor, dtype: torch.dtype) -> bool:
-        if self._linear is None:
-            return True
-        weight, bias = self._linear.weight, self._linear.bias
-        tensors = [t for t in (weight, bias) if t is not None]
-        dtypes = DTYPES if is_autocast(x) else (dtype,)
-        features = self._linear.out_features
-        return (
-            all(type(t) in TENSORS and t.device == x.device and t.dtype in dtypes for t in tensors)
-            and weight.shape == (features, self.units[-1].convolution.layer.out_channels)
-            and (bias is None or bias.shape == (features,))
-        )
+    def _accepts_linears(self, x: Tensor, dtype: torch.dtype) -> bool:
+        sizes = [self.units[-1].convolution.layer.out_channels, *(each.layer.out_features for each in self._linears)]
+        return all(each.accepts(x, dtype, features) for each, features in zip(self._linears, sizes, strict=False))
 
     def _plan(
         self, prepared: _Prepared, device: torch.device, fit: Fit
@@ -286,8 +302,7 @@ class FoldedChain:
             pool = pooling(units[-1], dtype)
             if self.pool:
                 steps.append(pool)
-            if self._linear is not None:
-                steps += steps_of([_pointwise(self._linear)], dtype, pack)
+            steps += steps_of([linear.as_pointwise() for linear in self._linears], dtype, pack)
         return steps, None if self.seams.mean is None else pool
 
 
@@ -319,13 +334,6 @@ def _run_modules(
     return x if seams.mean is None else (x, seams.mean(x))
 
 
-def _pointwise(linear: nn.Linear) -> InferenceUnit:
-    """A linear layer as a pointwise convolution of images of one pixel."""
-    weight = linear.weight.detach()
-    bn = bias_bn(weight, linear.bias)
-    return InferenceUnit("pointwise", 1, NO_PADDING, weight[:, :, None, None], bn, Act.LINEAR.value)
-
-
 def parts_of(module: fusion.Staged) -> list[Part]:
     """The chains among the stages of a module in eval mode, and the modules between them."""
     modules = list(fusion.flatten(module.stages()))
@@ -351,15 +359,21 @@ def leading_folded_chain(modules: list[nn.Module]) -> FoldedChain | None:
         return None
     pool = pool and len(foldable) == len(units)
     count = fusion.count_of(foldable) + pool
-    linear = _linear_after_pooling(modules[count : count + 2]) if pool else None
-    count += 2 if linear is not None else 0
-    return FoldedChain(modules[:count], foldable, pool, linear)
+    linears, size = _linears_after_pooling(modules[count:]) if pool else ([], 0)
+    return FoldedChain(modules[: count + size], foldable, pool, linears)
 
 
-def _linear_after_pooling(modules: list[nn.Module]) -> nn.Linear | None:
-    """The linear layer, if these are ``Flatten()`` and one that nothing changes."""
-    if len(modules) < 2 or not (is_exactly(modules[0], nn.Flatten) and is_exactly(modules[1], nn.Linear)):
-        return None
-    flatten, linear = modules
-    flattens = (flatten.start_dim, flatten.end_dim) == (1, -1)
-    return linear if flattens and has_its_tensors(linear) else None
+def _linears_after_pooling(modules: list[nn.Module]) -> tuple[list[LinearUnit], int]:
+    """The linear layers after ``Flatten()``, each with its activation; how many modules all these are."""
+    if not modules or not is_exactly(modules[0], nn.Flatten):
+        return [], 0
+    if (modules[0].start_dim, modules[0].end_dim) != (1, -1):
+        return [], 0
+    linears: list[LinearUnit] = []
+    count = 1
+    while count < len(modules) and is_exactly(modules[count], nn.Linear) and has_its_tensors(modules[count]):
+        layer, activation = (*modules[count : count + 2], None)[:2]
+        known = act_of(activation)
+        linears.append(LinearUnit(layer, *(known or (Act.LINEAR.value, 0.0))))
+        count += 1 if known is None else 2
+    return linears, count if linears else 0

@@ -103,7 +103,7 @@ def leading_unit(modules: list[nn.Module], inference: bool) -> UnitModules | Non
         bn, activation = None, bn
     holds_activation = bn is not None and _holds_activation(bn)
     layers = (conv,) if bn is None else (conv, bn)
-    known = _act_of(bn.act if holds_activation else activation)
+    known = act_of(bn.act if holds_activation else activation)
     act, slope = (Act.LINEAR.value, 0.0) if known is None else known
     size = convolution.size + (bn is not None) + (known is not None and not holds_activation)
     if not all(map(has_its_tensors, layers)) or not _is_consistent(conv, bn):
@@ -125,7 +125,7 @@ _ACTIVATIONS: dict[type[nn.Module], Act] = {
 _LIBRARY_ACTIVATIONS = {("efficientnet_pytorch.utils", "MemoryEfficientSwish"): Act.SILU}
 
 
-def _act_of(module: nn.Module | None) -> tuple[int, float] | None:
+def act_of(module: nn.Module | None) -> tuple[int, float] | None:
     """The activation that ``module`` is, and its slope, or None where the kernels have none like it."""
     if is_of_library(module, _LIBRARY_ACTIVATIONS):
         return _LIBRARY_ACTIVATIONS[library_name(type(module))].value, 0.0
@@ -156,7 +156,7 @@ def is_norm(module: nn.Module | None) -> bool:
         return True
     if not is_of_library(module, _LIBRARY_NORMS):
         return False
-    return not _holds_activation(module) or (is_exactly(module.drop, nn.Identity) and _act_of(module.act) is not None)
+    return not _holds_activation(module) or (is_exactly(module.drop, nn.Identity) and act_of(module.act) is not None)
 
 
 def _holds_activation(bn: nn.Module) -> bool:

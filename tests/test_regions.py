@@ -43,10 +43,12 @@ class Network(nn.Module):
         self.blocks = nn.Sequential(Block(), Block())
         self.last = unit(8, 12)
         self.pool, self.dropout, self.linear = nn.AdaptiveAvgPool2d(1), nn.Dropout(0.2), nn.Linear(12, 5)
+        self.hidden = nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.last(self.blocks(self.first(x))))
-        return self.linear(self.dropout(torch.flatten(x, 1)))
+        x = nn.functional.hardswish(self.hidden(torch.flatten(x, 1)))
+        return self.linear(self.dropout(x))
 
 
 class Taps(Network):
@@ -151,11 +153,20 @@ def test_autocast() -> None:
     assert_close(frozen(x).double(), expected, 1e-5)
 
 
+def identity(features: int) -> nn.Linear:
+    linear = nn.Linear(features, features, bias=False, dtype=torch.float64)
+    nn.init.eye_(linear.weight)
+    return linear
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a weight": lambda net: net.blocks[1].project[0].weight.mul_(2),
     "a running mean": lambda net: net.first[1].running_mean.add_(1),
     "the gate's bias": lambda net: net.blocks[0].widen.bias.add_(1),
     "the linear layer": lambda net: net.linear.weight.neg_(),
+    "the one before": lambda net: net.hidden.bias.add_(1),
+    "another linear layer": lambda net: setattr(net, "hidden", identity(12)),
+    "a dropout that drops": lambda net: net.dropout.register_forward_hook(lambda module, args, out: 2 * out),
     "another parameter": lambda net: setattr(net.last[0], "weight", nn.Parameter(-net.last[0].weight)),
     "another module": lambda net: net.blocks.__setitem__(0, nn.Identity()),
     "another activation": lambda net: net.first.__setitem__(2, nn.ReLU()),
