@@ -33,9 +33,12 @@ struct ForwardRow {
   A *sum, *sum_squares;
 };
 
-// `simple`: the output's activation is linear or ReLU, which need no registers, and there is no residual; the others
-// are called, from a copy that would cost those two a tenth of the time.
-template <class T, int K, int stride, bool partial, bool simple>
+// What else is done with a row: its moments are taken, of an output that is linear and not normalised; or it is
+// normalised and activated, which is simple without a residual and with linear or ReLU, which need no registers. The
+// other activations are called, from a copy that would cost those two a tenth of the time.
+enum class RowOutput { moments, simple, any };
+
+template <class T, int K, int stride, bool partial, RowOutput kind>
 inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, const ChannelNormAct<Acc<T>>& output) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -56,7 +59,7 @@ inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, 
     else
       return load<A>(r.weight[ky] + kx * L);
   };
-  const bool normalises = output.normalises();
+  const bool normalises = kind != RowOutput::moments && output.normalises();
   const ChannelNorm<A> norm = normalises ? output.template norm<partial>(0, count) : ChannelNorm<A>{};
   const Vec<A> bias = r.bias ? load_lanes<partial, A>(r.bias, count) : zero<A>(), shift = load<A>(r.shift);
   Vec<A> sum = zero<A>(), sum_squares = zero<A>();
@@ -67,26 +70,28 @@ inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, 
 #pragma GCC unroll 4
       for (int i = 0; i < pixels; ++i) values[i][0] = norm.z(values[i][0]);
     }
-    if constexpr (simple) {
+    if constexpr (kind == RowOutput::simple) {
       if (output.act == Act::relu) {
 #pragma GCC unroll 4
         for (int i = 0; i < pixels; ++i) values[i][0] = activate<Act::relu>(values[i][0], output.slope);
       }
-    } else {
+    } else if constexpr (kind == RowOutput::any) {
       activate_block(output.act, output.slope, values);
     }
   };
   auto put = [&](int64_t x, Vec<A> v) {
-    if constexpr (!simple) {
+    if constexpr (kind == RowOutput::any) {
       if (r.residual) v += load_lanes<partial, T>(r.residual + x * channels, count);
     }
     if (!partial && r.streaming)
       store_streaming<T>(r.y + x * channels, v);
     else
       store_lanes<partial, T>(r.y + x * channels, v, count);
-    const Vec<A> distance = round_to_storage<T>(v) - shift;
-    sum += distance;
-    sum_squares = fma(distance, distance, sum_squares);
+    if constexpr (kind == RowOutput::moments) {
+      const Vec<A> distance = round_to_storage<T>(v) - shift;
+      sum += distance;
+      sum_squares = fma(distance, distance, sum_squares);
+    }
   };
   auto border_pixel = [&](int64_t x) {
     Vec<A> acc[1][1] = {{bias}};
@@ -133,8 +138,10 @@ inline void depthwise_forward_row(const ForwardRow<T, K>& r, const Geometry& g, 
     for (int i = 0; i < kPixels; ++i) put(x + i, acc[i][0]);
   }
   for (; x < x_end; ++x) border_pixel(x);
-  store<A>(r.sum, load<A>(r.sum) + sum);
-  store<A>(r.sum_squares, load<A>(r.sum_squares) + sum_squares);
+  if constexpr (kind == RowOutput::moments) {
+    store<A>(r.sum, load<A>(r.sum) + sum);
+    store<A>(r.sum_squares, load<A>(r.sum_squares) + sum_squares);
+  }
 }
 
 // Loads `columns` pixels of an input row, normalised and activated, into `out`, [vectors][columns][lanes], and asks for
@@ -221,14 +228,18 @@ inline void depthwise_forward_tile(const ForwardArgs& args, const Tile& t, const
       r.shift = shift + c;
       r.sum = sum + c;
       r.sum_squares = sum_squares + c;
-      const bool simple = is_simple(output.act) && residual == nullptr;
-      const auto run = [&](auto partial, auto simple) {
-        depthwise_forward_row<T, K, stride, partial.value, simple.value>(r, g, output.from(c));
+      const auto run = [&](auto kind) {
+        if (r.count == L)
+          depthwise_forward_row<T, K, stride, false, kind.value>(r, g, output.from(c));
+        else
+          depthwise_forward_row<T, K, stride, true, kind.value>(r, g, output.from(c));
       };
-      const auto with_partial = [&](auto partial) {
-        simple ? run(partial, Constant<true>{}) : run(partial, Constant<false>{});
-      };
-      r.count == L ? with_partial(Constant<false>{}) : with_partial(Constant<true>{});
+      if (partials)
+        run(Constant<RowOutput::moments>{});
+      else if (is_simple(output.act) && residual == nullptr)
+        run(Constant<RowOutput::simple>{});
+      else
+        run(Constant<RowOutput::any>{});
     }
     if (partials && oy == t.row_begin) {
       // The first row was taken about 0; its mean is the shift from here on.
@@ -251,13 +262,14 @@ template <class T, int K, int stride>
 inline void depthwise_forward_of(const ForwardArgs& args) {
   using A = Acc<T>;
   const Geometry& g = args.g;
-  const int64_t channels = g.c_in, weight_size = arranged_size<A, K>(channels);
+  const int64_t channels = g.c_in, weight_size = args.packed ? 0 : arranged_size<A, K>(channels);
   const TileGrid grid(g.n, g.out_h, g.out_w, channels, sizeof(A), stride, K);
   const bool stats = args.statistics.wanted();
   const int64_t partials_size = stats ? kMoments * grid.places() * channels : 0;
-  A* const weight = static_cast<A*>(scratch(0, sizeof(A) * (weight_size + partials_size)));
-  A* const partials = stats ? weight + weight_size : nullptr;
-  arrange_weight<T, K>(static_cast<const T*>(args.weight), channels, weight);
+  A* const own_weight = static_cast<A*>(scratch(0, sizeof(A) * (weight_size + partials_size)));
+  A* const partials = stats ? own_weight + weight_size : nullptr;
+  if (!args.packed) arrange_weight<T, K>(static_cast<const T*>(args.weight), channels, own_weight);
+  const A* const weight = args.packed ? static_cast<const A*>(args.packed) : own_weight;
   parallel(grid.tiles(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) depthwise_forward_tile<T, K, stride>(args, grid.tile(i), weight, partials);
   });

@@ -5,11 +5,15 @@
 
 namespace mx::cpu::MX_ISA_NAMESPACE {
 
-// Calls f(Constant<K>, Constant<stride>) for the convolution's kernel of K x K taps.
+// Calls f(Constant<K>) for a kernel of K x K taps.
+template <class F>
+MX_INLINE void with_kernel(int64_t kernel, const F& f) {
+  kernel == 3 ? f(Constant<3>{}) : f(Constant<5>{});
+}
+// Calls f(Constant<K>, Constant<stride>) for the convolution's.
 template <class F>
 MX_INLINE void with_kernel_and_stride(const Geometry& g, const F& f) {
-  const auto with_stride = [&](auto kernel) { g.stride == 1 ? f(kernel, Constant<1>{}) : f(kernel, Constant<2>{}); };
-  g.kernel == 3 ? with_stride(Constant<3>{}) : with_stride(Constant<5>{});
+  with_kernel(g.kernel, [&](auto kernel) { g.stride == 1 ? f(kernel, Constant<1>{}) : f(kernel, Constant<2>{}); });
 }
 
 // A tile keeps as many rows of its input as the kernel has, in the accumulation type, [vectors of channels][pixels]
@@ -94,6 +98,18 @@ inline void arrange_weight(const T* weight, int64_t channels, Acc<T>* out) {
       const Vec<A> value = load_partial<T>(weight + c * kTaps + tap, c < channels);
       out[(c / L * kTaps + tap) * L + c % L] = value[0];
     }
+}
+
+// What a depthwise convolution takes as packed: its weight, arranged.
+template <class T>
+inline int64_t depthwise_packed_bytes(int64_t channels, int64_t kernel) {
+  return ceil_div(channels, kLanes<Acc<T>>) * kLanes<Acc<T>> * kernel * kernel * int64_t(sizeof(Acc<T>));
+}
+template <class T>
+inline void pack_depthwise(const void* weight, int64_t channels, int64_t kernel, void* packed) {
+  with_kernel(kernel, [&](auto taps) {
+    arrange_weight<T, taps.value>(static_cast<const T*>(weight), channels, static_cast<Acc<T>*>(packed));
+  });
 }
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE

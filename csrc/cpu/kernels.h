@@ -28,6 +28,9 @@ struct Kernels {
   // packed and y of the arguments are not used, and without a depthwise weight it is the pointwise one alone).
   int64_t (*packed_bytes)(int64_t c_in, int64_t c_out, bool block);
   void (*pack)(const BlockArgs&, void* packed);
+  // Likewise of a depthwise weight alone, [c][1][kernel][kernel].
+  int64_t (*depthwise_packed_bytes)(int64_t c, int64_t kernel);
+  void (*pack_depthwise)(const void* weight, int64_t c, int64_t kernel, void* packed);
 };
 
 constexpr int kDtypes = 4;

@@ -79,6 +79,8 @@ class PlanBuilder {
       const Tensor& packed = tensor();
       call_.check_packed(packed, plan_->dtype, channels_[step_.input], weight.size(0), false);
       kernel.args.packed = copy(packed);
+    } else if (conv == Conv::depthwise) {
+      kernel.args.packed = packed_depthwise(weight);
     } else {
       kernel.args.weight = copy(weight);
     }
@@ -173,6 +175,15 @@ class PlanBuilder {
     memcpy(to.mutable_data_ptr(), data(dense), size_t(bytes));
     plan_->copies.push_back(to);
     return data(to);
+  }
+
+  const void* packed_depthwise(const Tensor& weight) {
+    const Kernels& own = kernels(plan_->dtype);
+    const int64_t channels = weight.size(0), kernel = weight.size(2);
+    const Tensor packed = call_.empty({own.depthwise_packed_bytes(channels, kernel)}, ScalarType::Byte);
+    own.pack_depthwise(data(weight), channels, kernel, packed.mutable_data_ptr());
+    plan_->copies.push_back(packed);
+    return data(packed);
   }
 
   NormAct norm_act(const Tensor& bn, int64_t act, int64_t channels) {

@@ -20,6 +20,8 @@ constexpr Kernels kKernels = {
     block_inference<T>,
     packed_bytes<T>,
     pack<T>,
+    depthwise_packed_bytes<T>,
+    pack_depthwise<T>,
 };
 
 }  // namespace mx::cpu::MX_ISA_NAMESPACE
