@@ -217,8 +217,8 @@ class Plan:
         self._counted = (*hooks, *(each.__dict__ for each in below))
         self._counts = tuple(map(len, self._counted))
         read_once = set(filter(is_layer, below)) if self._folds else ()  # settings, as `freeze` says
-        slots = [module._modules]
-        slots += [slots for each in below for slots in (each.__dict__, each._modules) if each not in read_once]
+        slots = [each._modules for each in (module, *below)]
+        slots += [each.__dict__ for each in below if each not in read_once]
         self._slots = tuple(filter(None, slots if graph is not None else ()))
         self._contents = _values(self._slots)
         self._tensor_slots = tuple(filter(None, (s for each in known for s in (each._parameters, each._buffers))))

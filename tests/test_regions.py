@@ -268,3 +268,15 @@ def test_only_the_weights_of_one_plan_are_kept() -> None:
     called = vars(fusing.plans_of(frozen).of(frozen).run.__self__).values()
     (region,) = [each for each in called if isinstance(each, Region)]
     assert all(chain.prepared is None for chain in region.chains)
+
+
+def test_an_activation_inside_of_a_norm_is_replaced() -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    first, second = (timm.layers.BatchNormAct2d(8, act_layer=nn.ReLU6) for _ in range(2))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), first, nn.Conv2d(8, 8, 3, padding=1, groups=8), second)
+    plain, x = randomise_(plain).double().eval(), 10 * images()
+    frozen = mx.freeze(plain)
+    assert_close(frozen(x), plain(x))
+    for net in (frozen, plain):
+        net[1].act = nn.SiLU()
+    assert_close(frozen(x), plain(x))
