@@ -261,8 +261,12 @@ class FoldedChain:
         return Fit(dtype, joins, channels_last, size, paddings)
 
     def _accepts_linears(self, x: Tensor, dtype: torch.dtype) -> bool:
-        sizes = [self.units[-1].convolution.layer.out_channels, *(each.layer.out_features for each in self._linears)]
-        return all(each.accepts(x, dtype, features) for each, features in zip(self._linears, sizes, strict=False))
+        features = self.units[-1].convolution.layer.out_channels
+        for each in self._linears:
+            if not each.accepts(x, dtype, features):
+                return False
+            features = each.layer.out_features
+        return True
 
     def _plan(
         self, prepared: _Prepared, device: torch.device, fit: Fit
