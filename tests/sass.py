@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -69,19 +70,22 @@ def _instructions(listing: str) -> tuple[list[str], list[str], list[int]]:
     return opcodes, [op for i, op in enumerate(opcodes) if depth[i]], [_flight(texts, labels, i) for i in loads]
 
 
+@lru_cache(1 << 15)
 def _branch(text: str) -> str | None:
     target = re.search(r"\bBRA\b.*`\((\.L_x?_?\d+)\)", text)
     return target[1] if target else None
 
 
-def _registers(text: str) -> set[int]:
+@lru_cache(1 << 15)
+def _registers(text: str) -> frozenset[int]:
     """What an instruction reads."""
     opcode, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
     if not re.match("ST|RED|ATOM", opcode):  # else the first operand is written
         operands = operands.partition(",")[2]
     words = {".64": 2, ".128": 4}
     wide = next((n for suffix, n in words.items() if suffix in opcode), 1) if opcode.startswith("ST") else 1
-    return {int(r) + i for r, two in re.findall(r"\bR(\d+)(\.64)?", operands) for i in range(2 if two else wide)}
+    found = re.findall(r"\bR(\d+)(\.64)?", operands)
+    return frozenset(int(r) + i for r, two in found for i in range(2 if two else wide))
 
 
 def _flight(texts: list[str], labels: dict[str, int], load: int) -> int:

@@ -10,11 +10,15 @@ kernel or a new choice needs no entry here.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +34,7 @@ from triton import knobs
 
 import mobilenet_ext as mx
 from mobilenet_ext.contract import Act
+from mobilenet_ext.files import locked
 
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -95,32 +100,37 @@ def record_5x5(dtype: torch.dtype, batch: int, stride: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of this run of the tests: workers of pytest-xdist share it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="module")
+def workers(folder: Path) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
-    cache = str(tmp_path_factory.mktemp("triton"))
-    with ProcessPoolExecutor(2, context, machine_code.use_cache, (cache,)) as pool:
+    with ProcessPoolExecutor(2, context, machine_code.use_cache, (str(folder / "triton"),)) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
-def compiled(workers: ProcessPoolExecutor, capsys_disabled: Callable[[str], None]) -> Callable[[Case], Kernels]:
-    """Compiles for an architecture when a test first asks for it."""
-    # Two GPUs of one instruction set share what is compiled for it.
-    futures: dict[tuple[int, str], Future[CompiledLaunch]] = {}
-    done: dict[Case, Kernels] = {}
+def compiled(
+    workers: ProcessPoolExecutor, folder: Path, capsys_disabled: Callable[[str], None]
+) -> Callable[[Case], Kernels]:
+    """Compiles for an architecture when a test of the run first asks for it."""
 
+    @cache
     def compiled_for(case: Case) -> Kernels:
-        architecture, _ = case
-        if case not in done:
-            start, before, launches = time.perf_counter(), len(futures), record(*case)
-            keys = {key: (architecture.capability, key) for key in launches}
-            for key, launch in launches.items():
-                if keys[key] not in futures:
-                    futures[keys[key]] = workers.submit(machine_code.compile_launch, launch, architecture)
-            done[case] = [(launch, futures[keys[key]].result()) for key, launch in launches.items()]
-            compiled, seconds = len(futures) - before, time.perf_counter() - start
-            capsys_disabled(f"\n{len(launches)} for {architecture.name}: {compiled} compiled in {seconds:.0f} s")
-        return done[case]
+        architecture, networks = case
+        kept = folder / f"{architecture.name}-{len(networks)}.pickle"
+        with locked(folder / f"{kept.stem}.lock", wait=True):
+            if not kept.is_file():
+                start, launches = time.perf_counter(), record(*case).values()
+                codes = workers.map(partial(machine_code.compile_launch, architecture=architecture), launches)
+                kept.write_bytes(pickle.dumps(list(zip(launches, codes, strict=True))))
+                seconds = time.perf_counter() - start
+                capsys_disabled(f"\n{len(launches)} for {kept.stem} compiled in {seconds:.0f} s")
+        return pickle.loads(kept.read_bytes())
 
     return compiled_for
 
