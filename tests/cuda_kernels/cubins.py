@@ -1,5 +1,5 @@
 """The machine code of the CUDA kernels for real GPUs, which need not be there: what ``test_cuda_machine_code.py`` looks
-at. It is that of the installed library, where this has some for the GPU and is of these sources; else it is compiled."""
+at. It is the installed library's, if that has some for the GPU and is of these sources; else it is compiled."""
 
 from __future__ import annotations
 
