@@ -10,7 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
-import background
 import pytest
 import torch
 from plain import randomise_
@@ -21,10 +20,6 @@ import mobilenet_ext as mx
 USABLE = [name for name, why_not in mx.backends.available().items() if why_not is None]
 # Of the backends that run on the CPU, the quick ones: not interpreted Triton kernels.
 ON_CPU = ("cpu", "reference")
-
-
-def pytest_sessionfinish() -> None:
-    background.stop()
 
 
 @pytest.fixture(params=USABLE)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
-import background
-import cubins
 import emulation
 import pytest
 import torch
@@ -16,28 +13,13 @@ import mobilenet_ext as mx
 from mobilenet_ext import backends
 from mobilenet_ext.backends import cuda
 
-BUILD = pytest.StashKey[Future]()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compilers start while other tests run."""
-    if session.config.option.collectonly:
-        return
-    of_this_folder = [item for item in session.items if item.path.parent == Path(__file__).parent]
-    if any("emulated" in item.fixturenames for item in of_this_folder) and not emulation.why_not():
-        session.stash[BUILD] = background.start(emulation.build)
-    for item in of_this_folder:
-        if "kernels" in item.fixturenames and not cubins.why_not():
-            cubins.start(item.callspec.params["architecture"])
-
 
 @pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest) -> Path:
+def library() -> Path:
     """The CUDA backend, built for the emulated device."""
     if reason := emulation.why_not():
         pytest.skip(reason)
-    return request.session.stash[BUILD].result()
+    return emulation.build()
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@ at. It is the installed library's, if that has some for the GPU and is of these 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import Future
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
-import background
 import sass
 from emulation import SOURCES
 
@@ -35,17 +35,9 @@ def why_not() -> str | None:
 
 
 @cache
-def start(architecture: int) -> list[Future[Kernels]]:
-    """Reads, or compiles, all files in the background."""
-    if _is_installed(architecture):
-        return [background.start(_installed, architecture)]
-    return [background.start(_compile, name, architecture) for name in FILES]
-
-
-@cache
 def of(architecture: int) -> Kernels:
-    parts = [part.result() for part in start(architecture)]
-    return {name: code for part in parts for name, code in part.items()}
+    read = _installed if _is_installed(architecture) else _compiled
+    return {name: code for part in read(architecture) for name, code in part.items()}
 
 
 def _is_installed(architecture: int) -> bool:
@@ -54,12 +46,11 @@ def _is_installed(architecture: int) -> bool:
     return f".sm_{architecture}.cubin" in _cuobjdump("-lelf", LIBRARY)
 
 
-def _installed(architecture: int) -> Kernels:
+def _installed(architecture: int) -> list[Kernels]:
     with tempfile.TemporaryDirectory() as folder:
         _cuobjdump("-xelf", "all", "-arch", f"sm_{architecture}", LIBRARY, cwd=folder)
         cubins = sorted(Path(folder).iterdir(), key=lambda cubin: int(cubin.name.split(".")[-3]))
-        parts = [_read(file, cubin) for file, cubin in zip(sorted(FILES), cubins, strict=True)]  # as they were linked
-    return {name: code for part in parts for name, code in part.items()}
+        return [_read(file, cubin) for file, cubin in zip(sorted(FILES), cubins, strict=True)]  # as they were linked
 
 
 def _cuobjdump(*arguments: object, **options: str) -> str:
@@ -67,11 +58,17 @@ def _cuobjdump(*arguments: object, **options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
 
 
+def _compiled(architecture: int) -> list[Kernels]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(partial(_compile, architecture=architecture), FILES))
+
+
 def _compile(name: str, architecture: int) -> Kernels:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         nvcc = [TOOLKIT.home / "bin" / "nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin"]
-        compiled = background.run([*nvcc, "-o", cubin.name, SOURCES / "cuda" / f"{name}.cu"])
-        assert compiled.returncode == 0, compiled.stdout
+        command = [*nvcc, "-o", cubin.name, SOURCES / "cuda" / f"{name}.cu"]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        assert compiled.returncode == 0, compiled.stderr
         return _read(name, Path(cubin.name))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sysconfig
 from functools import cache
 from pathlib import Path
 
-import background
 import ninja
 import torch
 from torch.utils import cpp_extension
@@ -60,8 +60,8 @@ def compile_library(name: str, sources: list[Path], torch_library: bool = False,
     ]
     with locked(folder / ".lock", wait=True):  # workers of pytest-xdist may want it at once
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-        result = background.run(command)
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise RuntimeError(result.stdout)
     return library

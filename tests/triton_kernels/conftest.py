@@ -10,17 +10,13 @@ an interpreting process of its own;
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import background
 import pytest
+import warm_process
 
 from mobilenet_ext.backends.triton import interpreted
 
@@ -49,29 +45,20 @@ class InterpretedTests(pytest.Item):
     def runtest(self) -> None:
         if NO_TRITON:
             pytest.skip(NO_TRITON)
-        done = self.session.stash[RUNS][self].result()
+        arguments = ["-n0", "-p", "no:cacheprovider", *(["-m", "slow"] if self.slow else []), str(self.path)]
+        code = f"import sys, pytest; sys.exit(pytest.main({arguments}))"
+        done = warm_process.run(code, timeout=3600, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         if done.returncode:
-            pytest.fail(done.stdout, pytrace=False)
+            pytest.fail(done.stdout + done.stderr, pytrace=False)
 
     def reportinfo(self) -> tuple[Path, None, str]:
         return self.path, None, f"{self.path.name} under Triton's interpreter"
 
 
-RUNS = pytest.StashKey[dict[InterpretedTests, Future]]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """The processes of all files start while other tests run."""
-    items = [item for item in session.items if isinstance(item, InterpretedTests)]
-    if not session.config.option.collectonly and not NO_TRITON:
-        session.stash[RUNS] = {item: background.start(run_interpreted, item.path, item.slow) for item in items}
-
-
-def run_interpreted(file: Path, slow: bool) -> subprocess.CompletedProcess[str]:
-    return background.run(
-        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *(["-m", "slow"] if slow else []), file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """This folder first: a test of it may take as long as thousands of others, which fill up what time a worker of
+    pytest-xdist has left at the end."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
 @pytest.fixture(scope="session", autouse=True)
